@@ -1,0 +1,198 @@
+"""What a vlmq checkpoint on disk says: its quantization_config, its safetensors headers, and that the two agree.
+
+The tensors are the truth: a module is quantised if and only if it owns `<module>.weight_packed`. The config names the
+format of each; width and shapes are checked against the headers before anything is allocated, and a disagreement is a
+CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
+
+    "quantization_config": {
+        "quant_method": "vlmq", "format_version": 1, "bits": 3, "group_size": 128, "symmetric": false,
+        "overrides": {"<exact module name>": {"bits": 4, "group_size": 64, "symmetric": true}},
+        "tool": {...},            # what made it; never read back
+    }
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.format import FORMAT_VERSION, PARTS, WeightFormat
+
+INDEX = "model.safetensors.index.json"
+SCALE_DTYPES = ("F16", "BF16", "F32")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Header of one tensor; `dtype` in safetensors' spelling, such as "BF16" or "I32"."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """One quantised module: its format and the weight's shape [rows, columns] = [O, I]."""
+
+    format: WeightFormat
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class QuantizationSpec:
+    """The parsed quantization_config: a default format and exceptions by exact module name."""
+
+    default: WeightFormat
+    overrides: dict[str, WeightFormat]
+
+    def format_of(self, module: str) -> WeightFormat:
+        return self.overrides.get(module, self.default)
+
+    def to_dict(self, tool: dict) -> dict:
+        """The dictionary that goes into config.json."""
+        return {
+            "quant_method": "vlmq",
+            "format_version": FORMAT_VERSION,
+            **asdict(self.default),
+            "overrides": {name: asdict(format) for name, format in sorted(self.overrides.items())},
+            "requires": "pip install vlmq-vllm",
+            "tool": tool,
+        }
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "QuantizationSpec":
+        """Parse and check; raises CheckpointError. Keys of no meaning to this version are ignored."""
+        if config.get("quant_method") != "vlmq":
+            raise CheckpointError(f"quant_method is {config.get('quant_method')!r}; only 'vlmq' can be read here")
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"format_version is {version!r}, this vlmq-vllm reads {FORMAT_VERSION}; install one that fits"
+            )
+        overrides = config.get("overrides", {})
+        if not isinstance(overrides, dict):
+            raise CheckpointError("quantization_config.overrides must map module names to formats")
+        return cls(_parse(config, "default"), {name: _parse(entry, name) for name, entry in overrides.items()})
+
+
+def _parse(entry: dict, where: str) -> WeightFormat:
+    try:
+        return WeightFormat(**{key: entry[key] for key in ("bits", "group_size", "symmetric")})
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"quantization_config ({where}) lacks {error}") from None
+    except ValueError as error:
+        raise CheckpointError(f"quantization_config ({where}): {error}") from None
+
+
+def read_config(folder: Path) -> dict:
+    """config.json of a model folder. Raises CheckpointError when the folder or file is missing or not JSON."""
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a model with config.json in it")
+    if not path.is_file():
+        raise CheckpointError(f"{folder} has no config.json; give the folder of a model in Hugging Face's layout")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again from its source") from None
+
+
+def read_spec(folder: Path) -> QuantizationSpec:
+    """The quantization_config of a vlmq folder."""
+    config = read_config(folder).get("quantization_config")
+    if config is None:
+        raise CheckpointError(f"{folder} is not quantised (config.json has no quantization_config)")
+    return QuantizationSpec.from_dict(config)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: those of the index, or model.safetensors alone."""
+    index = folder / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        paths = [folder / name for name in names]
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(f"{index} points outside its folder ({outside[0]!r}); do not use this checkpoint")
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise CheckpointError(f"{folder} lacks {missing[0] if missing else '*.safetensors'}; copy it again in full")
+    return paths
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Header of every tensor of a model by name, without reading weights. Raises CheckpointError for a broken file."""
+    headers: dict[str, TensorInfo] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118, safe_open is not iterable
+                    piece = file.get_slice(name)
+                    info = TensorInfo(path.name, piece.get_dtype(), tuple(piece.get_shape()))
+                    if name in headers:
+                        raise CheckpointError(f"{name} is in {headers[name].file} and in {path.name}")
+                    headers[name] = info
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} is damaged ({error}); copy it again from its source") from None
+    return headers
+
+
+def read_modules(folder: Path) -> dict[str, ModuleInfo]:
+    """Every quantised module of a vlmq folder, after checking its tensors' names, dtypes and shapes."""
+    return check_modules(read_spec(folder), read_headers(folder), _shape_reader(folder))
+
+
+def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_shape) -> dict[str, ModuleInfo]:
+    """Table of quantised modules from headers; `read_shape(tensor name, info)` gives the two numbers of weight_shape.
+
+    Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without module.
+    """
+    parts: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in headers.items():
+        module, _, part = name.rpartition(".")
+        if part in PARTS:
+            parts.setdefault(module, {})[part] = info
+    unused = sorted(set(spec.overrides) - set(parts))
+    if unused:
+        raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")
+    return {module: _check(module, found, spec.format_of(module), read_shape) for module, found in parts.items()}
+
+
+def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read_shape) -> ModuleInfo:
+    for part in ("weight_packed", "weight_scale", "weight_shape"):
+        if part not in found:
+            raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")
+    if found["weight_shape"].shape != (2,) or found["weight_shape"].dtype != "I64":
+        raise CheckpointError(f"{module}.weight_shape must be two int64 numbers, found {found['weight_shape']}")
+    rows, columns = read_shape(f"{module}.weight_shape", found["weight_shape"])
+    if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
+        raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
+    expected = format.shapes(rows, columns)
+    if set(found) != set(expected):
+        kind = "symmetric" if format.symmetric else "asymmetric"
+        raise CheckpointError(f"{module} has {sorted(found)}; config.json says {kind}, which has {sorted(expected)}")
+    for part, shape in expected.items():
+        if found[part].shape != shape:
+            raise CheckpointError(
+                f"{module}.{part} has shape {list(found[part].shape)}, but {format.bits} bits with groups of "
+                f"{format.group_size} and weight {rows} x {columns} need {list(shape)}"
+            )
+        allowed = SCALE_DTYPES if part == "weight_scale" else ("I64",) if part == "weight_shape" else ("I32",)
+        if found[part].dtype not in allowed:
+            raise CheckpointError(f"{module}.{part} is {found[part].dtype}, it must be {' or '.join(allowed)}")
+    return ModuleInfo(format, rows, columns)
+
+
+def _shape_reader(folder: Path):
+    def read_shape(name: str, info: TensorInfo) -> tuple[int, int]:
+        with safe_open(folder / info.file, "pt") as file:
+            rows, columns = file.get_tensor(name).tolist()
+        return rows, columns
+
+    return read_shape

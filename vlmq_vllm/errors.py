@@ -1,0 +1,9 @@
+"""The exceptions that a user's mistake ends in: one line that says what was found and what to do. Loads nothing."""
+
+
+class CheckpointError(ValueError):
+    """A model folder that is not what it says it is; the message names the file or tensor."""
+
+
+class QuantizeError(ValueError):
+    """A quantisation that cannot be done as asked; nothing half-written is left behind."""
