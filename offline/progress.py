@@ -1,0 +1,42 @@
+"""What a run says while it works: a bar on a terminal, plain lines everywhere else. Standard error only."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+if TYPE_CHECKING:
+    from vlmq_vllm.offline.quantize import Row
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """Reports to `console`; the default is silent, for use as a library."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, quiet=True)
+
+    def track(self, items: Iterable[int], what: str) -> Iterator[int]:
+        """The items, with a bar and the time left where there is a terminal."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        bar = RichProgress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)
+        with bar:
+            yield from bar.track(items, description=what)
+
+    def samples(self, used: int, wanted: int, tokens: int) -> None:
+        note = "" if used == wanted else f" (asked for {wanted}: the file has no more that fit)"
+        self.console.print(f"calibrating with {used} samples, {tokens} tokens{note}", highlight=False)
+
+    def layer(self, index: int, rows: "list[Row]") -> None:
+        """One finished layer; a linear that could not be solved is named, whatever the console."""
+        losses = [row.loss for row in rows if row.loss is not None]
+        summed = f", loss {sum(losses):.3g}" if losses else ""
+        weighted = sum(row.weighted for row in rows)
+        self.console.print(f"layer {index}: {len(rows)} linears{summed}, {weighted} weighted", highlight=False)
+        for row in rows:
+            if row.loss is not None and row.damp is None:
+                log.warning("%s was rounded to nearest: its second moments stayed singular under damping", row.module)
