@@ -1,0 +1,48 @@
+"""What every test gets: Triton's interpreter where there is no GPU, a device, a seed."""
+
+import os
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel's module is imported, so before any of them
+
+import pytest
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU, or the CPU where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers for a test whichever others run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The trained demo model in bfloat16."""
+    return Path(__file__).parent.parent / "examples/demo_vlm/model"
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory) -> Path:
+    """A JSONL file of eight chats with drawn pictures."""
+    from data import write
+
+    return write(tmp_path_factory.mktemp("calibration"), "calibration", 8)
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory, demo_model, calibration) -> Path:
+    """The demo model at 3 bits by VLMQ. Tests must not change it: copy it first."""
+    from vlmq_vllm.offline.quantize import quantize
+    from vlmq_vllm.offline.settings import Settings
+
+    out = tmp_path_factory.mktemp("quantized") / "w3"
+    quantize(str(demo_model), out, calibration, Settings(bits=3, group_size=64))
+    return out
