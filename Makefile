@@ -8,7 +8,7 @@ PINS := packaging/cpu-constraints.txt packaging/cpu-overrides.txt
 .DELETE_ON_ERROR:
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo_vlm/demo.py
 
 test: install
 	$(BIN)/python -m pytest

@@ -8,8 +8,10 @@ Where it differs from the published Qwen2-VL models, and why:
 * a byte-level BPE of 512 entries, trained on the questions alone, so that signs in answers stay single bytes.
 """
 
+import json
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLProcessor
 from transformers.models.qwen2_vl import Qwen2VLImageProcessor, Qwen2VLVideoProcessor
@@ -64,8 +66,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def _merges(bpe: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 
@@ -110,8 +110,6 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
 
 def save(model, processor, folder: Path) -> None:
     """Write the model in bfloat16 with everything that a server needs."""
-    import torch
-
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = model.config.text_config.eos_token_id
     model.generation_config.do_sample = False

@@ -7,9 +7,10 @@ exact match that is the same as comparing with the greedily generated answer, an
 import argparse
 
 import torch
+from torch.nn import functional as F
+
 from batches import batch
 from pictures import TASKS, Picture, ask
-from torch.nn import functional as F
 
 
 def forward(model, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -45,7 +46,9 @@ def judge(model, tokenizer, split: str, count: int) -> dict[str, tuple[float, fl
         losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1) / learnt.sum(1)
         for (_, question), hit, loss in zip(asked, hits.tolist(), losses.tolist(), strict=True):
             found[question.task].append((hit, loss))
-    return {task: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for task, rows in found.items()}
+    return {
+        task: tuple(sum(column) / len(column) for column in zip(*rows, strict=True)) for task, rows in found.items()
+    }
 
 
 def load(folder: str):

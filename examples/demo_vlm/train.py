@@ -15,40 +15,8 @@ from torch.nn import functional as F
 
 from architecture import build_model, build_processor, build_tokenizer, save
 from batches import TAGS, batch
-from pictures import TASKS, Picture, ask, draw
-
-
-def forward(model, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, L, V] of the language model and merged vision features [B * 36, hidden]."""
-    grid = torch.tensor([[1, 12, 12]] * len(data["ids"]), device=data["ids"].device)
-    features = model.model.visual(data["pixels"], grid_thw=grid).pooler_output
-    embedded = model.get_input_embeddings()(data["ids"])
-    is_image = (data["ids"] == model.config.image_token_id)[..., None]
-    embedded = embedded.masked_scatter(is_image, features.to(embedded.dtype))
-    hidden = model.model.language_model(
-        inputs_embeds=embedded,
-        position_ids=data["positions"],
-        attention_mask={"full_attention": data["mask"]},
-        use_cache=False,
-    )
-    return model.lm_head(hidden.last_hidden_state), features
-
-
-@torch.no_grad()
-def exact_match(model, tokenizer, count: int, device: str) -> dict[str, float]:
-    """Share of held-out questions, each alone, whose every answer token is the likeliest one, per task."""
-    right = {task: [] for task in TASKS}
-    for start in range(0, count, 64):
-        asked = [ask("validation", i) for i in range(start, min(start + 64, count))]
-        data = batch([Picture(image, [question]) for image, question in asked], tokenizer, 1)
-        data = {k: v.to(device) for k, v in data.items()}
-        with torch.autocast(device, torch.bfloat16):
-            logits, _ = forward(model, data)
-        labels = data["labels"][:, 1:]
-        hits = ((logits[:, :-1].argmax(-1) == labels) | (labels == -100)).all(1)
-        for (_, question), hit in zip(asked, hits.tolist(), strict=True):
-            right[question.task].append(hit)
-    return {task: sum(hits) / len(hits) for task, hits in right.items()}
+from evaluate import forward, judge
+from pictures import draw
 
 
 def optimisers(model, helper, rate: float) -> list[torch.optim.Optimizer]:
@@ -112,9 +80,9 @@ def main() -> None:
             pace = (step + 1 - first) * args.pictures / (time.time() - began)
             print(f"{step + 1} answer {answer:.3f} helper {seen:.3f} {pace:.1f} pictures/s", flush=True)
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            scores = exact_match(model, tokenizer, 350, device)
-            mean = sum(scores.values()) / len(scores)
-            print(f"{step + 1} exact {mean:.3f}", {t: round(s, 2) for t, s in scores.items()}, flush=True)
+            exact = {task: hit for task, (hit, _) in judge(model, tokenizer, "validation", 350).items()}
+            mean = sum(exact.values()) / len(exact)
+            print(f"{step + 1} exact {mean:.3f}", {t: round(s, 2) for t, s in exact.items()}, flush=True)
             new = args.checkpoint.with_suffix(".new")
             torch.save({"step": step + 1, "parts": [p.state_dict() for p in parts]}, new)
             new.rename(args.checkpoint)
