@@ -52,6 +52,7 @@ class Writer:
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         path = self.folder / f"shard-{len(self.shards):05d}"
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes files private
         with safe_open(path, "pt") as file:
             for name, tensor in tensors.items():
                 if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):

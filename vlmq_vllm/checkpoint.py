@@ -95,10 +95,7 @@ def read_config(folder: Path) -> dict:
         raise CheckpointError(f"{folder} is not a folder; give the folder of a model with config.json in it")
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json; give the folder of a model in Hugging Face's layout")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again from its source") from None
+    return _read_json(path)
 
 
 def read_spec(folder: Path) -> QuantizationSpec:
@@ -113,7 +110,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those of the index, or model.safetensors alone."""
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
         paths = [folder / name for name in names]
         outside = [name for name in names if Path(name).name != name]
         if outside:
@@ -124,6 +121,16 @@ def weight_files(folder: Path) -> list[Path]:
     if missing or not paths:
         raise CheckpointError(f"{folder} lacks {missing[0] if missing else '*.safetensors'}; copy it again in full")
     return paths
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again from its source") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no JSON object; copy it again from its source")
+    return content
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:

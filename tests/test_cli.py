@@ -1,0 +1,114 @@
+"""The `vlmq` command as a user meets it: every mistake is one line, exit code 2, and nothing half-written."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import pytest
+
+from vlmq_vllm.offline import cli
+
+
+@pytest.fixture
+def vlmq(monkeypatch, capsys):
+    """Run `vlmq ARGS` in this process: (exit code, standard output, lines of standard error)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()
+
+    return run
+
+
+def test_quantize_verify_dequantize(vlmq, demo_model, tmp_path):
+    out = tmp_path / "w4"
+    code, said, _ = vlmq("quantize", demo_model, "-o", out, "--method", "rtn", "--bits", 4, "--group_size", 64)
+    assert code == 0 and f"vllm serve {out} --quantization vlmq" in said
+    code, said, _ = vlmq("verify", out)
+    assert code == 0 and "is sound" in said and "28 at 4 bits" in said
+    assert vlmq("dequantize", out, "-o", tmp_path / "w16")[0] == 0
+    assert {p.name for p in tmp_path.iterdir()} == {"w4", "w16"}
+
+
+def chat_file(folder, content):
+    path = folder / "chats.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    return path
+
+
+def fake_model(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+MISTAKES = {
+    "missing folder": (lambda m, t: [t / "none"], "is not a folder"),
+    "empty folder": (lambda m, t: [t], "has no config.json"),
+    "text-only": (lambda m, t: [fake_model(t / "m", {"model_type": "llama"})], "'llama' is a text-only model"),
+    "unknown family": (
+        lambda m, t: [fake_model(t / "m", {"model_type": "new_vl", "vision_config": {}})],
+        "'new_vl' is not supported yet; supported: qwen2_vl",
+    ),
+    "already quantised": (
+        lambda m, t: [fake_model(t / "m", {"model_type": "qwen2_vl", "quantization_config": {"quant_method": "awq"}})],
+        "already quantised (quant_method 'awq')",
+    ),
+    "bits 5": (lambda m, t: [m, "--bits", 5], "bits is 5; choose one of 2, 3, 4"),
+    "unaligned groups": (lambda m, t: [m, "--group-size", 48], "group_size is 48; with 3 bits groups begin on"),
+    "unknown method": (lambda m, t: [m, "--method", "magic"], "method is magic; choose one of rtn, gptq, vlmq"),
+    "no data": (lambda m, t: [m], "method 'vlmq' needs calibration data; give --data FILE.jsonl"),
+    "data without images": (lambda m, t: [m, "--data", chat_file(t, "hi")], "none of the 1 samples in"),
+    "output exists": (lambda m, t: [m, "-o", t], "exists already; remove it or choose another folder"),
+    "no place for output": (lambda m, t: [m, "-o", t / "a/b"], "is not a folder; create it"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(arguments, message, vlmq, demo_model, tmp_path):
+    arguments = arguments(demo_model, tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    out = [] if "-o" in arguments else ["-o", tmp_path / "out"]
+    code, said, errors = vlmq("quantize", *arguments, *out)
+    assert code == 2 and said == ""
+    assert len(errors) == 1 and errors[0].startswith("vlmq: error: ") and message in errors[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_little_disk_is_noticed_before_work(vlmq, demo_model, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    code, _, errors = vlmq("quantize", demo_model, "-o", tmp_path / "out", "--method", "rtn")
+    assert code == 2 and "has 1.0 MB free, the checkpoint needs" in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_while_writing(demo_model, tmp_path):
+    """The kernel refuses to let any file grow beyond 1 MB, which the rest of the model does."""
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    command = [sys.executable, "-B", "-m", "vlmq_vllm.offline", "quantize", demo_model, "-o", tmp_path / "out"]
+    done = subprocess.run([*command, "--method", "rtn"], preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "vlmq: error: no space left while writing" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_is_quick():
+    """`vlmq --help` must not wait for torch."""
+    code = "import sys; sys.argv = ['vlmq', '--help']\nfrom vlmq_vllm.offline import cli\ntry:\n cli.main()\n"
+    code += "except SystemExit: pass\nprint('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"

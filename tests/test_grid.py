@@ -1,0 +1,55 @@
+"""Scales and zero points: bounds that follow from the definition, and what the search gains."""
+
+import pytest
+import torch
+
+from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.gptq import round_to_nearest
+from vlmq_vllm.offline.grid import EXPONENT, find_grid
+
+FORMATS = [WeightFormat(bits, group, sym) for bits in (2, 3, 4) for group in (32, -1) for sym in (True, False)]
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_minmax_grid_reaches_every_weight(format):
+    weight = torch.randn(9, 75)
+    rounded = round_to_nearest(weight, format, torch.float32, search=False)
+    scale = rounded.scale[:, format.group_of(75)]
+    # half a step; a symmetric grid ends one step earlier above than below, so its largest weight is off by half more
+    bound = scale * (1.0 if format.symmetric else 0.5) + 1e-6
+    error = (rounded.dequantize() - weight).abs()
+    # rounding the zero point to an integer can push an asymmetric grid's ends off by half a step more
+    assert (error <= (bound if format.symmetric else 2 * bound)).all()
+    assert rounded.codes.max() < format.levels
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_search_never_loses_in_its_own_measure(format):
+    weight = torch.randn(9, 75) ** 3
+    errors = [
+        (round_to_nearest(weight, format, torch.bfloat16, search).dequantize() - weight).abs().pow(EXPONENT).sum()
+        for search in (True, False)
+    ]
+    assert errors[0] < errors[1]
+
+
+def test_search_finds_the_grid_that_the_weights_lie_on():
+    """Codes 0..7 with scale 0.25 and one outlier row end: the exact grid has error 0 and must be chosen."""
+    format = WeightFormat(3, -1, False)
+    weight = 0.25 * (torch.arange(8.0).repeat(4, 4) - 3)
+    rounded = round_to_nearest(weight, format, torch.bfloat16, search=True)
+    assert torch.equal(rounded.dequantize(), weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_scales_are_what_will_be_stored(dtype):
+    scale, zero = find_grid(torch.randn(4, 64), WeightFormat(3, 32, False), dtype, search=True)
+    assert scale.dtype == dtype and zero.dtype == torch.uint8
+    assert scale.shape == zero.shape == (4, 2)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-42])
+def test_groups_without_range_are_exact_zeros(value):
+    rounded = round_to_nearest(torch.full((3, 64), value), WeightFormat(2, 32, False), torch.float16, search=True)
+    assert (rounded.scale > 0).all()
+    assert torch.equal(rounded.dequantize(), torch.zeros(3, 64))

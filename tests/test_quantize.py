@@ -1,0 +1,150 @@
+"""The whole offline pipeline on the trained demo model: what is written, how good it is, that it is repeatable."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vlmq_vllm.checkpoint import read_headers, read_modules
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline import stream
+from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.quantize import quantize
+from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.verify import verify
+
+
+def tensors(folder):
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def test_decoder_linears_are_packed_and_everything_else_is_untouched(quantized, demo_model):
+    modules = read_modules(quantized)
+    assert len(modules) == 4 * 7
+    assert all(name.startswith("model.layers.") for name in modules)
+    before, after = tensors(demo_model), tensors(quantized)
+    kept = {name for name in before if name.removesuffix(".weight") not in modules}
+    assert kept == {n for n in after if n.rpartition(".")[0] not in modules or n.endswith(".bias")}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_files_that_a_server_needs_are_there(quantized, demo_model):
+    names = {path.name for path in quantized.iterdir()}
+    assert {path.name for path in demo_model.iterdir() if path.suffix != ".safetensors"} <= names
+    config = json.loads((quantized / "config.json").read_text())
+    assert config["quantization_config"].items() >= {"quant_method": "vlmq", "bits": 3, "group_size": 64}.items()
+    assert config["quantization_config"]["tool"]["settings"]["method"] == "vlmq"
+    index = json.loads((quantized / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == read_headers(quantized).keys()
+
+
+def test_report_tells_which_tokens_were_weighted(quantized):
+    """Layer 0 has no error to learn from; behind it the attention's four linears are weighted, the MLP's never."""
+    rows = json.loads((quantized / "vlmq_report.json").read_text())["modules"]
+    weighted = {row["module"] for row in rows if row["weighted"]}
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
+    assert weighted == {f"model.layers.{i}.self_attn.{part}" for i in (1, 2, 3) for part in parts}
+    assert all(row["damp"] == 0.01 and row["loss"] > 0 for row in rows)
+
+
+def test_same_settings_give_the_same_bytes(quantized, demo_model, calibration, tmp_path):
+    quantize(str(demo_model), tmp_path / "again", calibration, Settings(bits=3, group_size=64))
+    sums = [
+        [line for line in (folder / "SHA256SUMS").read_text().splitlines() if "vlmq_report" not in line]
+        for folder in (quantized, tmp_path / "again")
+    ]
+    assert sums[0] == sums[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(bits=2, group_size=32, method="gptq", symmetric=True),
+        Settings(bits=4, group_size=-1, method="vlmq", saliency_power=1, act_order="none"),
+        Settings(bits=3, group_size=96, method="rtn", grid="minmax"),  # 256 = 2 * 96 + 64: a partial last group
+    ],
+    ids=lambda s: f"{s.method}-w{s.bits}-g{s.group_size}",
+)
+def test_other_settings_give_sound_checkpoints(settings, demo_model, calibration, tmp_path):
+    data = None if settings.method == "rtn" else calibration
+    quantize(str(demo_model), tmp_path / "out", data, settings)
+    assert all(module.format == settings.format for module in verify(tmp_path / "out").modules.values())
+
+
+def test_calibration_beats_rounding_on_held_out_questions(demo_model, calibration, tmp_path):
+    """At 2 bits, where damage is plain: likelihood of right answers, not the loss that the solver minimised."""
+    from evaluate import judge, load
+
+    losses = {}
+    for method in ("rtn", "gptq", "vlmq"):
+        quantize(str(demo_model), tmp_path / method, calibration, Settings(bits=2, group_size=32, method=method))
+        dequantize(tmp_path / method, tmp_path / f"{method}-16")
+        scores = judge(*load(str(tmp_path / f"{method}-16")), "evaluation", 140)
+        losses[method] = sum(loss for _, loss in scores.values())
+    assert losses["gptq"] < losses["rtn"]
+    assert losses["vlmq"] < losses["rtn"]
+
+
+def test_dequantized_twin_has_the_sources_names_and_nearby_weights(quantized, demo_model, tmp_path):
+    dequantize(quantized, tmp_path / "twin")
+    before, after = tensors(demo_model), tensors(tmp_path / "twin")
+    assert {n: (t.shape, t.dtype) for n, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
+    name = "model.layers.2.mlp.down_proj.weight"
+    relative = (after[name] - before[name]).float().norm() / before[name].float().norm()
+    assert 0.02 < relative < 0.4  # 3 bits: a step of about a third of a deviation
+    assert "quantization_config" not in json.loads((tmp_path / "twin/config.json").read_text())
+
+
+def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_model, calibration, tmp_path, monkeypatch):
+    """Positions shifted by one for the replay alone, as a quantiser that rebuilds them by hand might have them."""
+    catch = stream._catch
+
+    def shifted(*args):
+        caught = catch(*args)
+        caught.kwargs["position_embeddings"] = tuple(t.roll(1, dims=1) for t in caught.kwargs["position_embeddings"])
+        return caught
+
+    monkeypatch.setattr(stream, "_catch", shifted)
+    with pytest.raises(QuantizeError, match=r"replaying model.language_model.layers.0 differs"):
+        quantize(str(demo_model), tmp_path / "out", calibration, Settings())
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_are_in_memory_only_while_they_are_needed(demo_model):
+    source = Source(demo_model)
+    name = "model.language_model.layers.1"
+    layer = source.materialise(name, torch.device("cpu"), torch.float32)
+    assert not layer.mlp.up_proj.weight.is_meta and not layer.mlp.up_proj.weight.requires_grad
+    source.release(name)
+    assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_a_killed_run_leaves_nothing_that_looks_finished(demo_model, calibration, tmp_path, monkeypatch):
+    """KeyboardInterrupt in the middle: no output, no remains."""
+    from vlmq_vllm.offline import writer
+
+    written = writer.Writer.add
+
+    def add(self, tensors):
+        written(self, tensors)
+        if len(self.shards) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.Writer, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(str(demo_model), tmp_path / "out", None, Settings(method="rtn"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_weights_of_the_source_are_named_before_work(demo_model, tmp_path):
+    from safetensors.torch import save_file
+
+    shutil.copytree(demo_model, tmp_path / "model")
+    weights = load_file(demo_model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no tensor for model.language_model.layers.1.mlp.up_proj.weight"):
+        Source(tmp_path / "model")
