@@ -70,6 +70,9 @@ class Source:
                 )
             frozen = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
             module.get_submodule(owner).register_parameter(leaf, frozen)
+        for inner, buffer in list(module.named_buffers()):
+            owner, _, leaf = inner.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
         return module
 
     def release(self, name: str) -> None:

@@ -89,7 +89,7 @@ def sha256(path: Path) -> str:
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """As bytes, so that NaNs compare."""
-    return tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _is_about_space(error: Exception) -> bool:

@@ -84,6 +84,23 @@ def test_mistakes(arguments, message, vlmq, demo_model, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_hub_names(vlmq, demo_model, tmp_path, monkeypatch):
+    """Without a network: a name that is in the hub's local cache works, another ends in one line."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    commit = "0" * 40
+    (tmp_path / "models--vlmq--demo/refs").mkdir(parents=True)
+    (tmp_path / "models--vlmq--demo/refs/main").write_text(commit)
+    shutil.copytree(demo_model, tmp_path / "models--vlmq--demo/snapshots" / commit)
+    options = ("--method", "rtn", "--group-size", 64)
+    assert vlmq("quantize", "vlmq/demo", "-o", tmp_path / "out", *options)[0] == 0
+    code, _, errors = vlmq("quantize", "vlmq/other", "-o", tmp_path / "other", *options)
+    assert code == 2 and len(errors) == 1
+    assert "vlmq/other is neither a folder here nor to be had from the hub" in errors[0]
+
+
 def test_too_little_disk_is_noticed_before_work(vlmq, demo_model, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 10**6, 10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

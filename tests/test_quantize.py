@@ -74,10 +74,12 @@ def test_other_settings_give_sound_checkpoints(settings, demo_model, calibration
     assert all(module.format == settings.format for module in verify(tmp_path / "out").modules.values())
 
 
-def test_calibration_beats_rounding_on_held_out_questions(demo_model, calibration, tmp_path):
+def test_calibration_beats_rounding_on_held_out_questions(demo_model, tmp_path):
     """At 2 bits, where damage is plain: likelihood of right answers, not the loss that the solver minimised."""
+    from data import write
     from evaluate import judge, load
 
+    calibration = write(tmp_path / "calibration", "calibration", 64)
     losses = {}
     for method in ("rtn", "gptq", "vlmq"):
         quantize(str(demo_model), tmp_path / method, calibration, Settings(bits=2, group_size=32, method=method))
