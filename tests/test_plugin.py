@@ -1,0 +1,170 @@
+"""The plugin's configuration: what it reads, what it claims, what it refuses, and what registering it costs."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm_layers import W4, config_of, random_weight
+
+from vlmq_vllm import register
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
+from vlmq_vllm.config import VLMQConfig
+
+
+def write_model(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with one quantised module, and its tensors to damage."""
+    tensors = {f"fc.{part}": tensor for part, tensor in random_weight(W4, 64, 128).tensors().items()}
+    config = {"quantization_config": QuantizationSpec(W4, {}).to_dict({})}
+    return write_model(tmp_path / "model", config, tensors), config, tensors
+
+
+def test_config_reads_the_headers_and_can_be_pickled(checkpoint):
+    folder, config, _ = checkpoint
+    quantisation = VLMQConfig.from_config(config["quantization_config"])
+    quantisation.maybe_update_config(str(folder), hf_config=None, revision=None)
+    assert quantisation.modules == {"fc": ModuleInfo(W4, 64, 128)}
+    assert pickle.loads(pickle.dumps(quantisation)).modules == quantisation.modules
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2.*reads 1"),
+        ({"bits": 5}, "bits is 5"),
+        ({"group_size": 20}, "group_size is 20"),
+        ({"overrides": {"fc": {"bits": 4}}}, "fc.* lacks 'group_size'"),
+    ],
+)
+def test_config_that_cannot_be_served_is_refused(checkpoint, change, message):
+    _, config, _ = checkpoint
+    with pytest.raises(RuntimeError, match=message):
+        VLMQConfig.from_config(config["quantization_config"] | change)
+
+
+def test_damaged_checkpoint_is_refused_before_anything_is_built(checkpoint):
+    folder, config, tensors = checkpoint
+    quantisation = VLMQConfig.from_config(config["quantization_config"])
+    without = {name: tensor for name, tensor in tensors.items() if name != "fc.weight_scale"}
+    wrong = tensors | {"fc.weight_packed": tensors["fc.weight_packed"][:, :-1].contiguous()}
+    for damaged, message in ((without, "fc.weight_scale is missing"), (wrong, "fc.weight_packed has shape")):
+        write_model(folder, config, damaged)
+        with pytest.raises(RuntimeError, match=message):
+            quantisation.maybe_update_config(str(folder))
+    (folder / "model.safetensors").write_bytes(b"\0" * 64)
+    with pytest.raises(RuntimeError, match="model.safetensors is damaged"):
+        quantisation.maybe_update_config(str(folder))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="lacks"):
+        quantisation.maybe_update_config(str(folder))
+
+
+def test_model_without_quantised_tensors_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="MODEL is not quantised .*vlmq quantize"):
+        VLMQConfig().maybe_update_config("MODEL")
+    folder = write_model(tmp_path / "plain", {"quantization_config": QuantizationSpec(W4, {}).to_dict({})}, {})
+    quantisation = VLMQConfig(QuantizationSpec(W4, {}))
+    with pytest.raises(RuntimeError, match="no tensor is quantised"):
+        quantisation.maybe_update_config(str(folder))
+
+
+def test_hub_model_whose_headers_cannot_be_had_is_refused(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RuntimeError, match="headers of nobody/nothing cannot be read"):
+        VLMQConfig(QuantizationSpec(W4, {})).maybe_update_config("nobody/nothing")
+
+
+def test_override_claims_what_is_vlmq_or_asked_for_and_never_raises():
+    ask = VLMQConfig.override_quantization_method
+    assert ask({"quant_method": "vlmq"}, None) == "vlmq"
+    for foreign in ({"quant_method": "gptq"}, {}, None, [], {"quant_method": None}):
+        assert ask(foreign, None) is None
+        assert ask(foreign, "awq", hf_config=object()) is None
+        assert ask(foreign, "vlmq", hf_config=object()) == "vlmq"
+
+
+def test_model_of_another_method_is_refused_when_asked_for():
+    with pytest.raises(RuntimeError, match="the model is quantised with 'gptq'; leave out --quantization"):
+        VLMQConfig.from_config({"quant_method": "gptq", "bits": 4})
+
+
+def test_registering_twice_is_harmless():
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+
+    register()
+    register()
+    assert QUANTIZATION_METHODS.count("vlmq") == 1
+    assert get_quantization_config("vlmq") is VLMQConfig
+
+
+def test_register_costs_little_and_initialises_nothing():
+    program = (
+        "import sys, time\n"
+        "import vlmq_vllm\n"
+        "assert not {'torch', 'vllm', 'triton'} & set(sys.modules), 'importing the package loads too much'\n"
+        "import vllm.model_executor.layers.quantization\n"
+        "before, start = set(sys.modules), time.perf_counter()\n"
+        "vlmq_vllm.register()\n"
+        "took, new = time.perf_counter() - start, set(sys.modules) - before\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not [name for name in new if name.startswith(('triton', 'vlmq_vllm.kernels', 'vllm.model'))], new\n"
+        "assert took < 0.5, took\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_failing_registration_is_logged_and_stops_nothing(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.layers.quantization", None)
+    register()
+    assert "vlmq could not register" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "message"),
+    [
+        (None, "--quantization vlmq was given, but .* is not quantised"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq.* does not match"),
+        (QuantizationSpec(W4, {}).to_dict({}), "cannot be served: .* lacks"),
+    ],
+    ids=["not quantised", "gptq", "no weights"],
+)
+def test_vllm_ends_with_the_message(tmp_path, quantisation, message):
+    """Through vLLM's own configuration, as a server does it before anything is built."""
+    from vllm.config import ModelConfig, VllmConfig
+
+    register()
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 64}
+    config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config |= {"quantization_config": quantisation} if quantisation else {}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        VllmConfig(model_config=ModelConfig(str(tmp_path), quantization="vlmq", skip_tokenizer_init=True))
+
+
+def test_module_without_a_layer_is_named():
+    config = config_of({"fc": random_weight(W4, 64, 128), "projector.0": random_weight(W4, 64, 128)})
+    config.claimed.add("fc")
+    with pytest.raises(ValueError, match=r"builds no quantisable layer for projector.0 \(1 of 2"):
+        config.get_cache_scale_mapper()
+
+
+def test_modules_of_other_pipeline_stages_are_no_error():
+    config = config_of({"fc": random_weight(W4, 64, 128)})
+    config.partial = True
+    assert config.get_cache_scale_mapper() is not None

@@ -1,0 +1,27 @@
+"""What differs between the vLLM releases that are served, 0.26 to 0.32; every other file is written for the newest."""
+
+import inspect
+
+import torch
+from vllm import _custom_ops as ops
+
+# 0.26 takes an activation order between zeros and bias.
+_ORDER = (None,) if "g_idx" in inspect.signature(ops.cpu_gemm_wna16).parameters else ()
+_CODES_PER_WORD = 8
+
+
+def map_name(mapper, name: str) -> str | None:
+    """A tensor name through a WeightsMapper; 0.26 has only the private spelling."""
+    return getattr(mapper, "map_name", mapper._map_name)(name)
+
+
+def int4_gemm(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    isa: str,
+) -> torch.Tensor:
+    """vLLM's `cpu_gemm_wna16`: x [M, K] with the tensors of `cpu.widen` gives [M, N]."""
+    return ops.cpu_gemm_wna16(x, packed, scales, zeros, *_ORDER, bias, _CODES_PER_WORD, isa)

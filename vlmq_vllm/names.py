@@ -1,0 +1,84 @@
+"""Which modules of a checkpoint a vLLM layer is made of.
+
+Three name spaces meet here. A checkpoint says `model.layers.0.self_attn.q_proj`; vLLM builds that weight as part of a
+fused layer with the prefix `language_model.model.layers.0.self_attn.qkv_proj`; between them lie the mappers with which
+vLLM renames tensors. The mappers of an outer and an inner model arrive one after the other and the inner one may be
+written for names without the outer prefix, so every stage of the chain is indexed and the earliest stage wins.
+
+Mappers are plain functions of a tensor name here, so that nothing in this file needs vLLM.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+# Ends in a part name: vLLM's rules such as `lm_head.` and `.mlp.fc1.` end in a dot and never match a bare module name.
+SUFFIX = ".weight_packed"
+
+# vLLM fills its own table (packed_modules_mapping) only when the language model is built, after many vision towers.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "qkv": ("q", "k", "v"),
+    "kv_proj": ("k_proj", "v_proj"),
+}
+
+Mapper = Callable[[str], str | None]
+
+
+class ModuleTable:
+    """Index of the quantised modules of a checkpoint by every name under which vLLM may ask for them."""
+
+    def __init__(self, modules: Iterable[str], mappers: Sequence[Mapper] = ()) -> None:
+        """Raises ValueError when one stage of the mapper chain gives two modules the same name."""
+        names = {module: module for module in modules}
+        self._index = dict(names)
+        for mapper in mappers:
+            names = {module: _rename(name, mapper) for module, name in names.items()}
+            for name, module in _inverse(names).items():
+                self._index.setdefault(name, module)
+
+    def shards(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> tuple[str | None, ...]:
+        """Checkpoint modules of the layer `prefix`, in vLLM's order; None stands for a shard that is not quantised.
+
+        One entry for a layer that is one tensor on disk, fused or not; no entries when nothing of it is quantised.
+        `packed` is vLLM's packed_modules_mapping.
+        """
+        if prefix in self._index:
+            return (self._index[prefix],)
+        for parts in self._parts(prefix, packed):
+            found = tuple(self._index.get(part) for part in parts)
+            if any(found):
+                return found
+        return self._head(prefix)
+
+    def below(self, prefix: str) -> list[str]:
+        """Checkpoint modules whose name begins with `prefix` and a dot at some stage."""
+        return sorted({module for name, module in self._index.items() if name.startswith(prefix + ".")})
+
+    def _parts(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+        parent, dot, leaf = prefix.rpartition(".")
+        for table in (packed, FUSED):
+            yield [f"{parent}{dot}{part}" for part in table.get(leaf, ())]
+
+    def _head(self, prefix: str) -> tuple[str, ...]:
+        """Some models ask for `lm_head`, others for `language_model.lm_head`: take the only one there is."""
+        if prefix.rpartition(".")[2] != "lm_head":
+            return ()
+        heads = {module for name, module in self._index.items() if name.rpartition(".")[2] == "lm_head"}
+        return tuple(heads) if len(heads) == 1 else ()
+
+
+def _rename(name: str, mapper: Mapper) -> str:
+    """The module's next name. A rule that drops a tensor says nothing about the module's name: it stays."""
+    mapped = mapper(name + SUFFIX)
+    return mapped.removesuffix(SUFFIX) if mapped and mapped.endswith(SUFFIX) else name
+
+
+def _inverse(names: dict[str, str]) -> dict[str, str]:
+    inverse: dict[str, str] = {}
+    for module, name in names.items():
+        if inverse.setdefault(name, module) != module:
+            raise ValueError(
+                f"vLLM renames {inverse[name]} and {module} both to {name}; one checkpoint cannot hold both, "
+                "remove one of them"
+            )
+    return inverse

@@ -1,0 +1,182 @@
+"""What one rank holds of a layer: its segments, one for every checkpoint tensor that the layer is made of.
+
+A segment says which rows and columns of the tensor on disk belong to this rank, and cuts them out of the tensors as
+they arrive. Segments of a fused layer may differ in width, grouping and grid; one that the checkpoint keeps at 16 bits
+has no format and a dense `weight`. On disk a weight is [O, I] as `format.py` describes it; here it is
+
+    rows     ranges of O in the order of the layer's outputs, then `padding` rows that evaluate to zero
+    columns  one range of I, which must begin and end on a group (the last group of a row may be shorter)
+
+What becomes of the pieces after loading is left to `launch.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.checkpoint import ModuleInfo
+from vlmq_vllm.format import WORD, WeightFormat, pack, unpack
+
+DENSE = "weight"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The part of checkpoint module `name` (a weight `disk` = [O, I]) that one rank holds; see above."""
+
+    name: str
+    format: WeightFormat | None
+    disk: tuple[int, int]
+    rows: tuple[tuple[int, int], ...]
+    columns: tuple[int, int]
+    padding: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns on this rank."""
+        return sum(stop - start for start, stop in self.rows) + self.padding, self.columns[1] - self.columns[0]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape on this rank of every tensor of the segment, by part name."""
+        return self._shapes(*self.shape)
+
+    def cut(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's piece of a tensor from the checkpoint. Raises ValueError when it is not the tensor expected."""
+        self._check(part, tensor)
+        if part == "weight_shape":
+            return tensor
+        if part == "weight_zero_point":
+            return self._cut_zeros(tensor)
+        return self._cut_rows(tensor)[:, slice(*self._columns_of(part))]
+
+    def _shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        return {DENSE: (rows, columns)} if self.format is None else self.format.shapes(rows, columns)
+
+    def _check(self, part: str, tensor: torch.Tensor) -> None:
+        expected = self._shapes(*self.disk).get(part)
+        where = f"{self.name}.{part}"
+        if expected is None:
+            raise ValueError(f"{where} was found, but {self.name} has no such tensor by config.json; export it again")
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"{where} has shape {list(tensor.shape)}, expected {list(expected)}; the checkpoint is damaged or "
+                "was changed after the server read its headers, copy it again"
+            )
+        floating = part in (DENSE, "weight_scale")
+        if tensor.is_floating_point() != floating:
+            kind = "a floating type" if floating else "integers"
+            raise ValueError(f"{where} is {tensor.dtype}, expected {kind}; export the checkpoint again")
+        if part == "weight_shape" and tuple(tensor.tolist()) != self.disk:
+            raise ValueError(f"{where} says {tensor.tolist()}, expected {list(self.disk)}; copy the checkpoint again")
+
+    def _cut_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.rows == ((0, tensor.shape[0]),) and not self.padding:
+            return tensor
+        pieces = [tensor[start:stop] for start, stop in self.rows]
+        return torch.cat([*pieces, tensor.new_zeros(self.padding, tensor.shape[1])])
+
+    def _cut_zeros(self, packed: torch.Tensor) -> torch.Tensor:
+        """Zero points are packed along the rows, whose ranges need not fall on words: unpack, cut and pack."""
+        zeros = unpack(packed.T, self.format.bits, self.disk[0]).T
+        zeros = self._cut_rows(zeros)[:, slice(*self._columns_of("weight_zero_point"))]
+        return pack(zeros.T, self.format.bits).T
+
+    def _columns_of(self, part: str) -> tuple[int, int]:
+        """The range of columns in units of a part's second dimension: weights, words or groups."""
+        start, stop = self.columns
+        if part == DENSE:
+            return start, stop
+        if part == "weight_packed":
+            return start * self.format.bits // WORD, -(-stop * self.format.bits // WORD)
+        if self.format.group_size == -1:
+            return 0, 1
+        return start // self.format.group_size, -(-stop // self.format.group_size)
+
+
+def plan(layer, shards: Sequence[tuple[str, ModuleInfo | None]], columns: int, outputs: Sequence[int]) -> list[Segment]:
+    """Segments of a vLLM layer on its rank.
+
+    `shards` are the checkpoint modules with what the headers say (None: kept at 16 bits), `columns` and `outputs` the
+    layer's input size and output sizes on this rank. Raises ValueError, naming layer and module, for anything that
+    does not fit.
+    """
+    pieces = _row_pieces(layer, outputs)
+    if len(shards) == 1:
+        pieces = [_joined(pieces)]
+    if len(shards) != len(pieces):
+        raise ValueError(
+            f"{layer.prefix}: vLLM builds it of {len(pieces)} parts, the checkpoint has {len(shards)} "
+            f"({', '.join(name for name, _ in shards)}); vlmq serves one tensor for each part or one for all, "
+            "quantise without this layer"
+        )
+    span = _column_span(layer, columns)
+    segments = []
+    for (name, info), (rows, total) in zip(shards, pieces, strict=True):
+        expected = (total, layer.input_size)
+        if info is not None and (info.rows, info.columns) != expected:
+            raise ValueError(
+                f"{layer.prefix}: {name} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
+                f"{expected[0]} x {expected[1]}; the checkpoint does not belong to this config.json, or vLLM changes "
+                "this layer's size, then quantise without it"
+            )
+        padding = sum(outputs) - sum(stop - start for start, stop in rows) if _is_vocabulary(layer) else 0
+        segment = Segment(name, None if info is None else info.format, expected, rows, span, padding)
+        _check_cut(layer, segment, columns)
+        segments.append(segment)
+    return segments
+
+
+Rows = tuple[tuple[int, int], ...]
+
+
+def _is_vocabulary(layer) -> bool:
+    return hasattr(layer, "org_vocab_size")
+
+
+def _row_pieces(layer, outputs: Sequence[int]) -> list[tuple[Rows, int]]:
+    """For every part of the layer the rows of this rank and the number of rows that all ranks have together."""
+    if _is_vocabulary(layer):
+        indices = layer.shard_indices
+        return [(((indices.org_vocab_start_index, indices.org_vocab_end_index),), layer.org_vocab_size)]
+    ranks = layer.output_size // sum(outputs)
+    pieces = []
+    for i, size in enumerate(outputs):
+        # A rank that shares its key and value heads with others holds the same rows as they do.
+        sharing = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1
+        start = layer.tp_rank // sharing * size if ranks > 1 else 0
+        pieces.append((((start, start + size),), size * ranks // sharing))
+    return pieces
+
+
+def _joined(pieces: list[tuple[Rows, int]]) -> tuple[Rows, int]:
+    """The pieces of a layer whose parts lie below each other in one tensor on disk."""
+    rows, total = [], 0
+    for ranges, size in pieces:
+        rows += [(total + start, total + stop) for start, stop in ranges]
+        total += size
+    if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
+        rows = [(rows[0][0], rows[-1][1])]
+    return tuple(rows), total
+
+
+def _column_span(layer, columns: int) -> tuple[int, int]:
+    start = layer.tp_rank * columns if layer.input_size > columns else 0
+    return start, start + columns
+
+
+def _check_cut(layer, segment: Segment, columns: int) -> None:
+    if segment.format is None or _falls_on_groups(segment.format, layer.input_size, columns):
+        return
+    sizes = [n for n in range(1, 65) if layer.input_size % n == 0]
+    fitting = [n for n in sizes if _falls_on_groups(segment.format, layer.input_size, layer.input_size // n)]
+    raise ValueError(
+        f"{layer.prefix}: {layer.input_size} inputs in groups of {segment.format.group_size} at {segment.format.bits} "
+        f"bits cannot be cut into {layer.input_size // columns} parts of {columns}; "
+        f"serve with --tensor-parallel-size {' or '.join(map(str, fitting))}, or quantise with smaller groups"
+    )
+
+
+def _falls_on_groups(format: WeightFormat, total: int, columns: int) -> bool:
+    step = columns if format.group_size == -1 else format.group_size
+    return columns == total or (columns % step == 0 and columns * format.bits % WORD == 0)
