@@ -139,7 +139,7 @@ def test_failing_registration_is_logged_and_stops_nothing(monkeypatch, caplog):
     ("quantisation", "message"),
     [
         (None, "--quantization vlmq was given, but .* is not quantised"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq.* does not match"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "the model is quantised with .gptq.; leave out"),
         (QuantizationSpec(W4, {}).to_dict({}), "cannot be served: .* lacks"),
     ],
     ids=["not quantised", "gptq", "no weights"],
@@ -153,7 +153,7 @@ def test_vllm_ends_with_the_message(tmp_path, quantisation, message):
     config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     config |= {"quantization_config": quantisation} if quantisation else {}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises((RuntimeError, ValueError), match=message):
+    with pytest.raises(RuntimeError, match=message):
         VllmConfig(model_config=ModelConfig(str(tmp_path), quantization="vlmq", skip_tokenizer_init=True))
 
 
