@@ -1,6 +1,7 @@
 """What a run says while it works: a bar on a terminal, plain lines everywhere else. Standard error only."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -35,8 +36,9 @@ class Progress:
         """One finished layer; a linear that could not be solved is named, whatever the console."""
         losses = [row.loss for row in rows if row.loss is not None]
         summed = f", loss {sum(losses):.3g}" if losses else ""
-        weighted = sum(row.weighted for row in rows)
-        self.console.print(f"layer {index}: {len(rows)} linears{summed}, {weighted} weighted", highlight=False)
+        tokens = Counter(row.tokens for row in rows if row.tokens != "equal")
+        noted = "".join(f", {count} with {what}" for what, count in tokens.items())
+        self.console.print(f"layer {index}: {len(rows)} linears{summed}{noted}", highlight=False)
         for row in rows:
             if row.loss is not None and row.damp is None:
                 log.warning("%s was rounded to nearest: its second moments stayed singular under damping", row.module)

@@ -31,14 +31,17 @@ BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 @dataclass(frozen=True)
 class Row:
-    """A linear in the report: `loss`, `damp` and `dead` as in gptq.Solution (None and 0 for method "rtn");
-    `weighted`: whether its tokens were weighted by saliency."""
+    """A linear in the report: `loss`, `damp` and `dead` as in gptq.Solution (None and 0 for method "rtn").
+
+    tokens: "saliency" where tokens were weighted, "no signal" where they should have been but all gradients are zero
+    or some not finite (as in the first layer, where both streams are equal), "equal" elsewhere.
+    """
 
     module: str
     loss: float | None
     damp: float | None
     dead: int
-    weighted: bool
+    tokens: str
 
 
 def quantize(
@@ -107,11 +110,16 @@ class _Walk:
                 module = self.source.file_name[f"{name}.{linear}.weight"].removesuffix(".weight")
                 solution = self._solve(layer.get_submodule(linear), module, moments.get(linear))
                 tensors |= {f"{module}.{part}": tensor for part, tensor in solution.weight.tensors().items()}
-                rows.append(Row(module, solution.loss, solution.damp, solution.dead, linear in weights))
+                rows.append(Row(module, solution.loss, solution.damp, solution.dead, self._tokens(linear, weights)))
         for stream in self.streams:
             stream.hidden = run(layer, stream)
         self.source.release(name)
         return tensors, rows
+
+    def _tokens(self, linear: str, weights: dict) -> str:
+        if linear in weights:
+            return "saliency"
+        return "no signal" if self.full and linear in self.source.family.weighted else "equal"
 
     def _weigh(self, layer: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
         """Token weights [T] per sample for each weighted linear with a signal; F moves behind the layer."""

@@ -44,9 +44,13 @@ def test_files_that_a_server_needs_are_there(quantized, demo_model):
 def test_report_tells_which_tokens_were_weighted(quantized):
     """Layer 0 has no error to learn from; behind it the attention's four linears are weighted, the MLP's never."""
     rows = json.loads((quantized / "vlmq_report.json").read_text())["modules"]
-    weighted = {row["module"] for row in rows if row["weighted"]}
-    parts = ("q_proj", "k_proj", "v_proj", "o_proj")
-    assert weighted == {f"model.layers.{i}.self_attn.{part}" for i in (1, 2, 3) for part in parts}
+    expected = {}
+    for i in range(4):
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            expected[f"model.layers.{i}.self_attn.{part}"] = "saliency" if i else "no signal"
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            expected[f"model.layers.{i}.mlp.{part}"] = "equal"
+    assert {row["module"]: row["tokens"] for row in rows} == expected
     assert all(row["damp"] == 0.01 and row["loss"] > 0 for row in rows)
 
 

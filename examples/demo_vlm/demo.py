@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from data import write
 from evaluate import judge, load
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=700, help="questions for the accuracy of all three models")
     args = parser.parse_args()
     began = time.monotonic()
+    transformers_logging.disable_progress_bar()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     name = f"W{args.bits}"

@@ -32,10 +32,14 @@ def test_answers_are_those_of_the_same_weights_in_transformers(client, quantized
     assert sum(q.answer == answer for (_, q), answer in zip(asked, served, strict=True)) >= 20
 
 
-def test_a_question_without_a_picture(client):
-    """The language model alone answers with one of its words, here a colour out of thin air."""
-    reply = client.chat.completions.create(
-        model="demo", messages=[{"role": "user", "content": "What colour is the star?"}], temperature=0, max_tokens=8
-    )
+def test_a_question_without_a_picture(client, quantized):
+    """The chat template leaves no place for a picture, and the request is served to its end."""
+    from transformers import AutoTokenizer
+
+    chat = [{"role": "user", "content": "What colour is the star?"}]
+    reply = client.chat.completions.create(model="demo", messages=chat, temperature=0, max_tokens=8)
+    tokenizer = AutoTokenizer.from_pretrained(quantized)
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|im_start|>user\nWhat colour is the star?<|im_end|>\n<|im_start|>assistant\n"
+    assert reply.usage.prompt_tokens == len(tokenizer.encode(prompt))
     assert reply.choices[0].finish_reason == "stop"
-    assert reply.choices[0].message.content.isalpha()
