@@ -1,5 +1,6 @@
 """The `vlmq` command. Heavy modules are imported by the command that needs them, so that `--help` is quick."""
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +25,7 @@ def quantize(
     out: Out,
     data: Data = None,
     bits: Annotated[int, typer.Option(help="2, 3 or 4.")] = 3,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale: a multiple of 32, or -1.")] = 128,
+    group_size: Annotated[int, typer.Option(help="Columns that share a scale, usually 32, 64 or 128; -1: all.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="Without zero points, or with one per group.")] = False,
     method: Annotated[str, typer.Option(help="vlmq, gptq or rtn.")] = "vlmq",
     samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
@@ -84,15 +85,16 @@ def dequantize(folder: Annotated[Path, typer.Argument(help="Folder of a quantise
     from vlmq_vllm.offline.dequantize import dequantize as write
 
     write(folder, out)
-    typer.echo(f"{out}: the same model in 16 bits")
+    typer.echo(f"{out}: the same model, no longer packed")
 
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 2."""
     from vlmq_vllm.errors import CheckpointError, QuantizeError
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-written output goes
     try:
         app()
-    except (QuantizeError, CheckpointError) as error:
-        print(f"vlmq: error: {error}", file=sys.stderr)
+    except (QuantizeError, CheckpointError, OSError) as error:
+        print(f"vlmq: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

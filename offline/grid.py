@@ -33,7 +33,7 @@ def to_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int
 
 def _grid_of_rows(weight, format, dtype, search):
     groups = format.groups(weight.shape[1])
-    width = weight.shape[1] if format.group_size == -1 else format.group_size
+    width = weight.shape[1] if format.group_size == -1 else min(format.group_size, weight.shape[1])
     # the zeros that fill up the last group lie on every grid: they change neither range nor error
     grouped = torch.nn.functional.pad(weight, (0, groups * width - weight.shape[1])).unflatten(1, (groups, width))
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
@@ -55,8 +55,8 @@ def _grid_of_range(low, high, format, dtype):
     top = format.levels - 1
     span = 2 * torch.maximum(-low, high) if format.symmetric else high - low
     scale = (span / top).to(dtype).float()
-    usable = scale >= torch.finfo(dtype).tiny  # an all-zero group, or one too small for its dtype
-    scale = torch.where(usable, scale, torch.ones_like(scale))
+    # a group too small for its dtype gets the smallest step there is, an all-zero one any step
+    scale = scale.clamp_min(torch.finfo(dtype).smallest_normal)
     if format.symmetric:
         return scale, torch.full_like(scale, format.middle)
     return scale, (-low / scale).round().clamp(0, top)

@@ -40,13 +40,14 @@ FAMILIES = {
 
 def family_of(config: dict) -> Family:
     """The row of a model's config.json. Raises QuantizeError for quantised, text-only and unknown models."""
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise QuantizeError(f"the model is already quantised (quant_method {method!r}); start from its 16-bit original")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if found := part.get("quantization_config"):
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise QuantizeError(f"the model is already quantised (quant_method {method!r}); start from its original")
     model_type = config.get("model_type")
     if model_type not in FAMILIES and not any("vision" in key for key in config):
         raise QuantizeError(
-            f"model type {model_type!r} is a text-only model (config.json has no vision part); "
+            f"model type {model_type!r} is a text-only model (no key of config.json speaks of vision); "
             "vlmq quantises vision-language models, use a text quantiser such as llm-compressor"
         )
     if model_type not in FAMILIES:

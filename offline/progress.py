@@ -30,15 +30,20 @@ class Progress:
 
     def samples(self, used: int, wanted: int, tokens: int) -> None:
         note = "" if used == wanted else f" (asked for {wanted}: the file has no more that fit)"
-        self.console.print(f"calibrating with {used} samples, {tokens} tokens{note}", highlight=False)
+        self._say(f"calibrating with {used} samples, {tokens} tokens{note}")
 
-    def layer(self, index: int, rows: "list[Row]") -> None:
-        """One finished layer; a linear that could not be solved is named, whatever the console."""
+    def layer(self, index: int, rows: "list[Row]", damp: float) -> None:
+        """One finished layer; linears that needed more than `damp` or were not solved are named on every console."""
         losses = [row.loss for row in rows if row.loss is not None]
         summed = f", loss {sum(losses):.3g}" if losses else ""
         tokens = Counter(row.tokens for row in rows if row.tokens != "equal")
         noted = "".join(f", {count} with {what}" for what, count in tokens.items())
-        self.console.print(f"layer {index}: {len(rows)} linears{summed}{noted}", highlight=False)
+        self._say(f"layer {index}: {len(rows)} linears{summed}{noted}")
         for row in rows:
+            if row.damp is not None and row.damp > damp:
+                log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
             if row.loss is not None and row.damp is None:
                 log.warning("%s was rounded to nearest: its second moments stayed singular under damping", row.module)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True)

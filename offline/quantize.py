@@ -19,11 +19,11 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.gptq import Moments, Solution, round_to_nearest, solve
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.saliency import gradient_norms, token_weights
-from vlmq_vllm.offline.samples import model_inputs, read_chats
+from vlmq_vllm.offline.samples import load_processor, model_inputs, read_chats
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import Stream, capture, check_replay, run, visit_inputs
-from vlmq_vllm.offline.writer import Writer
+from vlmq_vllm.offline.writer import Writer, check_destination
 
 SHARD = 4 << 30  # bytes of unquantised tensors per file
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -53,16 +53,19 @@ def quantize(
     CheckpointError, with nothing left behind.
     """
     began, progress = monotonic(), progress or Progress()
+    check_destination(out)
+    place = _device(device)
+    chats = _chats(data, settings)
     source = Source(find(model))
     with Writer(out, _expected_bytes(source, settings)) as writer:
-        walk = _Walk(source, settings, torch.device(device))
-        if settings.method != "rtn":
-            walk.begin(data, progress)
+        walk = _Walk(source, settings, place)
+        if chats:
+            walk.begin(chats, progress)
         rows: list[Row] = []
         for i in progress.track(range(len(source.layers())), "quantising"):
             tensors, found = walk.layer(i)
             writer.add(tensors)
-            progress.layer(i, found)
+            progress.layer(i, found, settings.damp)
             rows += found
         for tensors in _untouched(source, {row.module for row in rows}):
             writer.add(tensors)
@@ -73,6 +76,25 @@ def quantize(
     return rows
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise QuantizeError(
+            f"device {name!r} cannot be used ({reason}); choose cpu, or cuda where there is a GPU"
+        ) from None
+
+
+def _chats(data: Path | None, settings: Settings) -> list[dict]:
+    """The calibration chats in the order that the seed decides; none for method "rtn"."""
+    if settings.method == "rtn":
+        return []
+    if data is None:
+        raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
+    return read_chats(data, settings.seed)
+
+
 class _Walk:
     """The two streams on their way through the decoder; both are empty for method "rtn"."""
 
@@ -81,17 +103,12 @@ class _Walk:
         self.streams: list[Stream] = []  # U, and the arguments that U and F share
         self.full: list[torch.Tensor] = []  # F
 
-    def begin(self, data: Path | None, progress: Progress) -> None:
-        """Read the calibration data and put both streams in front of the first layer."""
-        from transformers import AutoProcessor
-
-        if data is None:
-            raise QuantizeError(f"method {self.settings.method!r} needs calibration data; give --data FILE.jsonl")
-        chats = read_chats(data, self.settings.seed)
-        processor = AutoProcessor.from_pretrained(self.source.folder)
+    def begin(self, chats: list[dict], progress: Progress) -> None:
+        """Prepare the calibration samples and put both streams in front of the first layer."""
+        processor = load_processor(self.source.folder)
         inputs = list(model_inputs(chats, processor, self.settings.samples, self.settings.max_tokens))
         progress.samples(len(inputs), self.settings.samples, sum(sample["input_ids"].shape[1] for sample in inputs))
-        check_replay(self.source, inputs[0], self.device)
+        check_replay(self.source, next(sample for sample in inputs if "pixel_values" in sample), self.device)
         self.streams = capture(self.source, inputs, self.device)
         if self.settings.method == "vlmq":
             self.full = [stream.hidden for stream in self.streams]

@@ -15,6 +15,8 @@ from vlmq_vllm.checkpoint import TensorInfo, read_config, read_headers
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.offline.models import Family, family_of
 
+DTYPES = ("F16", "BF16", "F32")
+
 
 def find(model: str) -> Path:
     """Folder of a local model or of a hub name's snapshot (downloaded if need be). Raises QuantizeError."""
@@ -24,11 +26,15 @@ def find(model: str) -> Path:
     if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise QuantizeError(f"{model} is not a folder; give a model's folder or a hub name such as Qwen/Qwen2-VL-2B")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None
 
@@ -60,14 +66,12 @@ class Source:
     def materialise(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
         """Load the weights of module `name` (in-memory name) as frozen parameters of `dtype`."""
         module = self.model.get_submodule(name)
-        for inner, parameter in list(module.named_parameters()):
+        for inner, _ in list(module.named_parameters()):
             owner, _, leaf = inner.rpartition(".")
-            value = self.read(self.file_name[f"{name}.{inner}"])
-            if value.shape != parameter.shape:
-                raise QuantizeError(
-                    f"{self.file_name[f'{name}.{inner}']} has shape {list(value.shape)}, config.json makes it "
-                    f"{list(parameter.shape)}; the model's files do not belong together"
-                )
+            file_name = self.file_name[f"{name}.{inner}"]
+            value = self.read(file_name)
+            if not torch.isfinite(value).all():
+                raise QuantizeError(f"{file_name} holds NaN or infinity; a model with such weights cannot be quantised")
             frozen = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
             module.get_submodule(owner).register_parameter(leaf, frozen)
         for inner, buffer in list(module.named_buffers()):
@@ -84,18 +88,43 @@ class Source:
             module.get_submodule(owner).register_parameter(leaf, empty)
 
     def _check_complete(self) -> None:
-        needed = [self.family.layers, *self.family.front]
-        for name in (n for n, _ in self.model.named_parameters() if n.startswith(tuple(needed))):
+        """Every parameter must be in the files, in its shape and 16 or 32 bits wide; tied ones need be there once."""
+        there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name in self.file_name}
+        tied = _tied(self.model)
+        for name, parameter in self.model.named_parameters():
             if name not in self.file_name:
+                if id(parameter) in there or name in tied:
+                    continue
                 raise CheckpointError(f"{self.folder} has no tensor for {name}; copy the model again from its source")
+            info = self.headers[self.file_name[name]]
+            if info.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{self.file_name[name]} has shape {list(info.shape)}, config.json makes it "
+                    f"{list(parameter.shape)}; the model's files do not belong together"
+                )
+            if info.dtype not in DTYPES:
+                raise QuantizeError(f"{self.file_name[name]} is {info.dtype}; start from a model in {'/'.join(DTYPES)}")
+
+
+def _tied(model: torch.nn.Module) -> set[str]:
+    """Parameters that share another's tensor by config.json, such as lm_head and the input embeddings."""
+    config = model.config
+    tied = getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", 0)
+    return {"lm_head.weight"} if tied else set()
 
 
 def _skeleton(folder: Path) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever a damaged config.json makes of transformers
+        reason = str(error).partition("\n")[0]
+        raise QuantizeError(
+            f"transformers cannot build the model that {folder}/config.json describes ({reason})"
+        ) from error
     for module in model.modules():  # rotary frequencies are computed from the config and are in no file
         lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if lost:

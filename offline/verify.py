@@ -24,6 +24,8 @@ class Verdict:
 def verify(folder: Path) -> Verdict:
     """Check hashes, schema and numbers. Raises CheckpointError that names the first file or tensor that is wrong."""
     modules = read_modules(folder)
+    if not modules:
+        raise CheckpointError(f"{folder} calls itself vlmq, but no tensor is quantised; quantise it anew")
     files = _check_sums(folder)
     headers = read_headers(folder)
     for name, info in headers.items():
@@ -41,7 +43,7 @@ def _check_sums(folder: Path) -> list[Path]:
     if not path.is_file():
         raise CheckpointError(f"{folder} has no {SUMS}; it was not written by vlmq or not copied in full")
     listed = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n"):
         digest, _, name = line.partition("  ")
         if not name or Path(name).name != name:
             raise CheckpointError(f"{path} has the line {line!r}, which names no file beside it")
@@ -51,7 +53,7 @@ def _check_sums(folder: Path) -> list[Path]:
             raise CheckpointError(f"{file} is missing; copy the checkpoint again in full")
         if sha256(file) != digest:
             raise CheckpointError(f"{file} has changed since it was written (SHA-256 differs); copy it again")
-    surplus = sorted(p.name for p in folder.glob("*.safetensors") if p not in listed)
+    surplus = sorted(p.name for p in folder.iterdir() if p.is_file() and p not in {path, *listed})
     if surplus:
         raise CheckpointError(f"{folder / surplus[0]} is not in {SUMS}; remove it or copy the checkpoint again")
     return list(listed)

@@ -1,11 +1,13 @@
 """Writing a quantised checkpoint so that nothing unfinished ever looks finished, and nothing existing is lost.
 
-Everything goes to a hidden folder beside the destination. Every shard is read back and compared bit by bit when it is
-written; SHA256SUMS is made last; then the folder is renamed. Any failure removes the hidden folder.
+Everything goes to a hidden folder `.NAME.partial-*` beside the destination. Every shard is read back and compared bit
+by bit when it is written; SHA256SUMS is made last; then the folder is renamed. Any exception removes the hidden folder;
+only a process killed outright leaves it, and the next run to the same destination removes it then.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -27,12 +29,11 @@ class Writer:
     """`with Writer(out, needed_bytes) as writer:` then `add` tensors and `finish` once."""
 
     def __init__(self, out: Path, needed: int) -> None:
+        check_destination(out)
         self.out = out
-        if out.exists():
-            raise QuantizeError(f"{out} exists already; remove it or choose another folder")
         parent = out.absolute().parent
-        if not parent.is_dir():
-            raise QuantizeError(f"{parent} is not a folder; create it or choose another place for the output")
+        for stale in parent.glob(f".{out.name}.partial-*"):
+            shutil.rmtree(stale, ignore_errors=True)
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise QuantizeError(f"{parent} has {_size(free)} free, the checkpoint needs {_size(needed)}; make room")
@@ -80,6 +81,17 @@ class Writer:
 
     def _json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_destination(out: Path) -> None:
+    """Raises QuantizeError unless `out` can be created."""
+    if os.path.lexists(out):
+        raise QuantizeError(f"{out} exists already; remove it or choose another folder")
+    parent = out.absolute().parent
+    if not parent.is_dir():
+        raise QuantizeError(f"{parent} is not a folder; create it or choose another place for the output")
+    if not os.access(parent, os.W_OK):
+        raise QuantizeError(f"{parent} may not be written to; choose another place for the output")
 
 
 def sha256(path: Path) -> str:

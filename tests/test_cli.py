@@ -1,8 +1,10 @@
 """The `vlmq` command as a user meets it: every mistake is one line, exit code 2, and nothing half-written."""
 
 import json
+import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -51,18 +53,37 @@ def fake_model(folder, config):
     return folder
 
 
+def with_config(model, folder, config):
+    shutil.copytree(model, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+RTN = ("--method", "rtn")
 MISTAKES = {
-    "missing folder": (lambda m, t: [t / "none"], "is not a folder"),
-    "empty folder": (lambda m, t: [t], "has no config.json"),
-    "text-only": (lambda m, t: [fake_model(t / "m", {"model_type": "llama"})], "'llama' is a text-only model"),
+    "missing folder": (lambda m, t: [t / "none", *RTN], "is not a folder"),
+    "empty folder": (lambda m, t: [t, *RTN], "has no config.json"),
+    "text-only": (lambda m, t: [fake_model(t / "m", {"model_type": "llama"}), *RTN], "'llama' is a text-only model"),
     "unknown family": (
-        lambda m, t: [fake_model(t / "m", {"model_type": "new_vl", "vision_config": {}})],
+        lambda m, t: [fake_model(t / "m", {"model_type": "new_vl", "vision_config": {}}), *RTN],
         "'new_vl' is not supported yet; supported: qwen2_vl",
     ),
     "already quantised": (
-        lambda m, t: [fake_model(t / "m", {"model_type": "qwen2_vl", "quantization_config": {"quant_method": "awq"}})],
+        lambda m, t: [
+            fake_model(t / "m", {"quantization_config": {"quant_method": "awq"}}),
+            *RTN,
+        ],
         "already quantised (quant_method 'awq')",
     ),
+    "language model already quantised": (
+        lambda m, t: [fake_model(t / "m", {"text_config": {"quantization_config": "gptq"}}), *RTN],
+        "already quantised (quant_method 'gptq')",
+    ),
+    "config that describes no model": (
+        lambda m, t: [with_config(m, t / "m", {"model_type": "qwen2_vl", "text_config": 3}), *RTN],
+        "transformers cannot build the model that",
+    ),
+    "device that is not there": (lambda m, t: [m, *RTN, "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
     "bits 5": (lambda m, t: [m, "--bits", 5], "bits is 5; choose one of 2, 3, 4"),
     "unaligned groups": (lambda m, t: [m, "--group-size", 48], "group_size is 48; with 3 bits groups begin on"),
     "unknown method": (lambda m, t: [m, "--method", "magic"], "method is magic; choose one of rtn, gptq, vlmq"),
@@ -93,7 +114,10 @@ def test_hub_names(vlmq, demo_model, tmp_path, monkeypatch):
     commit = "0" * 40
     (tmp_path / "models--vlmq--demo/refs").mkdir(parents=True)
     (tmp_path / "models--vlmq--demo/refs/main").write_text(commit)
-    shutil.copytree(demo_model, tmp_path / "models--vlmq--demo/snapshots" / commit)
+    snapshot = tmp_path / "models--vlmq--demo/snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for path in demo_model.iterdir():  # the hub's snapshots are links to blobs
+        (snapshot / path.name).symlink_to(path)
     options = ("--method", "rtn", "--group-size", 64)
     assert vlmq("quantize", "vlmq/demo", "-o", tmp_path / "out", *options)[0] == 0
     code, _, errors = vlmq("quantize", "vlmq/other", "-o", tmp_path / "other", *options)
@@ -121,6 +145,46 @@ def test_a_disk_that_fills_up_while_writing(demo_model, tmp_path):
     assert "vlmq: error: no space left while writing" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_takes_the_half_written_folder_away(vlmq, demo_model, tmp_path, monkeypatch):
+    from vlmq_vllm.offline import writer
+
+    written = writer.Writer.add
+
+    def add(self, tensors):
+        written(self, tensors)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(writer.Writer, "add", add)
+    assert vlmq("quantize", demo_model, "-o", tmp_path / "out", *RTN)[0] == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+
+
+def test_remains_of_a_killed_run_go_with_the_next(vlmq, demo_model, tmp_path):
+    (tmp_path / ".out.partial-abc").mkdir()
+    (tmp_path / ".out.partial-abc/shard-00000").write_text("half")
+    assert vlmq("quantize", demo_model, "-o", tmp_path / "out", *RTN)[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("command", ["verify", "dequantize"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not valid JSON"),
+        (lambda folder: (folder / "model-00001-of-00005.safetensors").write_bytes(b"junk"), "is damaged"),
+        (lambda folder: (folder / "model-00001-of-00005.safetensors").unlink(), "lacks model-00001"),
+    ],
+    ids=["no config", "broken config", "broken weights", "missing weights"],
+)
+def test_damaged_checkpoints_end_in_one_line(command, damage, message, vlmq, quantized, tmp_path):
+    folder = shutil.copytree(quantized, tmp_path / "model")
+    damage(folder)
+    code, said, errors = vlmq(command, folder, *(["-o", tmp_path / "out"] if command == "dequantize" else []))
+    assert code == 2 and said == "" and len(errors) == 1 and message in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_help_is_quick():

@@ -34,11 +34,13 @@ def test_search_never_loses_in_its_own_measure(format):
 
 
 def test_search_finds_the_grid_that_the_weights_lie_on():
-    """Codes 0..7 with scale 0.25 and one outlier row end: the exact grid has error 0 and must be chosen."""
-    format = WeightFormat(3, -1, False)
-    weight = 0.25 * (torch.arange(8.0).repeat(4, 4) - 3)
-    rounded = round_to_nearest(weight, format, torch.bfloat16, search=True)
-    assert torch.equal(rounded.dequantize(), weight)
+    """4095 weights of -0.5, 0 and 0.5 and one outlier of 1.5: at 2 bits the many are worth more than the one."""
+    format = WeightFormat(2, -1, True)
+    weight = 0.5 * (torch.arange(4096.0).remainder(3) - 1)[None]
+    weight[0, 5] = 1.5
+    searched, ranged = (round_to_nearest(weight, format, torch.bfloat16, s).dequantize() for s in (True, False))
+    assert (searched == weight).sum() == 4095
+    assert (ranged == weight).sum() < 4095
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -46,6 +48,14 @@ def test_scales_are_what_will_be_stored(dtype):
     scale, zero = find_grid(torch.randn(4, 64), WeightFormat(3, 32, False), dtype, search=True)
     assert scale.dtype == dtype and zero.dtype == torch.uint8
     assert scale.shape == zero.shape == (4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_weights_are_not_lost(dtype):
+    """Steps of 6e-5 are at the lower end of float16's normal numbers; the error is that of 3 bits all the same."""
+    weight = 1e-4 * torch.randn(64, 64)
+    rounded = round_to_nearest(weight, WeightFormat(3, 32, False), dtype, search=False).dequantize()
+    assert (rounded - weight).norm() / weight.norm() < 0.25
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-42])

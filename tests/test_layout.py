@@ -28,6 +28,14 @@ def test_transformers_models_import_from_the_root():
     python("from transformers import LlamaForCausalLM", cwd=ROOT)
 
 
+def test_hugging_faces_kernels_wins_over_our_folder(tmp_path, monkeypatch):
+    """A stand-in for that package, later on the path than the checkout."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("theirs = True")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert python("import kernels; print(kernels.theirs)", cwd=ROOT).strip() == "True"
+
+
 def test_import_is_light():
     """vLLM and every tool that lists plugins imports the package: no torch, no vLLM, no Triton."""
     loaded = python(

@@ -5,13 +5,18 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.checkpoint import read_headers, read_modules
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.format import unpack
 from vlmq_vllm.offline import stream
 from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.gptq import Moments, solve
+from vlmq_vllm.offline.models import FAMILIES
 from vlmq_vllm.offline.quantize import quantize
+from vlmq_vllm.offline.saliency import gradient_norms, token_weights
+from vlmq_vllm.offline.samples import model_inputs, read_chats
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.verify import verify
@@ -145,12 +150,97 @@ def test_a_killed_run_leaves_nothing_that_looks_finished(demo_model, calibration
     assert not list(tmp_path.iterdir())
 
 
-def test_missing_weights_of_the_source_are_named_before_work(demo_model, tmp_path):
-    from safetensors.torch import save_file
+def nan(tensor):
+    tensor[3, 4] = float("nan")
+    return tensor
 
+
+UP = "model.layers.1.mlp.up_proj.weight"
+BROKEN = {
+    "missing linear": (lambda t: t.pop(UP), "has no tensor for model.language_model.layers.1.mlp.up_proj.weight"),
+    "missing norm": (lambda t: t.pop("model.norm.weight"), "has no tensor for model.language_model.norm.weight"),
+    "missing head": (lambda t: t.pop("lm_head.weight"), "has no tensor for lm_head.weight"),
+    "other shape": (lambda t: t.update({UP: t[UP][:-1]}), r"has shape \[767, 256\], config.json makes it \[768, 256\]"),
+    "8-bit weights": (lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), "is F8_E4M3; start from a model in"),
+    "not finite": (lambda t: nan(t[UP]), f"{UP} holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN)
+def test_broken_sources_are_refused(change, message, demo_model, tmp_path):
     shutil.copytree(demo_model, tmp_path / "model")
     weights = load_file(demo_model / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    change(weights)
+    weights = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"has no tensor for model.language_model.layers.1.mlp.up_proj.weight"):
-        Source(tmp_path / "model")
+    with pytest.raises(ValueError, match=message):
+        quantize(str(tmp_path / "model"), tmp_path / "out", None, Settings(method="rtn"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_tied_embeddings_need_no_head_in_the_files(demo_model, tmp_path):
+    shutil.copytree(demo_model, tmp_path / "model")
+    weights = load_file(demo_model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((demo_model / "config.json").read_text())
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    quantize(str(tmp_path / "model"), tmp_path / "out", None, Settings(method="rtn"))
+    assert "lm_head.weight" not in tensors(tmp_path / "out")
+
+
+def test_skeleton_computes_what_the_loaded_model_computes(demo_model):
+    """Buffers that are in no file (rotary frequencies) are those that transformers itself fills in."""
+    from transformers import AutoModelForImageTextToText
+
+    loaded = dict(AutoModelForImageTextToText.from_pretrained(demo_model).named_buffers())
+    skeleton = dict(Source(demo_model).model.named_buffers())
+    assert loaded.keys() == skeleton.keys() and loaded
+    assert all(torch.equal(loaded[name], skeleton[name]) for name in loaded)
+
+
+def inputs_of_layer_1(model, sample) -> tuple[torch.Tensor, dict, torch.Tensor]:
+    """What a whole model hands to its layer 1: hidden states, arguments, and the inputs of its down_proj."""
+    caught = {}
+    layer = model.model.language_model.layers[1]
+    hooks = [
+        layer.register_forward_pre_hook(lambda m, args, kwargs: caught.update(x=args[0], kw=kwargs), with_kwargs=True),
+        layer.mlp.down_proj.register_forward_pre_hook(lambda m, args: caught.update(down=args[0][0])),
+    ]
+    model(**sample, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    kwargs = {name: value for name, value in caught["kw"].items() if name not in ("past_key_values", "use_cache")}
+    return caught["x"], kwargs, caught["down"]
+
+
+def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_path):
+    """Layer 1 worked out with transformers alone: U through the dequantised layer 0, F through the original."""
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    dequantize(quantized, tmp_path / "twin")
+    processor = AutoProcessor.from_pretrained(demo_model)
+    settings = Settings(bits=3, group_size=64)
+    samples = list(model_inputs(read_chats(calibration, settings.seed), processor, settings.samples, 2048))
+    original, twin = (
+        Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+        for folder in (demo_model, tmp_path / "twin")
+    )
+    layer = original.model.language_model.layers[1]
+    q, down = Moments(256, torch.device("cpu")), Moments(768, torch.device("cpu"))
+    inputs, norms = [], []
+    for sample in samples:
+        full, kwargs, _ = inputs_of_layer_1(original, sample)
+        found, _, behind_gate_and_up = inputs_of_layer_1(twin, sample)
+        norms.append(gradient_norms(layer, FAMILIES["qwen2_vl"], full, found, kwargs)["self_attn.q_proj"])
+        inputs.append(layer.input_layernorm(found)[0])
+        down.add(behind_gate_and_up)
+    for x, weight in zip(inputs, token_weights(norms, 2), strict=True):
+        q.add(x, weight)
+    stored = tensors(quantized)
+    for linear, moments in (("self_attn.q_proj", q), ("mlp.down_proj", down)):
+        weight = original.get_submodule(f"model.language_model.layers.1.{linear}").weight
+        expected = solve(weight, moments.mean(), settings.format, torch.bfloat16).weight.codes
+        packed = stored[f"model.layers.1.{linear}.weight_packed"]
+        # float32 sums in another order; a code may tip over where it lies between two
+        assert (unpack(packed, 3, expected.shape[1]) == expected).float().mean() > 0.99

@@ -88,8 +88,42 @@ def test_long_samples_are_left_out_whole(write, demo_model):
     chats = read_chats(write(user(image, TEXT), user(image, {"type": "text", "text": "word " * 300})), seed=0)
     kept = list(model_inputs(chats, processor, 10, 100))
     assert len(kept) == 1 and (kept[0]["input_ids"] == processor.image_token_id).sum() == 36
-    with pytest.raises(QuantizeError, match="all 2 samples are longer than 20 tokens"):
+    with pytest.raises(QuantizeError, match="no sample with an image has at most 20 tokens"):
         list(model_inputs(chats, processor, 10, 20))
+
+
+def test_samples_with_images_must_remain(write, demo_model):
+    """The file has an image, but the only chat that is short enough has none."""
+    processor = AutoProcessor.from_pretrained(demo_model)
+    picture = user({"type": "image", "image": "a.png"}, {"type": "text", "text": "word " * 300})
+    chats = read_chats(write(picture, user(TEXT)), seed=0)
+    with pytest.raises(QuantizeError, match="no sample with an image has at most 100 tokens"):
+        list(model_inputs(chats, processor, 10, 100))
+
+
+@pytest.mark.parametrize("text", ["<|image_pad|>", "a <|video_pad|> b", "<|im_end|>"])
+def test_special_tokens_in_texts_are_refused(text, write, demo_model):
+    processor = AutoProcessor.from_pretrained(demo_model)
+    path = write(user({"type": "image", "image": "a.png"}, {"type": "text", "text": text}))
+    with pytest.raises(QuantizeError, match=r"chats.jsonl line 1: the text .* holds <\|"):
+        list(model_inputs(read_chats(path, seed=0), processor, 10, 100))
+
+
+def test_pictures_that_the_processor_refuses_are_named(write, tmp_path, demo_model):
+    """Qwen2-VL's processor takes no picture more than 200 times as wide as high."""
+    Image.new("RGB", (4000, 10)).save(tmp_path / "strip.png")
+    processor = AutoProcessor.from_pretrained(demo_model)
+    path = write(user({"type": "image", "image": "strip.png"}, TEXT))
+    with pytest.raises(QuantizeError, match="chats.jsonl line 1: the model's processor refuses it .*aspect ratio"):
+        list(model_inputs(read_chats(path, seed=0), processor, 10, 100))
+
+
+def test_any_line_of_json_is_one_chat(write):
+    """U+2028 ends a line for Python's splitlines, not for JSON; editors put a byte order mark in front."""
+    path = write(user({"type": "image", "image": "a.png"}, {"type": "text", "text": "one\u2028line"}))
+    path.write_text("\ufeff" + json.dumps(json.loads(path.read_text()), ensure_ascii=False), encoding="utf-8")
+    [chat] = read_chats(path, seed=0)
+    assert chat["messages"][0]["content"][1]["text"] == "one\u2028line"
 
 
 BAD = {
@@ -99,6 +133,8 @@ BAD = {
     "no messages": ([{"text": "hi"}], "line 1 is no chat"),
     "unknown part": ([user({"type": "audio"})], "unknown part type 'audio'"),
     "no such image": ([user({"type": "image", "image": "b.png"})], "names the image b.png, no such file"),
+    "address": ([user({"type": "image", "image": "https://a/b.png"})], "pictures are not fetched, download it first"),
+    "image of nonsense": ([user({"type": "image", "image": 7})], "line 1 is no chat"),
     "too few images": ([user({"type": "image"})], "line 1 is no chat"),
 }
 

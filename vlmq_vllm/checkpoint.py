@@ -66,8 +66,9 @@ class QuantizationSpec:
     @classmethod
     def from_dict(cls, config: dict) -> "QuantizationSpec":
         """Parse and check; raises CheckpointError. Keys of no meaning to this version are ignored."""
-        if config.get("quant_method") != "vlmq":
-            raise CheckpointError(f"quant_method is {config.get('quant_method')!r}; only 'vlmq' can be read here")
+        method = config.get("quant_method") if isinstance(config, dict) else config
+        if method != "vlmq":
+            raise CheckpointError(f"quant_method is {method!r}; only 'vlmq' can be read here")
         version = config.get("format_version")
         if version != FORMAT_VERSION:
             raise CheckpointError(
@@ -80,9 +81,11 @@ class QuantizationSpec:
 
 
 def _parse(entry: dict, where: str) -> WeightFormat:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"quantization_config ({where}) is {entry!r}; it must name bits, group_size, symmetric")
     try:
         return WeightFormat(**{key: entry[key] for key in ("bits", "group_size", "symmetric")})
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise CheckpointError(f"quantization_config ({where}) lacks {error}") from None
     except ValueError as error:
         raise CheckpointError(f"quantization_config ({where}): {error}") from None
@@ -110,7 +113,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: those of the index, or model.safetensors alone."""
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(_read_index(index).values()))
         paths = [folder / name for name in names]
         outside = [name for name in names if Path(name).name != name]
         if outside:
@@ -123,10 +126,18 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{path} has no weight_map of tensors to files; copy it again from its source")
+    return weight_map
+
+
 def _read_json(path: Path) -> dict:
     try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again from its source") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no JSON object; copy it again from its source")
@@ -147,7 +158,21 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                     headers[name] = info
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}); copy it again from its source") from None
+    _check_index(folder / INDEX, headers)
     return headers
+
+
+def _check_index(path: Path, headers: dict[str, TensorInfo]) -> None:
+    """The index, where there is one, must name the tensors that are there, each in its file."""
+    if not path.is_file():
+        return
+    listed = _read_index(path)
+    for name in sorted(listed.keys() | headers.keys()):
+        found = headers[name].file if name in headers else "no file"
+        if listed.get(name, "no file") != found:
+            raise CheckpointError(
+                f"{name} is in {found}, but {path} says {listed.get(name, 'no file')}; copy the checkpoint again"
+            )
 
 
 def read_modules(folder: Path) -> dict[str, ModuleInfo]:
@@ -165,6 +190,9 @@ def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_s
         module, _, part = name.rpartition(".")
         if part in PARTS:
             parts.setdefault(module, {})[part] = info
+    twice = sorted(module for module in parts if f"{module}.weight" in headers)
+    if twice:
+        raise CheckpointError(f"{twice[0]} owns both weight and weight_packed; quantise again")
     unused = sorted(set(spec.overrides) - set(parts))
     if unused:
         raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")

@@ -6,6 +6,7 @@ from another seed than those of training and calibration.
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from data import write
@@ -22,6 +24,7 @@ from pictures import TASKS, ask
 from server import ask_all, serve
 
 MODEL = Path(__file__).parent / "model"
+GROUP_SIZE = 64
 console = Console(width=110)
 
 
@@ -57,54 +60,70 @@ def answers_of(folder: Path, questions: list[tuple]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
-    parser.add_argument("--bits", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--asked", type=int, default=140, help="questions to the server")
-    parser.add_argument("--judged", type=int, default=700, help="questions for the accuracy of all three models")
+    parser.add_argument("--judged", type=int, default=700, help="questions for the table of accuracies")
     args = parser.parse_args()
-    began = time.monotonic()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the server is stopped then, too
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
     transformers_logging.disable_progress_bar()
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
-    name = f"W{args.bits}"
-    quantized, rounded = args.out / f"vlmq-w{args.bits}", args.out / f"rtn-w{args.bits}"
-
+    began = time.monotonic()
+    args.out.mkdir(parents=True, exist_ok=True)
     calibration = write(args.out / "calibration", "calibration", 128)
-    common = ("--bits", args.bits, "--group-size", args.group_size)
-    vlmq("quantize", MODEL, "-o", quantized, "--data", calibration, *common)
-    vlmq("verify", quantized)
-    vlmq("quantize", MODEL, "-o", rounded, "--method", "rtn", *common)
 
+    served = args.out / "w3-vlmq"
+    quantize(served, 3, "vlmq", calibration)
+    vlmq("verify", served)
     questions = [ask("evaluation", i) for i in range(args.asked)]
     pairs = [(image, question.text) for image, question in questions]
     log = args.out / "server.log"
-    console.print(f"$ vllm serve {quantized} --quantization vlmq   (log: {log})", style="bold", highlight=False)
-    with serve(quantized, "--quantization", "vlmq", log=log) as client:
-        served = ask_all(client, pairs)
-    shown = len(TASKS) * 2
-    show_answers(questions[:shown], answers_of(MODEL, pairs[:shown]), served, name)
-    right = sum(q.answer == answer for (_, q), answer in zip(questions, served, strict=True))
-    console.print(f"{name} through the server: {right} of {args.asked} held-out questions answered exactly right\n")
+    console.print(f"$ vllm serve {served} --quantization vlmq   (log: {log})", style="bold", highlight=False)
+    with serve(served, "--quantization", "vlmq", log=log) as client:
+        answers = ask_all(client, pairs)
+    shown = 2 * len(TASKS)
+    show_answers(questions[:shown], answers_of(MODEL, pairs[:shown]), answers)
+    right = sum(question.answer == answer for (_, question), answer in zip(questions, answers, strict=True))
+    console.print(f"W3 through the server: {right} of {args.asked} held-out questions answered exactly right\n")
 
-    twins = {}
-    for folder in (quantized, rounded):
-        twins[folder] = args.out / f"{folder.name}-dequantized"
-        vlmq("dequantize", folder, "-o", twins[folder])
-    rows = {"bf16": (MODEL, MODEL), f"{name} RTN": (rounded, twins[rounded])}
-    show_accuracy(rows | {f"{name} VLMQ": (quantized, twins[quantized])}, args.judged)
+    models = {"bf16": (MODEL, MODEL)}
+    for bits, method in ((3, "rtn"), (3, "vlmq"), (2, "rtn"), (2, "vlmq")):
+        folder = args.out / f"w{bits}-{method}"
+        if folder != served:
+            quantize(folder, bits, method, calibration)
+        models[f"W{bits} {method.upper()}"] = (folder, dequantized(folder))
+    show_accuracy(models, args.judged)
     console.print(f"{time.monotonic() - began:.0f} s in all")
 
 
-def show_answers(questions: list, original: list[str], served: list[str], name: str) -> None:
-    table = Table("task", "question", "expected", "bf16", f"{name}, served", title="Held-out pictures")
+def quantize(folder: Path, bits: int, method: str, calibration: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+    data = () if method == "rtn" else ("--data", calibration)
+    vlmq("quantize", MODEL, "-o", folder, "--bits", bits, "--group-size", GROUP_SIZE, "--method", method, *data)
+
+
+def dequantized(folder: Path) -> Path:
+    """The same weights in bf16, for a quick look with transformers at more questions than the server was asked."""
+    twin = folder.with_name(f"{folder.name}-dequantized")
+    shutil.rmtree(twin, ignore_errors=True)
+    vlmq("dequantize", folder, "-o", twin)
+    return twin
+
+
+def show_answers(questions: list, original: list[str], served: list[str]) -> None:
+    table = Table("task", "question", "expected", "bf16", "W3, served", title="Held-out pictures")
     for (_, question), before, after in zip(questions, original, served, strict=False):
-        marked = [text if text == question.answer else f"[red]{text}[/red]" for text in (before, after)]
+        marked = [Text(text or "", "" if text == question.answer else "red") for text in (before, after)]
         table.add_row(question.task, question.text, question.answer, *marked)
     console.print(table)
 
 
 def show_accuracy(rows: dict[str, tuple[Path, Path]], count: int) -> None:
-    table = Table("model", "weights", *TASKS, "all", title=f"Exact match in % on {count} held-out questions")
+    table = Table(
+        "model",
+        "weights",
+        *TASKS,
+        "all",
+        title=f"Exact match in % on {count} held-out questions (same weights in transformers)",
+    )
     for name, (folder, sixteen_bit) in rows.items():
         scores = [100 * hit for hit, _ in judge(*load(str(sixteen_bit)), "evaluation", count).values()]
         table.add_row(name, size(folder), *(f"{s:.0f}" for s in scores), f"{sum(scores) / len(scores):.1f}")

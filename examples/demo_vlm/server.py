@@ -37,7 +37,7 @@ def serve(model: Path, *options: str, log: Path, patience: float = 300) -> Itera
             stdout=output,
             stderr=subprocess.STDOUT,
             env=os.environ | QUIET,
-            start_new_session=True,  # its workers die with it
+            start_new_session=True,  # a process group of its own, so that its workers can be stopped with it
         )
     try:
         _wait_until_healthy(process, f"http://127.0.0.1:{port}/health", log, patience)
@@ -59,12 +59,14 @@ def _wait_until_healthy(process: subprocess.Popen, url: str, log: Path, patience
 
 
 def _stop(process: subprocess.Popen) -> None:
-    for number, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience)
-            return
+    """Ask the server to end, and kill what is left of its process group."""
+    with contextlib.suppress(ProcessLookupError):
+        process.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
 
 
 def ask_all(client: OpenAI, questions: list[tuple], parallel: int = 8) -> list[str]:
