@@ -24,7 +24,7 @@ from pictures import TASKS, ask
 from server import ask_all, serve
 
 MODEL = Path(__file__).parent / "model"
-GROUP_SIZE = 64
+GROUP_SIZE = 128
 console = Console(width=110)
 
 
@@ -116,17 +116,16 @@ def show_answers(questions: list, original: list[str], served: list[str]) -> Non
     console.print(table)
 
 
-def show_accuracy(rows: dict[str, tuple[Path, Path]], count: int) -> None:
-    table = Table(
-        "model",
-        "weights",
-        *TASKS,
-        "all",
-        title=f"Exact match in % on {count} held-out questions (same weights in transformers)",
-    )
-    for name, (folder, sixteen_bit) in rows.items():
-        scores = [100 * hit for hit, _ in judge(*load(str(sixteen_bit)), "evaluation", count).values()]
-        table.add_row(name, size(folder), *(f"{s:.0f}" for s in scores), f"{sum(scores) / len(scores):.1f}")
+def show_accuracy(models: dict[str, tuple[Path, Path]], count: int) -> None:
+    """`models`: name -> (folder as served, the same weights in 16 bits)."""
+    title = f"Exact match in % on {count} held-out questions, and nats per token of the right answers"
+    table = Table("model", "weights", *TASKS, "all", "NLL", title=title)
+    for name, (folder, sixteen_bit) in models.items():
+        scores = judge(*load(str(sixteen_bit)), "evaluation", count).values()
+        exact = [100 * hit for hit, _ in scores]
+        loss = sum(loss for _, loss in scores) / len(scores)
+        figures = [f"{percent:.0f}" for percent in exact] + [f"{sum(exact) / len(exact):.1f}", f"{loss:.3f}"]
+        table.add_row(name, size(folder), *figures)
     console.print(table)
 
 
