@@ -76,6 +76,17 @@ def test_weight_survives_storage(bits, group_size, rows, columns, symmetric):
     assert torch.equal(again, weight.dequantize())
 
 
+def test_codes_that_are_too_wide_are_not_packed():
+    """Such a code would overwrite its neighbour's bits; 255 is none of them at 8 bits."""
+    for bits, fits in ((2, 3), (3, 7), (4, 15), (8, 255)):
+        codes = torch.full((1, 32), fits, dtype=torch.uint8)
+        scale = torch.ones(1, 1)
+        QuantizedWeight(WeightFormat(bits, -1, True), codes, scale, None).tensors()
+        if bits < 8:
+            with pytest.raises(AssertionError, match="too wide"):
+                QuantizedWeight(WeightFormat(bits, -1, True), codes + 1, scale, None).tensors()
+
+
 def test_bits_per_weight_counts_scales_and_zero_points():
     assert WeightFormat(3, 128, True).bits_per_weight(4096, 4096) == 3 + 16 / 128
     assert WeightFormat(2, 64, False).bits_per_weight(4096, 4096) == 2 + (16 + 2) / 64

@@ -102,7 +102,7 @@ class QuantizedWeight:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint by part name."""
-        assert self.codes.max() < self.format.levels, "a code that is too wide would overwrite its neighbours"
+        assert int(self.codes.max()) < self.format.levels, "a code that is too wide would overwrite its neighbours"
         packed = {
             "weight_packed": pack(self.codes, self.format.bits),
             "weight_scale": self.scale.contiguous(),
