@@ -192,12 +192,14 @@ class _Walk:
 def _untouched(source: Source, quantized: set[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Every other tensor of the source as it is, in files of about SHARD bytes."""
     batch: dict[str, torch.Tensor] = {}
+    size = 0
     for name in sorted(source.headers):
         if name.removesuffix(".weight") not in quantized:
             batch[name] = source.read(name)
-            if sum(tensor.nbytes for tensor in batch.values()) > SHARD:
+            size += batch[name].nbytes
+            if size > SHARD:
                 yield batch
-                batch = {}
+                batch, size = {}, 0
     if batch:
         yield batch
 

@@ -36,8 +36,7 @@ def capture(source: Source, samples: Iterable[dict[str, torch.Tensor]], device: 
 
 def run(layer: torch.nn.Module, stream: Stream) -> torch.Tensor:
     """The layer's output [1, T, d]."""
-    out = layer(stream.hidden, **stream.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return _tensor(layer(stream.hidden, **stream.kwargs))
 
 
 def visit_inputs(
@@ -67,40 +66,33 @@ def check_replay(source: Source, inputs: dict[str, torch.Tensor], device: torch.
     Both run in float32 on the same kernels, so that 1e-4 of the layer's largest value is far above rounding.
     """
     with _front(source, device):
-        real = _real_outputs(source, inputs, device)
         stream = _catch(source, inputs, device)
-    for i, expected in enumerate(real):
-        name = f"{source.family.layers}.{i}"
-        stream.hidden = run(source.materialise(name, device, torch.float32), stream)
-        source.release(name)
-        error = float((stream.hidden - expected).abs().max() / expected.abs().max())
-        if not error < 1e-4:
-            raise QuantizeError(
-                f"replaying {name} differs from the model's own forward by {error:.1e} of its largest value; "
-                "this model passes something between its layers that vlmq does not know: please report it"
-            )
+        layers = source.layers()
+        names = {layer: f"{source.family.layers}.{i}" for i, layer in enumerate(layers)}
+
+        def load(layer, args):
+            source.materialise(names[layer], device, torch.float32)
+
+        def compare(layer, args, out):
+            stream.hidden = _tensor(layer.forward(stream.hidden, **stream.kwargs))  # past the hooks, that is this one
+            source.release(names[layer])
+            _compare(names[layer], stream.hidden, _tensor(out))
+            if layer is layers[-1]:
+                raise _Stop
+
+        handles = [layer.register_forward_pre_hook(load) for layer in layers]
+        handles += [layer.register_forward_hook(compare) for layer in layers]
+        with suppress(_Stop), removing(handles):
+            source.model(**_to(inputs, device), use_cache=False)
 
 
-def _real_outputs(source: Source, inputs: dict[str, torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """Output of every decoder layer in the model's own forward; each layer is in memory only while it runs."""
-    outputs: list[torch.Tensor] = []
-    layers = source.layers()
-    names = {layer: f"{source.family.layers}.{i}" for i, layer in enumerate(layers)}
-
-    def load(layer, args):
-        source.materialise(names[layer], device, torch.float32)
-
-    def keep(layer, args, out):
-        outputs.append(out[0] if isinstance(out, tuple) else out)
-        source.release(names[layer])
-        if len(outputs) == len(layers):
-            raise _Stop
-
-    handles = [layer.register_forward_pre_hook(load) for layer in layers]
-    handles += [layer.register_forward_hook(keep) for layer in layers]
-    with suppress(_Stop), removing(handles):
-        source.model(**_to(inputs, device), use_cache=False)
-    return outputs
+def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
+    error = float((replayed - real).abs().max() / real.abs().max())
+    if not error < 1e-4:
+        raise QuantizeError(
+            f"replaying {name} differs from the model's own forward by {error:.1e} of its largest value; "
+            "this model passes something between its layers that vlmq does not know: please report it"
+        )
 
 
 @contextmanager
@@ -137,6 +129,11 @@ def _catch(source: Source, inputs: dict[str, torch.Tensor], device: torch.device
     with suppress(_Stop), removing([source.layers()[0].register_forward_pre_hook(hook, with_kwargs=True)]):
         source.model(**_to(inputs, device), use_cache=False)
     return caught[0]
+
+
+def _tensor(out: torch.Tensor | tuple) -> torch.Tensor:
+    """The hidden states among what a decoder layer returns."""
+    return out[0] if isinstance(out, tuple) else out
 
 
 def _to(inputs: dict, device: torch.device) -> dict:

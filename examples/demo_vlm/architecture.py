@@ -79,26 +79,28 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     )
 
 
-def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2VLForConditionalGeneration:
-    """Random weights in float32; about 6 million parameters."""
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "max_window_layers": 4,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 14, 14]},
+}
+VISION = {"depth": 4, "embed_dim": 192, "num_heads": 3, "hidden_size": 256, "patch_size": 14}
+
+
+def build_model(tokenizer: Qwen2Tokenizer, text: dict = TEXT, vision: dict = VISION) -> Qwen2VLForConditionalGeneration:
+    """Random weights in float32; about 6 million parameters in the demo's sizes."""
     ids = {token.strip("<|>"): tokenizer.convert_tokens_to_ids(token) for token in SPECIALS + PADS}
+    text_ids = {"bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"], "pad_token_id": ids["endoftext"]}
     config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": VOCABULARY,
-            "hidden_size": 256,
-            "intermediate_size": 768,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "max_window_layers": 4,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10.0, "mrope_section": [4, 14, 14]},
-            "bos_token_id": ids["endoftext"],
-            "eos_token_id": ids["im_end"],
-            "pad_token_id": ids["endoftext"],
-        },
-        vision_config={"depth": 4, "embed_dim": 192, "num_heads": 3, "hidden_size": 256, "patch_size": 14},
+        text_config=text | text_ids,
+        vision_config=vision,
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"],

@@ -39,36 +39,24 @@ FORMATS = {
 
 def build(folder: Path) -> None:
     """Write the random model with tokenizer and processor, under the names of the hub's files."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-
-    from architecture import PADS, SPECIALS, build_processor, build_tokenizer, save
+    from architecture import build_model, build_processor, build_tokenizer, save
 
     tokenizer = build_tokenizer()
-    ids = {token.strip("<|>"): tokenizer.convert_tokens_to_ids(token) for token in SPECIALS + PADS}
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer) + 8,
-            "hidden_size": 128,
-            "intermediate_size": 200,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 1024,
-            "max_window_layers": 2,
-            "initializer_range": 0.08,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
-            "eos_token_id": ids["im_end"],
-            "pad_token_id": ids["endoftext"],
-        },
-        vision_config={"depth": 2, "embed_dim": 64, "num_heads": 1, "hidden_size": 128, "initializer_range": 0.08},
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
-        tie_word_embeddings=False,
-    )
+    text = {
+        "vocab_size": len(tokenizer) + 8,
+        "hidden_size": 128,
+        "intermediate_size": 200,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "max_window_layers": 2,
+        "initializer_range": 0.08,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+    }
+    vision = {"depth": 2, "embed_dim": 64, "num_heads": 1, "hidden_size": 128, "initializer_range": 0.08}
     torch.manual_seed(0)
-    save(Qwen2VLForConditionalGeneration(config), build_processor(tokenizer), folder)
+    save(build_model(tokenizer, text, vision), build_processor(tokenizer), folder)
 
 
 def quantize(source: Path, folder: Path) -> None:
