@@ -16,10 +16,10 @@ import torch
 import vlmq_vllm
 from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.data.samples import load_processor, model_inputs, read_chats
 from vlmq_vllm.offline.gptq import Moments, Solution, round_to_nearest, solve
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.saliency import gradient_norms, token_weights
-from vlmq_vllm.offline.samples import load_processor, model_inputs, read_chats
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import Stream, capture, check_replay, run, visit_inputs

@@ -11,12 +11,12 @@ from vlmq_vllm.checkpoint import read_headers, read_modules
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import unpack
 from vlmq_vllm.offline import stream
+from vlmq_vllm.offline.data.samples import model_inputs, read_chats
 from vlmq_vllm.offline.dequantize import dequantize
 from vlmq_vllm.offline.gptq import Moments, solve
 from vlmq_vllm.offline.models import FAMILIES
 from vlmq_vllm.offline.quantize import quantize
 from vlmq_vllm.offline.saliency import gradient_norms, token_weights
-from vlmq_vllm.offline.samples import model_inputs, read_chats
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.verify import verify

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.samples import model_inputs, open_image, read_chats
+from vlmq_vllm.offline.data.samples import model_inputs, open_image, read_chats
 
 PIXELS = Image.new("RGB", (168, 168), (200, 30, 30))
 

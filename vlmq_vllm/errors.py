@@ -7,3 +7,7 @@ class CheckpointError(ValueError):
 
 class QuantizeError(ValueError):
     """A quantisation that cannot be done as asked; nothing half-written is left behind."""
+
+
+class RefusedError(QuantizeError):
+    """The request is clear but cannot be carried out: not enough room, a layer that no engine would serve."""

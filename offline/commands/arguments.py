@@ -1,0 +1,12 @@
+"""Arguments that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Folder of the 16-bit model, or its name on the Hugging Face hub.")]
+Quantized = Annotated[Path, typer.Argument(help="Folder of a quantised checkpoint.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
+Data = Annotated[Path | None, typer.Option(help="Calibration data: JSONL, one chat with images per line.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
