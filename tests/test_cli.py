@@ -1,6 +1,6 @@
 """The `vlmq` command as a user meets it: every mistake is one line, an exit code, and nothing half-written.
 
-Exit codes: 2 for usage, 3 for what is refused before work, 4 for files that are not sound, 75 for a run that was stopped.
+Exit codes: 2 usage, 3 refused before work, 4 files that are not sound, 75 stopped and to be resumed.
 """
 
 import json
