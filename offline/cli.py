@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from vlmq_vllm.offline.commands.data import data
 from vlmq_vllm.offline.commands.dequantize import dequantize
 from vlmq_vllm.offline.commands.quantize import quantize
 from vlmq_vllm.offline.commands.verify import verify
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (quantize, verify, dequantize):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

@@ -1,0 +1,117 @@
+"""`vlmq data inspect`: what calibration data holds, before hours are spent on it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmq_vllm.offline.commands.arguments import Json
+
+SHOWN = 3  # lines that are named of those that occur twice
+
+data = typer.Typer(help="Look at calibration data.", no_args_is_help=True)
+
+
+@data.callback()
+def group() -> None:
+    """Keeps `inspect` a subcommand: Typer makes a group of one command that command."""
+
+
+@data.command()
+def inspect(
+    source: Annotated[
+        str, typer.Argument(metavar="DATA", help="JSONL of chats, folder of pictures, or hf:NAME[/CONFIG][@SPLIT].")
+    ],
+    model: Annotated[str, typer.Option(help="Count tokens with this model's processor: folder or hub name.")] = "",
+    against: Annotated[str, typer.Option(help="Evaluation data that DATA must not share chats or pictures with.")] = "",
+    samples: Annotated[
+        int | None, typer.Option(help="With --model: samples that a run would use; default: all.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="With --model: leave out longer samples.")] = 2048,
+    max_pixels: Annotated[int | None, typer.Option(help="With --model: shrink larger pictures to this.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which samples are drawn.")] = 42,
+    as_json: Json = False,
+) -> None:
+    """Show what DATA holds: pictures, duplicates, tokens, and what it shares with evaluation data."""
+    from vlmq_vllm.offline.data.fingerprint import marks
+    from vlmq_vllm.offline.data.sources import read_all, read_chats
+    from vlmq_vllm.offline.data.survey import survey, survey_overlap
+
+    chats = read_chats(source, seed)
+    own = [marks(chat) for chat in chats]
+    found = survey(chats, own)
+    if model:
+        found["tokens"] = _tokens(chats, model, len(chats) if samples is None else samples, max_tokens, max_pixels)
+    if against:
+        found["overlap"] = survey_overlap(own, [marks(chat) for chat in read_all(against)])
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        _show(found, max_tokens, source)
+
+
+def _tokens(chats: list[dict], model: str, limit: int, max_tokens: int, max_pixels: int | None) -> dict:
+    from vlmq_vllm.checkpoint import read_config
+    from vlmq_vllm.offline.data.inputs import load_processor
+    from vlmq_vllm.offline.data.kinds import vision_ids
+    from vlmq_vllm.offline.data.survey import survey_tokens
+    from vlmq_vllm.offline.source import find
+
+    folder: Path = find(model)
+    vision = vision_ids(read_config(folder))
+    return survey_tokens(chats, load_processor(folder), vision, limit, max_tokens, max_pixels)
+
+
+def _show(found: dict, max_tokens: int, source: str) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
+    for name, value in _rows(found, max_tokens, source):
+        table.add_row(name, value)
+    Console(highlight=False, markup=False).print(table)
+
+
+def _rows(found: dict, max_tokens: int, source: str) -> list[tuple[str, str]]:
+    rows = [
+        ("samples", f"{found['samples']}, {found['text_only'] / found['samples']:.0%} of them without a picture"),
+        ("pictures, videos", f"{found['pictures']}, {found['videos']}"),
+    ]
+    if found["tasks"]:
+        rows.append(("tasks", ", ".join(f"{task} {count}" for task, count in found["tasks"].items())))
+    if found["sizes"]:
+        sizes = ", ".join(f"{name} {width}x{height}" for name, (width, height) in found["sizes"].items())
+        rows.append(("pixels", sizes))
+    rows.append(("chats given twice", _named(found["duplicates"]["chats"], source)))
+    rows.append(("with a picture given twice", _named(found["duplicates"]["pictures"], source)))
+    if "tokens" in found:
+        rows += _token_rows(found["tokens"], max_tokens)
+    if "overlap" in found:
+        rows.append(("also in the evaluation data", _named(found["overlap"]["chats"], source)))
+        rows.append(("with a picture of it", _named(found["overlap"]["pictures"], source)))
+    return rows
+
+
+def _token_rows(tokens: dict, max_tokens: int) -> list[tuple[str, str]]:
+    kinds = tokens["kinds"]
+    unknown = "unknown: the chat template rewrites texts"
+    lengths = ", ".join(f"{name} {length}" for name, length in tokens["lengths"].items())
+    return [
+        ("samples used", f"{tokens['used']}; {tokens['too_long']} left out with more than {max_tokens} tokens"),
+        ("pictures shrunk", str(tokens["shrunk"])),
+        ("tokens per sample", lengths),
+        ("vision tokens", str(kinds["vision"])),
+        ("user's text", unknown if kinds["user"] is None else str(kinds["user"])),
+        ("assistant's answers", unknown if kinds["answer"] is None else str(kinds["answer"])),
+        ("template and special", unknown if kinds["special"] is None else str(kinds["special"])),
+    ]
+
+
+def _named(lines: list[str], source: str) -> str:
+    """How many, and the first of them."""
+    if not lines:
+        return "0"
+    first = ", ".join(line.removeprefix(source).lstrip("/ ") for line in lines[:SHOWN])
+    return f"{len(lines)}: {first}{', ...' if len(lines) > SHOWN else ''}"

@@ -1,0 +1,137 @@
+"""Chats as inputs of the model: its own chat template and processor, one sample at a time and never padded.
+
+A sample longer than the limit is left out whole: a cut inside a picture's tokens would leave features without tokens.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.data.pictures import open_image, open_video, shrink
+
+
+@dataclass
+class Intake:
+    """What became of the chats, filled while the samples are drawn.
+
+    used, too_long: samples given out, and samples left out for their length. shrunk: pictures and frames of used
+    samples that were made smaller. lengths: tokens of every sample looked at, used or not, in order.
+    """
+
+    used: int = 0
+    too_long: int = 0
+    shrunk: int = 0
+    lengths: list[int] = field(default_factory=list)
+
+
+def load_processor(folder: Path):
+    """The model's own processor. Raises QuantizeError when its files are missing or damaged."""
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever damaged files make of transformers
+        reason = str(error).partition("\n")[0]
+        raise QuantizeError(f"{folder} has no usable processor files ({reason}); copy the model again") from error
+
+
+def model_inputs(
+    chats: list[dict],
+    processor,
+    limit: int,
+    max_tokens: int,
+    max_pixels: int | None = None,
+    intake: Intake | None = None,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of at most `limit` chats that have at most `max_tokens` tokens, as the processor makes them.
+
+    Pictures and frames of more than `max_pixels` pixels are shrunk first; `intake` counts what happens. Raises
+    QuantizeError for a chat that the processor refuses, and when no chat with a picture is short enough.
+    """
+    pictured = False
+    for _, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
+        pictured = pictured or has_vision(inputs)
+        yield inputs
+    if not pictured:
+        raise QuantizeError(
+            f"no sample with an image has at most {max_tokens} tokens; raise --max-tokens or use smaller pictures"
+        )
+
+
+def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
+    """Whether a picture or a video is among the inputs."""
+    return any(name.startswith("pixel_values") for name in inputs)
+
+
+def admitted(
+    chats: list[dict],
+    processor,
+    limit: int,
+    max_tokens: int,
+    max_pixels: int | None = None,
+    intake: Intake | None = None,
+) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
+    """(chat, its inputs) for what `model_inputs` gives out; no chat at all is no error here."""
+    for name, value in (("samples", limit), ("max_tokens", max_tokens), ("max_pixels", max_pixels)):
+        if value is not None and value < 1:
+            raise QuantizeError(f"{name} is {value}; it must be at least 1")
+    intake = intake or Intake()
+    for chat in chats:
+        if intake.used == limit:
+            break
+        inputs, shrunk = prepare(chat, processor, max_pixels)
+        intake.lengths.append(inputs["input_ids"].shape[1])
+        if intake.lengths[-1] > max_tokens:
+            intake.too_long += 1
+            continue
+        intake.used += 1
+        intake.shrunk += shrunk
+        yield chat, inputs
+
+
+def prepare(chat: dict, processor, max_pixels: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
+    """The whole chat as inputs (input_ids int64 [1, T] and the processor's own), and how many pictures were shrunk."""
+    _refuse_special_tokens(chat, processor.tokenizer.all_special_tokens)
+    if chat["videos"] and getattr(processor, "video_processor", None) is None:
+        raise QuantizeError(f"{chat['line']} has a video, and the model's processor takes none; leave it out")
+    images = [open_image(place) for place in chat["images"]]
+    videos, metadata = [], []
+    for place in chat["videos"]:
+        frames, about = open_video(place, processor)
+        videos.append(frames)
+        metadata.append(about)
+    small = [shrink(image, max_pixels) for image in images]
+    small_videos = [[shrink(frame, max_pixels) for frame in frames] for frames in videos]
+    large = [*images, *(frame for frames in videos for frame in frames)]
+    shrunk = sum(a is not b for a, b in zip(large, [*small, *(f for v in small_videos for f in v)], strict=True))
+    options = {"videos": small_videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}
+    try:
+        text = render(chat["messages"], processor)
+        inputs = processor(
+            text=[text], images=small or None, return_tensors="pt", **options, **tokenizing(text, processor)
+        )
+    except Exception as error:  # templates and processors raise what they like
+        raise QuantizeError(f"{chat['line']}: the model's processor refuses it ({error!r:.200})") from error
+    return dict(inputs), shrunk
+
+
+def render(messages: list[dict], processor) -> str:
+    """The chat template's text, with one placeholder per picture and video."""
+    return processor.apply_chat_template(messages, tokenize=False)
+
+
+def tokenizing(text: str, processor) -> dict[str, bool]:
+    """Options of the tokenizer: where the template wrote the first token, the tokenizer must not add it once more."""
+    first = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if first and text.startswith(first) else {}
+
+
+def _refuse_special_tokens(chat: dict, special: list[str]) -> None:
+    """A place holder in a text would stand for a picture that is not there."""
+    for part in (part for message in chat["messages"] for part in message["content"]):
+        for token in special:
+            if token in part.get("text", ""):
+                raise QuantizeError(f"{chat['line']}: the text {part['text'][:80]!r} holds {token}; remove it")

@@ -1,0 +1,33 @@
+"""Where calibration data comes from: a JSONL file, a folder of pictures, or a Hugging Face data set."""
+
+import random
+from pathlib import Path
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.data.folder import read_folder
+from vlmq_vllm.offline.data.hub import PREFIX, read_hub
+from vlmq_vllm.offline.data.jsonl import read_jsonl
+
+
+def read_chats(source: str | Path, seed: int) -> list[dict]:
+    """All chats of `source` in an order that `seed` decides; at least one has a picture or video.
+
+    source: a JSONL file (`jsonl.py`), a folder (`folder.py`) or `hf:NAME[/CONFIG][@SPLIT]` (`hub.py`). A chat is
+    {"messages", "images", "videos", "line"} and perhaps "task" (`chats.py`). Raises QuantizeError.
+    """
+    chats = read_all(source)
+    if not any(chat["images"] or chat["videos"] for chat in chats):
+        raise QuantizeError(
+            f"none of the {len(chats)} samples in {source} has an image or a video; a vision-language model must be "
+            'calibrated with images: add {"type": "image", "image": "FILE"} to the content of user messages'
+        )
+    random.Random(seed).shuffle(chats)
+    return chats
+
+
+def read_all(source: str | Path) -> list[dict]:
+    """All chats of `source` in its own order, with or without pictures. Raises QuantizeError."""
+    if str(source).startswith(PREFIX):
+        return read_hub(str(source))
+    path = Path(source)
+    return read_folder(path) if path.is_dir() else read_jsonl(path)
