@@ -29,10 +29,10 @@ def open_image(place: Place):
 
     try:
         if isinstance(place, str):
-            place_or_bytes = io.BytesIO(base64.b64decode(place.partition(",")[2]))
+            file = io.BytesIO(base64.b64decode(place.partition(",")[2]))
         else:
-            place_or_bytes = place if isinstance(place, Path) else io.BytesIO(place())
-        with Image.open(place_or_bytes) as image:
+            file = place if isinstance(place, Path) else io.BytesIO(place())
+        with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
             if not image.has_transparency_data:
                 return image.convert("RGB")
@@ -61,12 +61,18 @@ def open_video(place: list[Place] | Path, processor) -> tuple[list, object]:
     """The frames of a video as RGB pictures, and transformers' VideoMetadata of them.
 
     A list of frames is taken whole. Of a file, the frames are those that the model's video processor samples, or FRAMES
-    evenly spaced ones. Raises QuantizeError where no decoder is installed or the file is no video.
+    evenly spaced ones. Raises QuantizeError where no decoder is installed, for what is no video, and for frames of
+    several sizes.
     """
     from transformers.video_utils import VideoMetadata, load_video
 
     if isinstance(place, list):
         frames = [open_image(frame) for frame in place]
+        if len(sizes := {frame.size for frame in frames}) > 1:
+            shown = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+            raise QuantizeError(
+                f"the frames of the video {str(place[0])[:80]} ... differ in size ({shown}); make them one size"
+            )
         return frames, VideoMetadata(len(frames), frames_indices=list(range(len(frames))))
     decoder = next((name for name, module in DECODERS if find_spec(module)), None)
     if decoder is None:
