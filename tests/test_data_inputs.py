@@ -97,6 +97,15 @@ def test_processors_that_choose_frames_are_asked(video_file, demo_model):
     assert list(metadata.frames_indices) == list(range(0, 40, 5)) and len(found) == 8
 
 
+def test_given_frames_are_never_sampled(chats, demo_model):
+    """Processors that choose frames would need a frame rate, and would drop what was chosen on purpose."""
+    processor = load_processor(demo_model)
+    processor.video_processor.do_sample_frames = True
+    processor.video_processor.num_frames = 2
+    inputs, _ = prepare(chats([frames(6)])[0], processor)
+    assert inputs["video_grid_thw"].tolist() == [[3, 6, 8]]
+
+
 def test_video_without_a_decoder(video_file, processor, monkeypatch):
     monkeypatch.setattr(pictures, "DECODERS", (("torchcodec", "a_module_that_is_not_there"),))
     with pytest.raises(QuantizeError, match=r"clip.avi needs a decoder .* pip install torchcodec, or give .* frames"):
@@ -168,6 +177,9 @@ def test_what_is_dropped_is_counted(chats, processor):
     assert (intake.used, intake.too_long, intake.shrunk) == (2, 2, 0)
     around = intake.lengths[1] - 12  # the question and what the template writes
     assert intake.lengths == [around + 72, around + 12, around + 2 * 72 + 2, around + 12]  # and a second pair of marks
+    exact = intake.lengths[0]
+    assert len(list(model_inputs(samples[:2], processor, 4, exact))) == 2
+    assert len(list(model_inputs(samples[:2], processor, 4, exact - 1))) == 1
     intake = Intake()
     assert len(list(model_inputs(samples, processor, 3, 60, max_pixels=168 * 84, intake=intake))) == 3
     assert (intake.used, intake.too_long, intake.shrunk) == (3, 0, 3) and len(intake.lengths) == 3

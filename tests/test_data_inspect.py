@@ -239,6 +239,11 @@ def test_table(inspect, mixed, folder, demo_model):
     )
 
 
+def test_help(inspect):
+    code, out, errors = inspect("--help")
+    assert code == 0 and errors == [] and "hf:NAME" in out and "--against" in out
+
+
 def bad_config(folder, model):
     copy = folder / "model"
     copy.mkdir()

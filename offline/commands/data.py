@@ -21,7 +21,10 @@ def group() -> None:
 @data.command()
 def inspect(
     source: Annotated[
-        str, typer.Argument(metavar="DATA", help="JSONL of chats, folder of pictures, or hf:NAME[/CONFIG][@SPLIT].")
+        str,
+        typer.Argument(
+            metavar="DATA", help="JSONL of chats, folder of pictures, or hf:NAME/CONFIG@SPLIT (the last two may go)."
+        ),
     ],
     model: Annotated[str, typer.Option(help="Count tokens with this model's processor: folder or hub name.")] = "",
     against: Annotated[str, typer.Option(help="Evaluation data that DATA must not share chats or pictures with.")] = "",
