@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from vlmq_vllm.offline.commands.compare import compare
 from vlmq_vllm.offline.commands.data import data
 from vlmq_vllm.offline.commands.dequantize import dequantize
 from vlmq_vllm.offline.commands.quantize import quantize
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-for command in (quantize, verify, dequantize):
+for command in (quantize, verify, compare, dequantize):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -1,0 +1,121 @@
+"""Scores of a model through vLLM, as it would be served. Every model gets a process of its own (`worker.py`).
+
+Only so is a first engine's memory free for the second. The worker is given a folder with the job, the pictures and,
+for the student, the teacher's scores; it leaves its scores there.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.compare.questions import Question
+from vlmq_vllm.offline.compare.scores import Score, load, save
+from vlmq_vllm.offline.compare.settings import Settings
+from vlmq_vllm.offline.compare.weights import is_vlmq
+from vlmq_vllm.offline.data.pictures import open_image
+
+JOB, TEACHER, RESULT = "job.json", "teacher.safetensors", "result.safetensors"
+# what a user sets in the environment wins; the space is in GB and only read on a CPU
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def score(
+    folder: Path,
+    questions: list[Question],
+    processor,
+    ends: set[int],
+    settings: Settings,
+    teacher: list[Score | None] | None,
+    track: Callable,
+) -> list[Score | None]:
+    """As `hf.score`, through vLLM. Raises QuantizeError when vLLM is missing or fails, with its last line."""
+    if find_spec("vllm") is None:
+        raise QuantizeError("backend 'vllm' needs vLLM, which is not installed; install it or use --backend hf")
+    with tempfile.TemporaryDirectory(prefix="vlmq-compare-") as name:
+        place = Path(name)
+        tasks = _tasks(questions, processor, settings, teacher, place, track)
+        if teacher is not None:
+            save(place / TEACHER, [score for score in teacher if score is not None], {})
+        scores = iter(_run(place, folder, tasks, ends, settings) if any(tasks) else [])
+        return [None if task is None else next(scores) for task in tasks]
+
+
+def _tasks(questions, processor, settings, teacher, place: Path, track) -> list[dict | None]:
+    """What the worker needs to know of every question; None for those left out."""
+    tasks: list[dict | None] = []
+    for i in track(range(len(questions)), "reading pictures"):
+        question = questions[i]
+        if question.chat["videos"]:
+            raise QuantizeError(f"{question.chat['line']} has a video; compare videos with --backend hf")
+        if teacher is not None and teacher[i] is None:
+            tasks.append(None)
+            continue
+        inputs, start = question.inputs(processor)
+        ids = inputs["input_ids"][0].tolist()
+        if len(ids) > settings.max_tokens:
+            tasks.append(None)
+            continue
+        pictures = [f"{i}-{j}.png" for j in range(len(question.chat["images"]))]
+        for name, image in zip(pictures, question.chat["images"], strict=True):
+            open_image(image).save(place / name)
+        tasks.append(
+            {
+                "line": question.chat["line"],
+                "words": question.words,
+                "prompt": ids[:start],
+                "answer": question.answer,
+                "pictures": pictures,
+            }
+        )
+    return tasks
+
+
+def _run(place: Path, folder: Path, tasks: list[dict | None], ends: set[int], settings: Settings) -> list[Score]:
+    job = {
+        "model": str(folder.absolute()),
+        "quantization": "vlmq" if is_vlmq(folder) else None,
+        "dtype": settings.dtype,
+        "top": settings.top,
+        "new_tokens": settings.new_tokens,
+        "ends": sorted(ends),
+        "tasks": [task for task in tasks if task is not None],
+    }
+    (place / JOB).write_text(json.dumps(job), encoding="utf-8")
+    log = place / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vlmq_vllm.offline.compare.worker", str(place)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=ENVIRONMENT | os.environ,
+            start_new_session=True,  # a process group, so that the engine's own processes can be ended with it
+        )
+        try:
+            code = process.wait()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if code != 0:
+        kept = _keep(log)
+        raise QuantizeError(f"vLLM failed with {folder}: {_last_line(kept)} (its whole output is in {kept})")
+    return [score for score in load(place / RESULT) if score is not None]
+
+
+def _keep(log: Path) -> Path:
+    number, name = tempfile.mkstemp(prefix="vlmq-compare-", suffix=".log")
+    with os.fdopen(number, "wb") as file:
+        file.write(log.read_bytes())
+    return Path(name)
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"

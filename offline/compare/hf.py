@@ -1,0 +1,118 @@
+"""Scores of a model through transformers, one sample at a time and never padded.
+
+Exact match of the likeliest tokens behind the reference answer's own tokens equals exact match of the greedy answer: as
+long as each likeliest token is the reference's, both read the same tokens.
+"""
+
+import gc
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.offline.compare.questions import Question
+from vlmq_vllm.offline.compare.scores import Score
+from vlmq_vllm.offline.compare.settings import Settings
+from vlmq_vllm.offline.compare.weights import load_model
+
+
+def score(
+    folder: Path,
+    questions: list[Question],
+    processor,
+    ends: set[int],
+    settings: Settings,
+    teacher: list[Score | None] | None,
+    track: Callable,
+) -> list[Score | None]:
+    """A score for every question, None for those left out: longer than max_tokens, or without a teacher's score.
+
+    The model is loaded for the call and freed after it. Without `teacher` the model is the teacher itself.
+    Raises QuantizeError and CheckpointError.
+    """
+    model = load_model(folder, getattr(torch, settings.dtype), device_of(settings))
+    scores: list[Score | None] = []
+    try:
+        for i in track(range(len(questions)), folder.name):
+            if teacher is not None and teacher[i] is None:
+                scores.append(None)
+                continue
+            inputs, start = questions[i].inputs(processor)
+            if inputs["input_ids"].shape[1] > settings.max_tokens:
+                scores.append(None)
+                continue
+            ids = None if teacher is None else teacher[i].ids
+            found = _score(model, inputs, start, questions[i].answer, ends, settings, ids)
+            _check(found, folder, questions[i])
+            scores.append(found)
+    finally:
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return scores
+
+
+def device_of(settings: Settings) -> str:
+    """The device asked for, or a GPU if there is one."""
+    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.inference_mode()
+def _score(model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: Settings, ids) -> Score:
+    inputs = {name: _place(value, model) for name, value in inputs.items()}
+    logs = answer_logs(model, inputs, start, len(answer))
+    if ids is None:
+        chosen = logs.topk(min(settings.top, logs.shape[-1])).indices
+    else:
+        chosen = torch.from_numpy(ids.astype(np.int64)).to(logs.device)
+    right = torch.tensor(answer, device=logs.device)
+    greedy = _generate(model, inputs, start, ends, settings.new_tokens)
+    return Score(
+        answer=np.array(answer, dtype=np.int32),
+        ids=chosen.int().cpu().numpy(),
+        logs=logs.gather(1, chosen).float().cpu().numpy(),
+        rest=logs.scatter(1, chosen, -torch.inf).logsumexp(1).float().cpu().numpy(),
+        own=logs.gather(1, right[:, None])[:, 0].float().cpu().numpy(),
+        best=logs.argmax(1).int().cpu().numpy(),
+        greedy=np.array(greedy, dtype=np.int32),
+    )
+
+
+def answer_logs(model, inputs: dict[str, torch.Tensor], start: int, tokens: int) -> torch.Tensor:
+    """Log-probabilities [tokens, V] float64 with which the model expects the tokens from `start` on."""
+    behind = inputs["input_ids"].shape[1] - start
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:  # spares [L, V] logits
+        logits = model(**inputs, use_cache=False, logits_to_keep=behind + 1).logits[0]
+    else:
+        logits = model(**inputs, use_cache=False).logits[0, start - 1 :]
+    return logits[:tokens].double().log_softmax(-1)
+
+
+def _generate(model, inputs: dict[str, torch.Tensor], start: int, ends: set[int], new_tokens: int) -> list[int]:
+    """The greedy answer up to its end mark or to `new_tokens` tokens."""
+    from transformers import GenerationConfig
+
+    if not new_tokens:
+        return []
+    length = inputs["input_ids"].shape[1]
+    asked = {name: v[:, :start] if v.shape[:2] == (1, length) else v for name, v in inputs.items()}
+    # the model's own settings may sample or penalise repetition
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, eos_token_id=sorted(ends), pad_token_id=min(ends)
+    )
+    return model.generate(**asked)[0, start:].tolist()
+
+
+def _place(value: torch.Tensor, model) -> torch.Tensor:
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
+
+
+def _check(score: Score, folder: Path, question: Question) -> None:
+    if not (np.isfinite(score.logs).all() and np.isfinite(score.own).all()):
+        raise CheckpointError(
+            f"{folder} answers {question.chat['line']} with NaN or infinity; its weights are not sound"
+        )
