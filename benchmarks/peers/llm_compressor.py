@@ -1,0 +1,59 @@
+"""llm-compressor's GPTQ on a Qwen2-VL model; runs in the environment that install.py makes for it.
+
+As its own example for this model: weights in the checkpoint's dtype, one decoder layer after the other, vision tower
+and lm_head left alone. Everything else is its default (static act-order, damping 0.01, block 128, min-max grid).
+"""
+
+from runner import Clock, arguments, inputs, report
+
+args = arguments()
+
+from llmcompressor import oneshot  # noqa: E402, after the clock of runner.py has started
+from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration  # noqa: E402
+
+
+def recipe() -> GPTQModifier:
+    weights = {
+        "num_bits": args.bits,
+        "type": "int",
+        "symmetric": args.symmetric,
+        "strategy": "group",
+        "group_size": args.group_size,
+    }
+    groups = {"decoder": {"targets": ["Linear"], "weights": weights}}
+    return GPTQModifier(config_groups=groups, ignore=["re:.*lm_head", "re:.*visual.*"])
+
+
+def main() -> None:
+    clock = Clock()
+    with clock("load"):
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype="auto")
+        processor = AutoProcessor.from_pretrained(args.model)
+    with clock("prepare"):
+        samples = inputs(args.data, processor, args.samples)
+    modifier = recipe()
+    with clock("quantise"):
+        oneshot(
+            model=model,
+            processor=processor,
+            dataset=DataLoader(samples, batch_size=None),
+            recipe=modifier,
+            num_calibration_samples=len(samples),
+            sequential_targets=["Qwen2VLDecoderLayer"],
+        )
+    with clock("save"):
+        model.save_pretrained(args.out, save_compressed=True)
+        processor.save_pretrained(args.out)
+    settings = {
+        "tokens": sum(sample["input_ids"].shape[1] for sample in samples),
+        "dtype": str(model.dtype),
+        "damp": modifier.dampening_frac,
+        "act_order": str(modifier.actorder),
+        "sequential_targets": "Qwen2VLDecoderLayer",
+    }
+    report("llm-compressor", args, clock, ("llmcompressor", "compressed-tensors"), settings)
+
+
+main()
