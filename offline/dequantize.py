@@ -22,8 +22,9 @@ def dequantize(folder: Path, out: Path) -> None:
     del config["quantization_config"]
     size = sum((folder / name).stat().st_size for name in {info.file for info in headers.values()})
     packed = sum(2 * module.rows * module.columns for module in modules.values())
-    with Writer(out, size + packed) as writer:
-        for file_name in sorted({info.file for info in headers.values()}):
+    files = sorted({info.file for info in headers.values()})
+    with Writer(out, size + packed, files) as writer:
+        for file_name in files:
             tensors: dict[str, torch.Tensor] = {}
             with safe_open(folder / file_name, "pt") as file:
                 for name in file.keys():  # noqa: SIM118, safe_open is not iterable
@@ -32,7 +33,7 @@ def dequantize(folder: Path, out: Path) -> None:
                         tensors[name] = file.get_tensor(name)
                     elif part == "weight_packed":
                         tensors[f"{module}.weight"] = _weight(folder, headers, module, modules[module].format)
-            writer.add(tensors)
+            writer.add(file_name, tensors)
         writer.finish(folder, config, {"dequantized_from": str(folder.name)})
 
 

@@ -1,168 +1,213 @@
-"""GPTQ on tensors: weighted second moments of the inputs, and the column solver that uses them.
+"""GPTQ on tensors: from a weight and the second moments of its inputs to codes.
 
-For a linear with weight W [O, I] and calibration inputs x_n [I] with token weights lambda_n, the rounded weight Q is
-chosen column by column so that sum_n lambda_n |(W - Q) x_n|^2 stays small (Frantar et al., GPTQ, 2210.17323, Alg. 1;
-the weights are those of VLMQ, 2508.03351: lambda = 1 gives GPTQ itself). Only H = sum_n lambda_n x_n x_n^T is needed.
+For weights W [O, I] and moments H, D (`moments.py`) the rounded weight Q is chosen column by column (`sweep.py`) for
+a small
 
-Pure functions of tensors; which model they come from is `quantize.py`'s business.
+    sum_n lambda_n | Q x_n - W f_n |^2.
+
+With D = 0 this is GPTQ (2210.17323), with D GPTAQ (2504.02692), and the token weights make it VLMQ
+(2508.03351, there with D). Pure functions of tensors; which model they come from is `walk.py`'s business.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.grid import find_grid, to_codes
+from vlmq_vllm.offline.grid import MSE, GridSearch, find_grid, to_codes
+from vlmq_vllm.offline.sweep import Sweep
 
-BLOCK = 128
 ATTEMPTS = 8  # damping grows by 4 each time: from 0.01 to more than 100
 
 
 @dataclass(frozen=True)
+class Solver:
+    """How a weight is solved.
+
+    act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
+    be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
+    compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of GPTAQ's residual that is used.
+    """
+
+    search: GridSearch = MSE
+    act_order: bool = True
+    damp: float = 0.01
+    alpha: float = 0.25
+
+
+DEFAULT = Solver()
+
+
+@dataclass(frozen=True)
 class Solution:
-    """A solved weight. `loss`: weighted squared output error per token and row, `damp`: damping that was needed
-    (None: H could not be factorised and the weight was rounded to nearest), `dead`: inputs that were always zero."""
+    """A solved weight. `loss` [O]: weighted squared output error per token of each row, as the solver saw it (in
+    GPTAQ's case against the moved targets); `damp`: damping that was needed (None: H could not be factorised and the
+    weight was rounded to nearest); `dead`: inputs that were always zero."""
 
     weight: QuantizedWeight
-    loss: float
+    loss: torch.Tensor | None
     damp: float | None
     dead: int
 
+    @classmethod
+    def empty(cls, format: WeightFormat, rows: int, columns: int, dtype: torch.dtype, device) -> "Solution":
+        """A place for a solution that another process found, see `exchanged`."""
+        groups = format.groups(columns)
+        codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
+        scale = torch.zeros(rows, groups, dtype=dtype, device=device)
+        zero = None if format.symmetric else torch.zeros(rows, groups, dtype=torch.uint8, device=device)
+        return cls(QuantizedWeight(format, codes, scale, zero), torch.zeros(rows, device=device), None, 0)
 
-class Moments:
-    """Running H = sum_n lambda_n x_n x_n^T, [I, I] float32."""
+    def exchanged(self, broadcast: Callable[[torch.Tensor], None]) -> "Solution":
+        """The solution after every tensor of it went through `broadcast`, which overwrites it with the owner's."""
+        numbers = torch.tensor([-1.0 if self.damp is None else self.damp, self.dead], dtype=torch.float64)
+        numbers = numbers.to(self.loss.device)
+        for tensor in (self.weight.codes, self.weight.scale, self.weight.zero, self.loss, numbers):
+            if tensor is not None:
+                broadcast(tensor)
+        damp, dead = numbers.tolist()
+        return replace(self, damp=None if damp < 0 else damp, dead=int(dead))
 
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.sum = torch.zeros(columns, columns, device=device)
-        self.tokens = 0
-
-    def add(self, inputs: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add tokens: inputs [N, I], weights [N] or None for 1."""
-        inputs = inputs.float()
-        if weights is not None:
-            inputs = inputs * weights.float().sqrt()[:, None]
-        self.sum.addmm_(inputs.T, inputs)
-        self.tokens += len(inputs)
-
-    def mean(self) -> torch.Tensor:
-        return self.sum / max(self.tokens, 1)
+    def split(self, rows: list[int]) -> list["Solution"]:
+        """The solutions of weights that were solved as one, stacked along O."""
+        w = self.weight
+        zeros = [None] * len(rows) if w.zero is None else w.zero.split(rows)
+        parts = zip(w.codes.split(rows), w.scale.split(rows), zeros, self.loss.split(rows), strict=True)
+        return [
+            replace(self, weight=QuantizedWeight(w.format, codes, scale, zero), loss=loss)
+            for codes, scale, zero, loss in parts
+        ]
 
 
-def round_to_nearest(weight: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: bool) -> QuantizedWeight:
+def round_to_nearest(
+    weight: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: GridSearch = MSE
+) -> QuantizedWeight:
     """Codes of a weight [O, I] without compensation."""
     scale, zero = find_grid(weight, format, dtype, search)
     group = format.group_of(weight.shape[1], weight.device)
     offset = format.middle if zero is None else zero.float()[:, group]
-    codes = to_codes(weight, scale.float()[:, group], offset, format.levels)
-    return QuantizedWeight(format, codes.to(torch.uint8), scale, zero)
-
-
-def solve(
-    weight: torch.Tensor,
-    moments: torch.Tensor,
-    format: WeightFormat,
-    dtype: torch.dtype,
-    *,
-    search: bool = True,
-    act_order: bool = True,
-    damp: float = 0.01,
-) -> Solution:
-    """Quantise weight [O, I] float32 with moments H [I, I]; scales are stored in `dtype`.
-
-    With `act_order` the columns are treated by falling diag H, on grids found beforehand in file order, so that no
-    permutation has to be stored. Without it a group's grid is found when its first column is reached, from weights
-    that already carry the compensation. An H that stays singular under eight dampings gives plain rounding and
-    `damp` None: the caller must say so.
-    """
-    dead = int((moments.diagonal() == 0).sum())
-    order = torch.argsort(moments.diagonal(), descending=True, stable=True) if act_order else None
-    factor, used = _inverse_factor(moments if order is None else moments[order][:, order], damp)
-    if factor is None:
-        rounded = round_to_nearest(weight, format, dtype, search)
-        return Solution(rounded, _loss(weight, rounded, moments), None, dead)
-    if order is None:
-        quantized = _columns_in_file_order(weight, factor, format, dtype, search)
-    else:
-        quantized = _columns_by_importance(weight, factor, order, format, dtype, search)
-    return Solution(quantized, _loss(weight, quantized, moments), used, dead)
-
-
-def _columns_by_importance(weight, factor, order, format, dtype, search) -> QuantizedWeight:
-    scale, zero = find_grid(weight, format, dtype, search)
-    group = format.group_of(weight.shape[1], weight.device)[order]
-    scales = scale.float()[:, group]
-    zeros = torch.full_like(scales, format.middle) if zero is None else zero.float()[:, group]
-    sweep = _Sweep(weight[:, order], factor)
-    for start in range(0, weight.shape[1], BLOCK):
-        sweep.block(start, min(start + BLOCK, weight.shape[1]), scales, zeros, format.levels)
-    codes = torch.empty_like(sweep.codes)
-    codes[:, order] = sweep.codes
+    codes = to_codes(weight, scale.float()[:, group], offset, format.levels).to(torch.uint8)
     return QuantizedWeight(format, codes, scale, zero)
 
 
-def _columns_in_file_order(weight, factor, format, dtype, search) -> QuantizedWeight:
-    columns = weight.shape[1]
-    width = columns if format.group_size == -1 else format.group_size
-    sweep, scales, zeros = _Sweep(weight, factor), [], []
-    scale_of, zero_of = torch.empty_like(weight), torch.full_like(weight, format.middle)
-    for first in range(0, columns, width):
-        last = min(first + width, columns)
-        whole = WeightFormat(format.bits, -1, format.symmetric)
-        scale, zero = find_grid(sweep.weight[:, first:last].contiguous(), whole, dtype, search)
-        scales.append(scale)
-        scale_of[:, first:last] = scale.float()
-        if zero is not None:
-            zeros.append(zero)
-            zero_of[:, first:last] = zero.float()
-        for start in range(first, last, BLOCK):
-            sweep.block(start, min(start + BLOCK, last), scale_of, zero_of, format.levels)
-    return QuantizedWeight(format, sweep.codes, torch.cat(scales, 1), torch.cat(zeros, 1) if zeros else None)
+def solve(
+    weights: torch.Tensor,
+    h: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    solver: Solver = DEFAULT,
+    residual: torch.Tensor | None = None,
+) -> list[Solution]:
+    """Quantise weights [B, O, I] float32 with moments H and perhaps D [B, I, I]; scales are stored in `dtype`.
 
-
-class _Sweep:
-    """The state of one pass over the columns: the compensated weight [O, I] and the codes found so far.
-
-    `factor` is the upper Cholesky factor of H^-1; its row q holds how an error in column q is best made good by the
-    columns after it (GPTQ, section 3.3).
+    The B problems are independent and treated at once. An H that stays singular under eight dampings gives plain
+    rounding and `damp` None: the caller must say so.
     """
+    columns = weights.shape[2]
+    importance = h.diagonal(dim1=1, dim2=2)
+    dead = (importance == 0).sum(1).tolist()
+    order = torch.argsort(importance, dim=1, descending=True, stable=True) if solver.act_order else None
+    if order is None:
+        order = torch.arange(columns, device=weights.device).expand(len(weights), -1)
+    factors = [_factor(part, columns_of, solver.damp) for part, columns_of in zip(h, order, strict=True)]
+    solved = [i for i, (factor, _) in enumerate(factors) if factor is not None]
+    found: list[Solution | None] = [None] * len(weights)
+    if solved:
+        pick = torch.tensor(solved, device=weights.device)
+        factor = torch.stack([factors[i][0] for i in solved]) if len(solved) > 1 else factors[solved[0]][0][None]
+        part = [t if len(solved) == len(weights) else t[pick] for t in (weights, h, order)]
+        push = None
+        if residual is not None:
+            push = solver.alpha * _push(_permuted(residual[pick], part[2]), factor)
+        quantized, losses = _sweep(*part, factor, push, format, dtype, solver)
+        for i, weight, loss in zip(solved, quantized, losses, strict=True):
+            found[i] = Solution(weight, loss, factors[i][1], dead[i])
+    for i in sorted(set(range(len(weights))) - set(solved)):
+        rounded = round_to_nearest(weights[i], format, dtype, solver.search)
+        error = rounded.dequantize() - weights[i]
+        found[i] = Solution(rounded, ((error @ h[i]) * error).sum(1), None, dead[i])
+    return found
 
-    def __init__(self, weight: torch.Tensor, factor: torch.Tensor) -> None:
-        self.weight = weight.clone()
-        self.factor = factor
-        self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
 
-    def block(self, start: int, stop: int, scales: torch.Tensor, zeros: torch.Tensor, levels: int) -> None:
-        """Round columns start .. stop; what they owe to later columns is applied once, at the end."""
-        block, factor = self.weight[:, start:stop], self.factor[start:stop, start:stop]
-        errors = torch.empty_like(block)
-        for i in range(stop - start):
-            column, scale, zero = block[:, i], scales[:, start + i], zeros[:, start + i]
-            codes = to_codes(column, scale, zero, levels)
-            self.codes[:, start + i] = codes.to(torch.uint8)
-            errors[:, i] = (column - (codes - zero) * scale) / factor[i, i]
-            block[:, i + 1 :].addr_(errors[:, i], factor[i, i + 1 :], alpha=-1)
-        self.weight[:, stop:].addmm_(errors, self.factor[start:stop, stop:], alpha=-1)
+def _sweep(weights, h, order, factor, push, format, dtype, solver) -> tuple[list[QuantizedWeight], torch.Tensor]:
+    count, rows, columns = weights.shape
+    groups = format.groups(columns)
+    shape = (count, groups, rows)
+    scale = torch.ones(shape, device=weights.device)
+    zero = torch.full(shape, float(format.middle), device=weights.device)
+    importance = h.diagonal(dim1=1, dim2=2)
+    targets = weights.mT.contiguous() if not solver.act_order else _rows(weights.mT, order)
+    if solver.act_order:
+        for i in range(count):
+            s, z = find_grid(weights[i], format, dtype, solver.search, importance[i])
+            scale[i] = s.float().T
+            if z is not None:
+                zero[i] = z.float().T
+    group_of = format.group_of(columns, weights.device)[order]
+    sweep = Sweep(targets, factor, scale, zero, group_of, format.levels, push)
+    if solver.act_order:
+        sweep.run()
+    else:
+        sweep.run(columns if format.group_size == -1 else format.group_size, _finder(importance, format, dtype, solver))
+    codes = torch.empty_like(sweep.codes).scatter_(1, order[..., None].expand_as(sweep.codes), sweep.codes)
+    quantized = [
+        QuantizedWeight(
+            format,
+            codes[i].T.contiguous(),
+            scale[i].T.to(dtype).contiguous(),
+            None if format.symmetric else zero[i].T.to(torch.uint8).contiguous(),
+        )
+        for i in range(count)
+    ]
+    return quantized, sweep.loss
 
 
-def _inverse_factor(moments: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, float]:
-    """Upper Cholesky factor of (H + damp mean(diag H) I)^-1 and the damping that worked, starting at `damp`."""
-    level = moments.diagonal().mean()
-    if not (torch.isfinite(moments).all() and level > 0):
+def _finder(importance, format, dtype, solver):
+    """Grid of one group of compensated columns [B, n, O], as `Sweep.run` asks for it."""
+    whole = WeightFormat(format.bits, -1, format.symmetric)
+
+    def find(columns: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [
+            find_grid(part.T.contiguous(), whole, dtype, solver.search, weight[first:last])
+            for part, weight in zip(columns, importance, strict=True)
+        ]
+        scale = torch.stack([scale[:, 0].float() for scale, _ in found])
+        if format.symmetric:
+            return scale, torch.full_like(scale, format.middle)
+        return scale, torch.stack([zero[:, 0].float() for _, zero in found])
+
+    return find
+
+
+def _factor(h: torch.Tensor, order: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, float]:
+    """Upper triangular U with U U^T = H + damp mean(diag H) I, columns in `order`, and the damping that worked."""
+    level = h.diagonal().mean()
+    if not (torch.isfinite(h).all() and level > 0):
         return None, damp
-    # where doubles are no slower than the memory they need, they save the damping of nearly singular H
-    exact = moments.double() if moments.device.type == "cpu" else moments
+    # doubles where they are no slower than the memory they need: they save the damping of nearly singular H
+    exact = torch.float64 if h.device.type == "cpu" else torch.float32
+    backwards = order.flip(0)  # the lower factor of H backwards, read backwards, is the upper factor with U U^T = H
     for attempt in range(ATTEMPTS):
         used = damp * 4**attempt
-        damped = exact + torch.eye(len(moments), dtype=exact.dtype, device=exact.device) * (used * level)
+        damped = h[backwards][:, backwards].to(exact)
+        damped.diagonal().add_(used * level)
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
-            continue
-        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
-            return upper.float(), used
+        del damped
+        if not failed and torch.isfinite(lower).all():
+            return lower.float().flip(0, 1), used
     return None, damp
 
 
-def _loss(weight: torch.Tensor, quantized: QuantizedWeight, moments: torch.Tensor) -> float:
-    error = quantized.dequantize() - weight
-    return float(((error @ moments) * error).sum() / len(weight))
+def _push(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """triu(D U^-T, 1) U^-1: how far a column's value moves the targets of those behind it (GPTAQ's public form)."""
+    moved = torch.linalg.solve_triangular(factor.mT, residual, upper=False, left=False).triu_(1)
+    return torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
+
+
+def _rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part[rows] for part, rows in zip(tensor, order, strict=True)])
+
+
+def _permuted(matrices: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part[rows][:, rows] for part, rows in zip(matrices, order, strict=True)])

@@ -4,24 +4,44 @@ Scales are rounded to the dtype in which they will be stored before anything is 
 solver sees is what is served.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from vlmq_vllm.format import WeightFormat
 
-SHRINKS = torch.linspace(1.0, 0.3, 36).tolist()
-EXPONENT = 2.4  # of the error in the search; the value of GPTQ's public code
-CHUNK = 1 << 22  # weights per slice of the search, so that its temporaries stay small
+CHUNK = 1 << 20  # weights per slice of the search, so that its temporaries stay in the cache
+
+
+@dataclass(frozen=True)
+class GridSearch:
+    """How scales are chosen: from a group's range (`steps` 0), or among `steps` + 1 ranges from 100 % shrunk evenly to
+    `least`, the one with the least sum_i w_i |error_i|^exponent; w is diag H where `importance` is set, else 1.
+
+    The exponent 2.4 is that of GPTQ's public code.
+    """
+
+    steps: int = 35
+    least: float = 0.3
+    exponent: float = 2.4
+    importance: bool = False
+
+
+MINMAX, MSE = GridSearch(steps=0), GridSearch()
 
 
 def find_grid(
-    weight: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: bool
+    weight: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    search: GridSearch = MSE,
+    importance: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale [O, G] in `dtype` and zero point [O, G] uint8 (None when symmetric) for a weight [O, I] float32.
-
-    `search` chooses per group, among ranges shrunk to 30 .. 100 %, the one with the least sum |error|^2.4.
-    """
+    """Scale [O, G] in `dtype` and zero point [O, G] uint8 (None when symmetric) for a weight [O, I] float32;
+    `importance` is diag H [I]."""
     rows = max(1, CHUNK // weight.shape[1])
-    parts = [_grid_of_rows(part, format, dtype, search) for part in weight.split(rows)]
+    importance = importance if search.importance else None
+    parts = [_grid_of_rows(part, format, dtype, search, importance) for part in weight.split(rows)]
     scale = torch.cat([scale for scale, _ in parts])
     return scale, None if format.symmetric else torch.cat([zero for _, zero in parts])
 
@@ -31,18 +51,22 @@ def to_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int
     return (weight / scale + zero).round_().clamp_(0, levels - 1)
 
 
-def _grid_of_rows(weight, format, dtype, search):
+def _grid_of_rows(weight, format, dtype, search, importance):
     groups = format.groups(weight.shape[1])
     width = weight.shape[1] if format.group_size == -1 else min(format.group_size, weight.shape[1])
     # the zeros that fill up the last group lie on every grid: they change neither range nor error
-    grouped = torch.nn.functional.pad(weight, (0, groups * width - weight.shape[1])).unflatten(1, (groups, width))
+    padding = (0, groups * width - weight.shape[1])
+    grouped = torch.nn.functional.pad(weight, padding).unflatten(1, (groups, width))
+    if importance is not None:
+        importance = torch.nn.functional.pad(importance, padding).unflatten(0, (groups, width))
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     best_scale, best_zero = _grid_of_range(low, high, format, dtype)
-    if search:
-        best = _error(grouped, best_scale, best_zero, format)
-        for shrink in SHRINKS[1:]:
+    if search.steps:
+        best = _error(grouped, best_scale, best_zero, format, search, importance)
+        for step in range(1, search.steps + 1):
+            shrink = 1 - (1 - search.least) * step / search.steps
             scale, zero = _grid_of_range(low * shrink, high * shrink, format, dtype)
-            error = _error(grouped, scale, zero, format)
+            error = _error(grouped, scale, zero, format, search, importance)
             better = error < best
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
@@ -62,7 +86,9 @@ def _grid_of_range(low, high, format, dtype):
     return scale, (-low / scale).round().clamp(0, top)
 
 
-def _error(grouped, scale, zero, format):
+def _error(grouped, scale, zero, format, search, importance):
     scale, zero = scale[..., None], zero[..., None]
     codes = to_codes(grouped, scale, zero, format.levels)
-    return ((codes - zero) * scale - grouped).abs_().pow_(EXPONENT).sum(-1)
+    error = codes.sub_(zero).mul_(scale).sub_(grouped)
+    error = error.square_() if search.exponent == 2 else error.abs_().pow_(search.exponent)
+    return error.sum(-1) if importance is None else error.mul_(importance).sum(-1)

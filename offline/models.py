@@ -1,40 +1,97 @@
-"""Model families as rows: where the decoder layers are and which linears share an input, in the order of the forward.
+"""Model families as rows: where a model's parts are. Which linears share an input is seen in its forward (`stages.py`).
 
 Module names are those of transformers in memory; the files' names come from transformers' own renaming rules
 (`source.py`). A family is a row; nothing else knows about it.
 """
 
+import re
 from dataclasses import dataclass
 
 from vlmq_vllm.errors import QuantizeError
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-LLAMA_GROUPS = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+
+@dataclass(frozen=True)
+class Unserved:
+    """Linears that vLLM builds without a quantisation config: a packed weight would find no place there.
+
+    pattern: regular expression that matches the end of a linear's in-memory name. reason: why, for the user.
+    odd_sizes_only: only where an input or output size is not a multiple of 64.
+    """
+
+    pattern: str
+    reason: str
+    odd_sizes_only: bool = False
+
+    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
+        return bool(re.search(self.pattern + "$", name)) and (
+            not self.odd_sizes_only or any(size % 64 for size in shape)
+        )
 
 
 @dataclass(frozen=True)
 class Family:
     """One row.
 
-    layers: the decoder's ModuleList. front: modules that run before it, in memory only while inputs are captured.
-    groups: linears of a layer that read the same activations, in the order in which they run.
-    attention, attention_norm: the attention module of a layer and the norm before it, inside the residual branch.
-    weighted: linears whose tokens are weighted by saliency (VLMQ: those of the attention).
+    layers: the decoder's ModuleList. embed: the input embeddings. vision: the tower; blocks: its ModuleList.
+    connectors: modules between tower and decoder (they may lie inside the tower).
+    attention: the attention module of a decoder layer. attention_end: the norm whose input is the attention block's
+    output with its residual. unserved: see there.
     """
 
     layers: str
-    front: tuple[str, ...]
-    groups: tuple[tuple[str, ...], ...] = LLAMA_GROUPS
+    embed: str
+    vision: str
+    blocks: str
+    connectors: tuple[str, ...]
     attention: str = "self_attn"
-    attention_norm: str = "input_layernorm"
-    weighted: tuple[str, ...] = (*QKV, "self_attn.o_proj")
+    attention_end: str = "post_attention_layernorm"
+    unserved: tuple[Unserved, ...] = ()
 
+
+PLAIN = "vLLM builds it as a plain nn.Linear"
+SIGLIP = Unserved(
+    r"vision_tower\..*mlp\.fc[12]",
+    "vLLM builds SigLIP's MLP unquantised when one of its sizes is no multiple of 64",
+    odd_sizes_only=True,
+)
+QWEN2 = Family(
+    layers="model.language_model.layers",
+    embed="model.language_model.embed_tokens",
+    vision="model.visual",
+    blocks="model.visual.blocks",
+    connectors=("model.visual.merger",),
+)
+QWEN3 = Family(
+    layers="model.language_model.layers",
+    embed="model.language_model.embed_tokens",
+    vision="model.visual",
+    blocks="model.visual.blocks",
+    connectors=("model.visual.merger", "model.visual.deepstack_merger_list"),
+)
+LLAVA = Family(
+    layers="model.language_model.layers",
+    embed="model.language_model.embed_tokens",
+    vision="model.vision_tower",
+    blocks="model.vision_tower.encoder.layers",
+    connectors=("model.multi_modal_projector",),
+    unserved=(SIGLIP,),
+)
+IDEFICS = Family(
+    layers="model.text_model.layers",
+    embed="model.text_model.embed_tokens",
+    vision="model.vision_model",
+    blocks="model.vision_model.encoder.layers",
+    connectors=("model.connector",),
+)
 
 FAMILIES = {
-    "qwen2_vl": Family(
-        layers="model.language_model.layers",
-        front=("model.visual", "model.language_model.embed_tokens"),
-    ),
+    "qwen2_vl": QWEN2,
+    "qwen2_5_vl": QWEN2,
+    "qwen3_vl": QWEN3,
+    "qwen3_vl_moe": QWEN3,
+    "llava": LLAVA,
+    "idefics3": IDEFICS,
+    "smolvlm": IDEFICS,
 }
 
 

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
-    from vlmq_vllm.offline.quantize import Row
+    from vlmq_vllm.offline.data.inputs import Intake
+    from vlmq_vllm.offline.walk import Row
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +29,23 @@ class Progress:
         with bar:
             yield from bar.track(items, description=what)
 
-    def samples(self, used: int, wanted: int, tokens: int) -> None:
-        note = "" if used == wanted else f" (asked for {wanted}: the file has no more that fit)"
-        self._say(f"calibrating with {used} samples, {tokens} tokens{note}")
+    def samples(self, intake: "Intake", wanted: int, tokens: int) -> None:
+        """What became of the calibration data."""
+        notes = [
+            (intake.used < wanted, f"asked for {wanted}: there are no more that fit"),
+            (intake.too_long, f"{intake.too_long} left out for their length"),
+            (intake.shrunk, f"{intake.shrunk} pictures shrunk"),
+        ]
+        noted = "".join(f"; {note}" for holds, note in notes if holds)
+        self._say(f"calibrating with {intake.used} samples, {tokens} tokens{noted}")
 
-    def layer(self, index: int, rows: "list[Row]", damp: float) -> None:
+    def layer(self, name: str, rows: "list[Row]", damp: float) -> None:
         """One finished layer; linears that needed more than `damp` or were not solved are named on every console."""
         losses = [row.loss for row in rows if row.loss is not None]
         summed = f", loss {sum(losses):.3g}" if losses else ""
         tokens = Counter(row.tokens for row in rows if row.tokens != "equal")
         noted = "".join(f", {count} with {what}" for what, count in tokens.items())
-        self._say(f"layer {index}: {len(rows)} linears{summed}{noted}")
+        self._say(f"{name}: {len(rows)} linears{summed}{noted}")
         for row in rows:
             if row.damp is not None and row.damp > damp:
                 log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)

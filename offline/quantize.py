@@ -1,79 +1,224 @@
-"""The walk: catch the decoder's inputs, then for each layer weigh tokens, collect moments, solve, write, go on.
+"""A quantisation run from beginning to end: prepare samples, walk through the stacks, write each unit, finish.
 
-Two streams run through the decoder, U behind the quantised layers and F behind the full-precision ones. Within a layer
-the groups of linears are quantised in the order of the forward pass, and each group's moments are collected after the
-groups before it have been replaced. One decoder layer's weights are in memory at a time.
+A run that was stopped goes on where it was (`resume`): finished units are read back from their files, and the streams
+move behind them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from time import monotonic
 
 import torch
+import yaml
+from safetensors import safe_open
 
 import vlmq_vllm
 from vlmq_vllm.checkpoint import QuantizationSpec
-from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.samples import load_processor, model_inputs, read_chats
-from vlmq_vllm.offline.gptq import Moments, Solution, round_to_nearest, solve
+from vlmq_vllm.errors import QuantizeError, StoppedError
+from vlmq_vllm.format import PARTS, QuantizedWeight
+from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.fingerprint import fingerprint
+from vlmq_vllm.offline.data.inputs import Intake, admitted, has_vision, load_processor
+from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.saliency import gradient_norms, token_weights
+from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
-from vlmq_vllm.offline.stream import Stream, capture, check_replay, run, visit_inputs
-from vlmq_vllm.offline.writer import Writer, check_destination
-
-SHARD = 4 << 30  # bytes of unquantised tensors per file
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A linear in the report: `loss`, `damp` and `dead` as in gptq.Solution (None and 0 for method "rtn").
-
-    tokens: "saliency" where tokens were weighted, "no signal" where they should have been but all gradients are zero
-    or some not finite (as in the first layer, where both streams are equal), "equal" elsewhere.
-    """
-
-    module: str
-    loss: float | None
-    damp: float | None
-    dead: int
-    tokens: str
+from vlmq_vllm.offline.stream import Stream, capture, check_replay
+from vlmq_vllm.offline.units import Target, Unit, expected_bytes, find_rest, find_targets, find_units
+from vlmq_vllm.offline.walk import Row, Walk
+from vlmq_vllm.offline.writer import Parts, Writer, check_destination
 
 
 def quantize(
-    model: str, out: Path, data: Path | None, settings: Settings, device: str = "cpu", progress: Progress | None = None
+    model: str,
+    out: Path,
+    data: str | Path | None,
+    settings: Settings,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[Row]:
-    """Quantise the decoder linears of `model` (a folder or hub name) into the new folder `out`.
+    """Quantise `model` (a folder or hub name) into the new folder `out`.
 
-    `data` is a JSONL file of chats with images (`samples.py`); only method "rtn" goes without. Raises QuantizeError or
-    CheckpointError, with nothing left behind.
+    `data` is anything that `data/sources.py` reads; only method "rtn" goes without. `stop` is asked between units; when
+    it says yes the run ends with StoppedError and can be resumed. Raises QuantizeError or CheckpointError; finished
+    units stay in a hidden folder beside `out`, nothing else is left behind.
     """
-    began, progress = monotonic(), progress or Progress()
     check_destination(out)
-    place = _device(device)
-    chats = _chats(data, settings)
-    source = Source(find(model))
-    with Writer(out, _expected_bytes(source, settings)) as writer:
-        walk = _Walk(source, settings, place)
-        if chats:
-            walk.begin(chats, progress)
-        rows: list[Row] = []
-        for i in progress.track(range(len(source.layers())), "quantising"):
-            tensors, found = walk.layer(i)
-            writer.add(tensors)
-            progress.layer(i, found, settings.damp)
-            rows += found
-        for tensors in _untouched(source, {row.module for row in rows}):
-            writer.add(tensors)
-        tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": settings.to_dict()}
-        config = QuantizationSpec(settings.format, {}).to_dict(tool)
-        report = {"seconds": round(monotonic() - began, 1), "modules": [asdict(row) for row in rows]}
-        writer.finish(source.folder, source.config | {"quantization_config": config}, report)
-    return rows
+    if settings.method != "rtn" and data is None:
+        raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
+    return _Run(Source(find(model)), settings, _device(device), progress or Progress(), stop).run(out, data, resume)
+
+
+class _Run:
+    """One run; `batches` are this process's share of the calibration samples."""
+
+    def __init__(
+        self, source: Source, settings: Settings, device: torch.device, progress: Progress, stop: Callable[[], bool]
+    ) -> None:
+        self.source, self.settings, self.device, self.progress, self.stop = source, settings, device, progress, stop
+        self.ranks = Ranks(device)
+        self.units = find_units(source, settings)
+        self.targets = find_targets(source, settings, self.units)
+        self.rest = find_rest(source, self.targets)
+        self.batches: list[dict] = []
+        self.fingerprints: list[str] = []
+
+    def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
+        if self.settings.method != "rtn":
+            self._prepare(data)
+        keys = [*(unit.key for unit in self.units), *self.rest]
+        if self.ranks.rank > 0:
+            self.ranks.wait()  # for the writer
+            self._solve(Parts(out, keys), None)
+            return []
+        with Writer(out, expected_bytes(self.source, self.targets), keys, self._identity(), resume) as writer:
+            self.ranks.wait()
+            self._solve(writer, writer)
+            for key, names in self.rest.items():
+                if not writer.done(key):
+                    writer.add(key, {name: self.source.read(name) for name in names})
+            rows = [Row(**note) for note in writer.notes()]
+            config = self.source.config | {"quantization_config": self._header()}
+            report = {"calibration": {"fingerprints": self.fingerprints}, "modules": [asdict(row) for row in rows]}
+            writer.finish(self.source.folder, config, report, yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
+        return rows
+
+    def _solve(self, parts: Parts, writer: Writer | None) -> None:
+        """Everything that all processes do; only the one with a writer writes."""
+        if all(parts.done(unit.key) for unit in self.units):
+            return
+        self.source.quantized = _reader(parts, self.targets, self.units)
+        self._check_replay()
+        for component in ("vision", "connector", "language"):
+            units = [unit for unit in self.units if unit.component == component]
+            if not all(parts.done(unit.key) for unit in units):
+                for walk, unit in self._walks(component, units):
+                    self._unit(unit, walk, parts, writer)
+
+    def _prepare(self, data: str | Path) -> None:
+        """Read the calibration samples and put them into batches."""
+        options, intake = self.settings, Intake()
+        chats = read_chats(data, options.seed)
+        processor = load_processor(self.source.folder)
+        pixels = options.max_pixels or None
+        samples = []
+        for chat, inputs in admitted(chats, processor, options.samples, options.max_tokens, pixels, intake):
+            samples.append(inputs)
+            self.fingerprints.append(fingerprint(chat))
+        if not any(has_vision(inputs) for inputs in samples):
+            raise QuantizeError(
+                f"no sample with a picture has at most {options.max_tokens} tokens; raise --max-tokens, or shrink "
+                "pictures with --max-pixels"
+            )
+        self.progress.samples(intake, options.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
+        self.batches = self.ranks.own(batched(samples))
+
+    def _check_replay(self) -> None:
+        pictured = next((batch for batch in self.batches if has_vision(batch)), None)
+        if pictured is not None:
+            check_replay(self.source, pictured, self.device)
+
+    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[Walk, Unit]]:
+        """Each unit of a component with the walk that stands in front of it."""
+        if component == "connector":  # not a stack: every one gets its inputs from the tower
+            for unit in units:
+                yield self._walk(component, unit.module), replace(unit, index=0)
+            return
+        stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}[component]
+        walk = self._walk(component, stack)
+        if component == "language":
+            self.batches = []
+        for unit in self.progress.track(units, f"quantising {component}"):
+            yield walk, unit
+
+    def _walk(self, component: str, stack: str) -> Walk:
+        """The streams in front of a component: U behind all that has been quantised before it, F behind originals."""
+        options = self.settings
+        weighted = options.method == "vlmq" and component == "language"
+        paired = weighted or (options.base == "gptaq" and options.method != "rtn")
+        quantized: list[Stream | None] = []
+        full: list[Stream | None] = []
+        if self.batches:
+            moved = component != "vision" and any(unit.component != "language" for unit in self.units)
+            quantized = capture(self.source, stack, self.batches, self.device, quantized=moved)
+            if paired and moved:
+                full = capture(self.source, stack, self.batches, self.device)
+            elif paired:
+                full = [stream and replace(stream) for stream in quantized]
+        return Walk(
+            self.source,
+            options,
+            options.format_of(component),
+            self.device,
+            self.ranks,
+            [stream for stream in quantized if stream],
+            [stream for stream in full if stream],
+            weighted,
+        )
+
+    def _unit(self, unit: Unit, walk: Walk, parts: Parts, writer: Writer | None) -> None:
+        if parts.done(unit.key):
+            walk.replay(unit.module, unit.index)
+            return
+        if self.ranks.any(self.stop()):
+            raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
+        tensors, rows = walk.layer(unit.module, unit.index)
+        if writer:
+            writer.add(unit.key, tensors, [asdict(row) for row in rows])
+        self.ranks.wait()
+        self.progress.layer(unit.module, rows, self.settings.damp)
+
+    def _header(self) -> dict:
+        """The quantization_config of config.json."""
+        default = self.settings.format
+        overrides = {target.module: target.format for target in self.targets if target.format != default}
+        tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
+        return QuantizationSpec(default, overrides).to_dict(tool)
+
+    def _identity(self) -> dict:
+        """What decides the bytes of the checkpoint, for a run that is resumed."""
+        source = hashlib.sha256(repr(sorted(self.source.headers.items())).encode())
+        for path in sorted({self.source.folder / info.file for info in self.source.headers.values()}):
+            source.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
+        source.update(repr(self.source.config).encode())
+        return {
+            "model": source.hexdigest(),
+            "data": hashlib.sha256("".join(self.fingerprints).encode()).hexdigest(),
+            "version": vlmq_vllm.__version__,
+            "torch": torch.__version__,
+            "device": self.device.type,
+            "processes": self.ranks.size,
+            **self.settings.to_dict(),
+        }
+
+
+def _reader(parts: Parts, targets: list[Target], units: list[Unit]) -> Callable[[str], torch.Tensor | None]:
+    """The weight that a linear (by its name in the files) has been given, as it is served; None before that."""
+    keys = {unit.module: unit.key for unit in units}
+    owner = {t.module: next(keys[m] for m in _parents(t.name) if m in keys) for t in targets}
+    formats = {target.module: target.format for target in targets}
+
+    def read(module: str) -> torch.Tensor | None:
+        if module not in owner or not parts.done(owner[module]):
+            return None
+        with safe_open(parts.file(owner[module]), "pt") as file:
+            names = set(file.keys())
+            found = {part: file.get_tensor(name) for part in PARTS if (name := f"{module}.{part}") in names}
+        weight = QuantizedWeight.from_tensors(formats[module], found)
+        return weight.dequantize(weight.scale.dtype)
+
+    return read
+
+
+def _parents(name: str):
+    """The name itself and the modules around it, from the inside."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def _device(name: str) -> torch.device:
@@ -84,132 +229,3 @@ def _device(name: str) -> torch.device:
         raise QuantizeError(
             f"device {name!r} cannot be used ({reason}); choose cpu, or cuda where there is a GPU"
         ) from None
-
-
-def _chats(data: Path | None, settings: Settings) -> list[dict]:
-    """The calibration chats in the order that the seed decides; none for method "rtn"."""
-    if settings.method == "rtn":
-        return []
-    if data is None:
-        raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
-    return read_chats(data, settings.seed)
-
-
-class _Walk:
-    """The two streams on their way through the decoder; both are empty for method "rtn"."""
-
-    def __init__(self, source: Source, settings: Settings, device: torch.device) -> None:
-        self.source, self.settings, self.device = source, settings, device
-        self.streams: list[Stream] = []  # U, and the arguments that U and F share
-        self.full: list[torch.Tensor] = []  # F
-
-    def begin(self, chats: list[dict], progress: Progress) -> None:
-        """Prepare the calibration samples and put both streams in front of the first layer."""
-        processor = load_processor(self.source.folder)
-        inputs = list(model_inputs(chats, processor, self.settings.samples, self.settings.max_tokens))
-        progress.samples(len(inputs), self.settings.samples, sum(sample["input_ids"].shape[1] for sample in inputs))
-        check_replay(self.source, next(sample for sample in inputs if "pixel_values" in sample), self.device)
-        self.streams = capture(self.source, inputs, self.device)
-        if self.settings.method == "vlmq":
-            self.full = [stream.hidden for stream in self.streams]
-
-    @torch.no_grad()
-    def layer(self, index: int) -> tuple[dict[str, torch.Tensor], list[Row]]:
-        """Quantise one layer: its tensors by their names in the checkpoint, and its part of the report."""
-        name = f"{self.source.family.layers}.{index}"
-        layer = self.source.materialise(name, self.device, torch.float32)
-        weights = self._weigh(layer)
-        tensors: dict[str, torch.Tensor] = {}
-        rows = []
-        for group in self.source.family.groups:
-            moments = self._moments(layer, group, weights)
-            for linear in group:
-                module = self.source.file_name[f"{name}.{linear}.weight"].removesuffix(".weight")
-                solution = self._solve(layer.get_submodule(linear), module, moments.get(linear))
-                tensors |= {f"{module}.{part}": tensor for part, tensor in solution.weight.tensors().items()}
-                rows.append(Row(module, solution.loss, solution.damp, solution.dead, self._tokens(linear, weights)))
-        for stream in self.streams:
-            stream.hidden = run(layer, stream)
-        self.source.release(name)
-        return tensors, rows
-
-    def _tokens(self, linear: str, weights: dict) -> str:
-        if linear in weights:
-            return "saliency"
-        return "no signal" if self.full and linear in self.source.family.weighted else "equal"
-
-    def _weigh(self, layer: torch.nn.Module) -> dict[str, list[torch.Tensor]]:
-        """Token weights [T] per sample for each weighted linear with a signal; F moves behind the layer."""
-        norms: dict[str, list[torch.Tensor]] = {}
-        for i, full in enumerate(self.full):
-            stream = self.streams[i]
-            for linear, g in gradient_norms(layer, self.source.family, full, stream.hidden, stream.kwargs).items():
-                norms.setdefault(linear, []).append(g)
-            self.full[i] = run(layer, Stream(full, stream.kwargs))
-        weights = {linear: token_weights(g, self.settings.saliency_power) for linear, g in norms.items()}
-        return {linear: found for linear, found in weights.items() if found is not None}
-
-    def _moments(self, layer: torch.nn.Module, group: tuple[str, ...], weights: dict) -> dict[str, Moments]:
-        """Second moments of each linear of the group; those without token weights share one."""
-        if not self.streams:
-            return {}
-        columns = layer.get_submodule(group[0]).in_features
-        shared = Moments(columns, self.device)
-        moments = {linear: Moments(columns, self.device) if linear in weights else shared for linear in group}
-        for i, stream in enumerate(self.streams):
-            counted: set[int] = set()
-
-            def visit(linear: str, inputs: torch.Tensor, i: int = i, counted: set[int] = counted) -> None:
-                if id(moments[linear]) not in counted:
-                    counted.add(id(moments[linear]))
-                    moments[linear].add(inputs, weights[linear][i] if linear in weights else None)
-
-            visit_inputs(layer, group, stream, visit)
-        return moments
-
-    def _solve(self, linear: torch.nn.Linear, module: str, moments: Moments | None) -> Solution:
-        """Quantise one linear and put the result in its place, rounded as it will be served."""
-        stored = self.source.stored_dtype(f"{module}.weight")
-        options = self.settings
-        search = options.grid == "mse"
-        if moments is None:
-            rounded = round_to_nearest(linear.weight, options.format, stored, search)
-            solution = Solution(rounded, None, None, 0)
-        else:
-            solution = solve(
-                linear.weight,
-                moments.mean(),
-                options.format,
-                stored,
-                search=search,
-                act_order=options.act_order == "static",
-                damp=options.damp,
-            )
-        linear.weight.copy_(solution.weight.dequantize(stored))
-        return solution
-
-
-def _untouched(source: Source, quantized: set[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Every other tensor of the source as it is, in files of about SHARD bytes."""
-    batch: dict[str, torch.Tensor] = {}
-    size = 0
-    for name in sorted(source.headers):
-        if name.removesuffix(".weight") not in quantized:
-            batch[name] = source.read(name)
-            size += batch[name].nbytes
-            if size > SHARD:
-                yield batch
-                batch, size = {}, 0
-    if batch:
-        yield batch
-
-
-def _expected_bytes(source: Source, settings: Settings) -> int:
-    """Size of the checkpoint's weights on disk."""
-    linears = [f"{source.family.layers}.{{}}.{linear}.weight" for group in source.family.groups for linear in group]
-    names = {source.file_name[n.format(i)] for i in range(len(source.layers())) for n in linears}
-    total = 0.0
-    for name, info in source.headers.items():
-        bits = settings.format.bits_per_weight(*info.shape) if name in names else 8 * BYTES.get(info.dtype, 1)
-        total += math.prod(info.shape) * bits / 8
-    return math.ceil(total)

@@ -1,63 +1,139 @@
 """Everything that decides the numbers of a quantisation run, checked before any work."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 
 METHODS = ("rtn", "gptq", "vlmq")
 BITS = (2, 3, 4)
+KEPT = 16  # bits of what is left alone
+COMPONENTS = ("language", "vision", "connector")
+# What measured best on the demo model at each width (NOTES.md has the table); a setting that is given wins.
+BEST = {
+    2: {"act_order": "none", "grid": "mse", "base": "gptq", "damp": 0.01},
+    3: {"act_order": "static", "grid": "mse", "base": "gptq", "damp": 0.01},
+    4: {"act_order": "static", "grid": "mse", "base": "gptq", "damp": 0.01},
+}
+CHOICES = {
+    "bits": BITS,
+    "vision_bits": (*BITS, 8, KEPT),
+    "connector_bits": (*BITS, 8, KEPT),
+    "method": METHODS,
+    "base": ("gptq", "gptaq"),
+    "act_order": ("static", "none"),
+    "grid": ("mse", "mse-h", "minmax"),
+    "saliency_power": (1, 2),
+    "saliency_scope": ("attention", "all"),
+    "saliency_fallback": ("ones", "rtn"),
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of `vlmq quantize`.
+    """Options of `vlmq quantize`. Those that are None take the value that measured best for `bits` (`BEST`).
 
-    bits, group_size, symmetric: the format of every decoder linear.
+    bits, group_size, symmetric: the format of every decoder linear. vision_bits, connector_bits: width of the vision
+    tower's blocks and of the connector, 16 for leaving them alone.
     method: "rtn" rounds to nearest; "gptq" compensates with plain second moments; "vlmq" weights tokens by saliency.
+    base: "gptq" reproduces the layer on the inputs it gets, "gptaq" aims at the full-precision layer's outputs with
+    the share `alpha` of the residual.
     samples, max_tokens: how many calibration samples, and the longest that is used; longer ones are left out whole.
-    damp: part of mean(diag H) that is added to the diagonal of H before it is inverted.
+    max_pixels: larger pictures are shrunk to this many pixels; 0 leaves them.
+    damp: part of mean(diag H) that is added to the diagonal of H before it is factorised.
     act_order: treat columns by falling diag H ("static": groups stay as in the file) or in file order ("none").
-    grid: scales from a group's range ("minmax") or by the least |error|^2.4 over shrunk ranges ("mse").
+    grid: scales from a group's range ("minmax"), by the least |error|^2.4 over shrunk ranges ("mse"), or by the least
+    squared error weighted with diag H ("mse-h").
     saliency_power: p in lambda = g^p; 2 is version 2 of the VLMQ paper, 1 is version 1.
+    saliency_scope: "attention" weights q, k, v and o (the paper), "all" gate, up and down too.
+    saliency_fallback: where there is no signal: tokens count alike ("ones") or by the error of rounded weights ("rtn").
+    saliency_floor, saliency_cap: bounds of g / mean g; 0 is none.
+    force: quantise also what vLLM would not load.
     """
 
     bits: int = 3
     group_size: int = 128
     symmetric: bool = False
+    vision_bits: int = KEPT
+    connector_bits: int = KEPT
     method: str = "vlmq"
+    base: str | None = None
+    alpha: float = 0.25
     samples: int = 128
     max_tokens: int = 2048
+    max_pixels: int = 0
     seed: int = 42
-    damp: float = 0.01
-    act_order: str = "static"
-    grid: str = "mse"
+    damp: float | None = None
+    act_order: str | None = None
+    grid: str | None = None
     saliency_power: int = 2
+    saliency_scope: str = "attention"
+    saliency_fallback: str = "ones"
+    saliency_floor: float = 0.0
+    saliency_cap: float = 0.0
+    force: bool = False
 
     def __post_init__(self) -> None:
-        choices = {
-            "bits": BITS,
-            "method": METHODS,
-            "act_order": ("static", "none"),
-            "grid": ("mse", "minmax"),
-            "saliency_power": (1, 2),
-        }
-        for name, allowed in choices.items():
+        for name, value in BEST.get(self.bits, {}).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; choose one of {', '.join(map(str, allowed))}")
         for name in ("samples", "max_tokens"):
             if getattr(self, name) < 1:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("saliency_floor", "saliency_cap", "max_pixels"):
+            if not getattr(self, name) >= 0:
+                raise QuantizeError(f"{name} is {getattr(self, name)}; it must not be negative (0 is none)")
+        if not 0 <= self.alpha <= 1:
+            raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1 (usual: 0.25)")
         if not 0 < self.damp < 1:
             raise QuantizeError(f"damp is {self.damp}; it must lie between 0 and 1 (usual: 0.01)")
         try:
-            self.format  # noqa: B018, the constructor checks
+            for component in COMPONENTS:
+                self.format_of(component)
         except ValueError as error:
             raise QuantizeError(str(error)) from None
 
     @property
     def format(self) -> WeightFormat:
+        """The format of the decoder's linears."""
         return WeightFormat(self.bits, self.group_size, self.symmetric)
+
+    def format_of(self, component: str) -> WeightFormat | None:
+        """The format of a component's linears, None where they stay as they are."""
+        bits = {"language": self.bits, "vision": self.vision_bits, "connector": self.connector_bits}[component]
+        return None if bits == KEPT else replace(self.format, bits=bits)
 
     def to_dict(self) -> dict:
         return asdict(self)
+
+
+def read_recipe(path: Path) -> dict:
+    """The settings in a YAML file. Raises QuantizeError when it cannot be read or is no mapping."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise QuantizeError(f"cannot read the recipe {path} ({error}); give a YAML file of settings") from None
+    if not isinstance(found, dict):
+        raise QuantizeError(f"the recipe {path} holds no settings; write lines such as 'bits: 3'")
+    return {str(key).replace("-", "_"): value for key, value in found.items()}
+
+
+def settings_from(recipe: dict, options: dict) -> Settings:
+    """Settings from a recipe and from options, which win; options that are no settings are passed over.
+
+    Raises QuantizeError for a key of the recipe that does not exist and for a value of another kind.
+    """
+    kinds = {field.name: field.type for field in fields(Settings)}
+    for key, value in recipe.items():
+        if key not in kinds:
+            raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(kinds)}")
+        allowed = (int, float) if "float" in str(kinds[key]) else (kinds[key] if kinds[key] in (int, bool) else str)
+        if not isinstance(value, allowed) and value is not None or (type(value) is bool and kinds[key] is not bool):
+            raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {kinds[key]}")
+    return Settings(**recipe | {key: value for key, value in options.items() if key in kinds})

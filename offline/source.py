@@ -1,11 +1,12 @@
 """The 16-bit model that is quantised: an empty skeleton of it, and its weights, one module at a time.
 
 The skeleton is transformers' own model class on the meta device. Weights come from the safetensors files when a module
-is materialised and go when it is released, so that no more than one decoder layer is in memory. transformers renames
-modules in memory (`model.layers` in a file may be `model.language_model.layers`); its own rules give the way from one
-to the other, and what is written keeps the files' names.
+is materialised and go when it is released, so that no more than one decoder layer is in memory. Where a parameter lies
+in the files is `places.py`'s business.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,9 +14,143 @@ from safetensors import safe_open
 
 from vlmq_vllm.checkpoint import TensorInfo, read_config, read_headers
 from vlmq_vllm.errors import CheckpointError, QuantizeError
+from vlmq_vllm.offline.experts import unfuse
 from vlmq_vllm.offline.models import Family, family_of
+from vlmq_vllm.offline.places import Place, find_places
 
 DTYPES = ("F16", "BF16", "F32")
+RESIDENT = 1 << 30  # bytes of float32 up to which a vision tower stays in memory while inputs are captured
+
+
+class Source:
+    """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row.
+
+    `quantized`: gives the dequantised weight that replaces a linear's (by its name in the files), or None; set once
+    there is a checkpoint in the making.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self.family: Family = family_of(self.config)
+        self.headers: dict[str, TensorInfo] = read_headers(folder)
+        self.model = _skeleton(folder)
+        self.places: dict[str, Place] = find_places(self.model, self.headers, unfuse)
+        self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
+        self._check_complete()
+
+    def layers(self) -> torch.nn.ModuleList:
+        return self.model.get_submodule(self.family.layers)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name in the files, as stored."""
+        with safe_open(self.folder / self.headers[name].file, "pt") as file:
+            return file.get_tensor(name)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that in-memory name, as stored."""
+        place = self.places[name]
+        with safe_open(self.folder / self.headers[place.tensor].file, "pt") as file:
+            return place.read(file)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
+        return torch.float16 if self.headers[self.places[name].tensor].dtype == "F16" else torch.bfloat16
+
+    def module_in_files(self, name: str) -> str:
+        """Name in the files of the linear whose in-memory name is `name`."""
+        return self.places[f"{name}.weight"].module
+
+    def materialise(
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        quantized: bool = False,
+        without: str = "",
+    ) -> torch.nn.Module:
+        """Load the weights of module `name` (in-memory name) as frozen parameters of `dtype`.
+
+        quantized: take the linears that have been quantised already in their dequantised form.
+        without: the name of a module inside it that is left out.
+        """
+        module = self.model.get_submodule(name)
+        for inner, _ in list(module.named_parameters()):
+            full = f"{name}.{inner}"
+            if without and full.startswith(without + "."):
+                continue
+            replaced = self.quantized(self.places[full].module) if quantized and inner.endswith("weight") else None
+            value = self.parameter(full) if replaced is None else replaced
+            if not torch.isfinite(value).all():
+                found = self.places[full].tensor
+                raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
+            _place(module, inner, value.to(device, dtype))
+        for inner, buffer in list(module.named_buffers()):
+            owner, _, leaf = inner.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        return module
+
+    def release(self, name: str) -> None:
+        """Drop the weights of module `name` again."""
+        module = self.model.get_submodule(name)
+        for inner, parameter in list(module.named_parameters()):
+            _place(module, inner, parameter.to("meta"))
+
+    @contextmanager
+    def front(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
+        """Embeddings, vision tower and connectors in memory; blocks of a large tower only while each of them runs."""
+        family = self.family
+        tower, blocks = self.model.get_submodule(family.vision), self.model.get_submodule(family.blocks)
+        resident = sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
+        handles = [self._lend_embeddings(device)]
+        self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
+        for name in family.connectors:
+            self.materialise(name, device, quantized=quantized)
+        if not resident:
+            for i, block in enumerate(blocks):
+                name = f"{family.blocks}.{i}"
+                handles += [
+                    block.register_forward_pre_hook(lambda m, a, n=name: self.lend(n, device, quantized)),
+                    block.register_forward_hook(lambda m, a, out, n=name: self.release(n)),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name in (family.embed, family.vision, *family.connectors):
+                self.release(name)
+
+    def lend(self, name: str, device: torch.device, quantized: bool) -> None:
+        """`materialise` as a hook that gives nothing back."""
+        self.materialise(name, device, quantized=quantized)
+
+    def _lend_embeddings(self, device: torch.device):
+        """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
+        module = self.model.get_submodule(self.family.embed)
+        _place(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)
+        return module.register_forward_hook(lambda m, args, out: out.float())
+
+    def _check_complete(self) -> None:
+        """Every parameter must be in the files, in its shape and 16 or 32 bits wide; tied ones need be there once."""
+        there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name in self.places}
+        tied = _tied(self.model)
+        for name, parameter in self.model.named_parameters():
+            if name not in self.places:
+                if id(parameter) in there or name in tied:
+                    continue
+                raise CheckpointError(f"{self.folder} has no tensor for {name}; copy the model again from its source")
+            place = self.places[name]
+            info = self.headers[place.tensor]
+            if place.shape(info.shape) != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{place.tensor} has shape {list(info.shape)}, config.json makes it "
+                    f"{list(parameter.shape)}; the model's files do not belong together"
+                )
+            if info.dtype not in DTYPES:
+                raise QuantizeError(f"{place.tensor} is {info.dtype}; start from a model in {'/'.join(DTYPES)}")
 
 
 def find(model: str) -> Path:
@@ -39,71 +174,9 @@ def find(model: str) -> Path:
         raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None
 
 
-class Source:
-    """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config = read_config(folder)
-        self.family: Family = family_of(self.config)
-        self.headers: dict[str, TensorInfo] = read_headers(folder)
-        self.model = _skeleton(folder)
-        self.file_name = _file_names(self.model, self.headers)
-        self._check_complete()
-
-    def layers(self) -> torch.nn.ModuleList:
-        return self.model.get_submodule(self.family.layers)
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name in the files, as stored."""
-        with safe_open(self.folder / self.headers[name].file, "pt") as file:
-            return file.get_tensor(name)
-
-    def stored_dtype(self, name: str) -> torch.dtype:
-        """The 16-bit dtype in which the scales of weight `name` are stored: its own, or bfloat16 for a wider one."""
-        return torch.float16 if self.headers[name].dtype == "F16" else torch.bfloat16
-
-    def materialise(self, name: str, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-        """Load the weights of module `name` (in-memory name) as frozen parameters of `dtype`."""
-        module = self.model.get_submodule(name)
-        for inner, _ in list(module.named_parameters()):
-            owner, _, leaf = inner.rpartition(".")
-            file_name = self.file_name[f"{name}.{inner}"]
-            value = self.read(file_name)
-            if not torch.isfinite(value).all():
-                raise QuantizeError(f"{file_name} holds NaN or infinity; a model with such weights cannot be quantised")
-            frozen = torch.nn.Parameter(value.to(device, dtype), requires_grad=False)
-            module.get_submodule(owner).register_parameter(leaf, frozen)
-        for inner, buffer in list(module.named_buffers()):
-            owner, _, leaf = inner.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-        return module
-
-    def release(self, name: str) -> None:
-        """Drop the weights of module `name` again."""
-        module = self.model.get_submodule(name)
-        for inner, parameter in list(module.named_parameters()):
-            owner, _, leaf = inner.rpartition(".")
-            empty = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
-            module.get_submodule(owner).register_parameter(leaf, empty)
-
-    def _check_complete(self) -> None:
-        """Every parameter must be in the files, in its shape and 16 or 32 bits wide; tied ones need be there once."""
-        there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name in self.file_name}
-        tied = _tied(self.model)
-        for name, parameter in self.model.named_parameters():
-            if name not in self.file_name:
-                if id(parameter) in there or name in tied:
-                    continue
-                raise CheckpointError(f"{self.folder} has no tensor for {name}; copy the model again from its source")
-            info = self.headers[self.file_name[name]]
-            if info.shape != tuple(parameter.shape):
-                raise CheckpointError(
-                    f"{self.file_name[name]} has shape {list(info.shape)}, config.json makes it "
-                    f"{list(parameter.shape)}; the model's files do not belong together"
-                )
-            if info.dtype not in DTYPES:
-                raise QuantizeError(f"{self.file_name[name]} is {info.dtype}; start from a model in {'/'.join(DTYPES)}")
+def _place(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _tied(model: torch.nn.Module) -> set[str]:
@@ -132,20 +205,3 @@ def _skeleton(folder: Path) -> torch.nn.Module:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
             model._init_weights(module)
     return model.eval()
-
-
-def _file_names(model: torch.nn.Module, headers: dict[str, TensorInfo]) -> dict[str, str]:
-    """In-memory parameter name -> name in the files, by transformers' rules for this model."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
-    empty = model.state_dict()
-    names = {}
-    for name in headers:
-        renamed, converted = rename_source_key(name, renamings, others, model.base_model_prefix, empty)
-        if converted is None:
-            names[renamed] = name
-    return names

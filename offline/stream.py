@@ -1,18 +1,21 @@
-"""Running the decoder one layer at a time on inputs that the model's own forward pass prepared.
+"""Running a stack of layers one at a time on inputs that the model's own forward pass prepared.
 
-Hidden states at the first layer, positions and masks are caught from the real forward, never rebuilt: a hook takes what
-the model hands to its first decoder layer and stops there. `check_replay` proves on one sample that layer after layer
-on these inputs is what the real forward computes.
+What every layer is called with (hidden states of the first, positions, masks, and what the model adds between layers,
+as DeepStack does) is caught from the real forward, never rebuilt: while inputs are captured the layers are replaced by
+stubs that take down their arguments and answer with zeros, so that whatever reaches the next one is what the model
+itself adds. `check_replay` proves on one batch that layer after layer on these inputs is what the real forward gives.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.source import Source
+
+CACHE = ("past_key_values", "use_cache")
 
 
 class _Stop(Exception):
@@ -21,69 +24,104 @@ class _Stop(Exception):
 
 @dataclass
 class Stream:
-    """Hidden states [1, T, d] float32 of one sample and the arguments that every decoder layer gets with them."""
+    """One batch of samples of equal length on its way through a stack of layers.
+
+    hidden: [B, T, d] float32 (in a vision tower whatever its blocks pass on). calls: for every layer its arguments
+    besides hidden. terms: what the model adds to the output of a layer, by the layer's number.
+    """
 
     hidden: torch.Tensor
-    kwargs: dict
+    calls: list[tuple[tuple, dict]]
+    terms: dict[int, torch.Tensor] = field(default_factory=dict)
 
+    def run(self, layer: torch.nn.Module, index: int) -> torch.Tensor:
+        """What layer `index` makes of `hidden`, with the term behind it."""
+        out = self.call(layer, index)
+        return out + self.terms[index] if index in self.terms else out
 
-@torch.no_grad()
-def capture(source: Source, samples: Iterable[dict[str, torch.Tensor]], device: torch.device) -> list[Stream]:
-    """The streams at the first decoder layer; vision tower and embeddings are in memory only meanwhile."""
-    with _front(source, device):
-        return [_catch(source, inputs, device) for inputs in samples]
+    def call(self, layer: torch.nn.Module, index: int) -> torch.Tensor:
+        """The output of layer `index` alone."""
+        args, kwargs = self.calls[index]
+        return _tensor(layer(self.hidden, *args, **kwargs))
 
+    def inputs_of(
+        self, layer: torch.nn.Module, index: int, names: Iterable[str], visit: Callable[[str, torch.Tensor], None]
+    ) -> None:
+        """Run the layer as far as its linears `names` and call visit(name, inputs [N, I]) for each."""
+        left = set(names)
 
-def run(layer: torch.nn.Module, stream: Stream) -> torch.Tensor:
-    """The layer's output [1, T, d]."""
-    return _tensor(layer(stream.hidden, **stream.kwargs))
+        def hook(name: str, inputs: tuple) -> None:
+            visit(name, inputs[0].flatten(0, -2))
+            left.discard(name)
+            if not left:
+                raise _Stop
 
+        handles = [
+            layer.get_submodule(name).register_forward_pre_hook(lambda m, inputs, name=name: hook(name, inputs))
+            for name in tuple(left)
+        ]
+        with suppress(_Stop), removing(handles):
+            self.call(layer, index)
 
-def visit_inputs(
-    layer: torch.nn.Module, names: tuple[str, ...], stream: Stream, visit: Callable[[str, torch.Tensor], None]
-) -> None:
-    """Run the layer as far as its linears `names` and call visit(name, inputs [T, I]) for each."""
-    left = set(names)
+    def until(self, layer: torch.nn.Module, index: int, name: str) -> torch.Tensor:
+        """The input of the layer's module `name`; the layer runs no further. Gradients flow."""
+        caught = []
 
-    def hook(name: str, inputs: tuple) -> None:
-        visit(name, inputs[0].flatten(0, -2))
-        left.discard(name)
-        if not left:
+        def hook(module, inputs):
+            caught.append(inputs[0])
             raise _Stop
 
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda m, inputs, name=name: hook(name, inputs))
-        for name in names
-    ]
-    with suppress(_Stop), removing(handles):
-        run(layer, stream)
+        with suppress(_Stop), removing([layer.get_submodule(name).register_forward_pre_hook(hook)]):
+            self.call(layer, index)
+        return caught[0]
 
 
 @torch.no_grad()
-def check_replay(source: Source, inputs: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Compare the streamed decoder with the model's own forward on one sample; raises at the first layer that differs.
+def capture(
+    source: Source, stack: str, batches: Iterable[dict], device: torch.device, quantized: bool = False
+) -> list[Stream | None]:
+    """The streams of `batches` at the first layer of the ModuleList `stack` (or at a single module, a connector); None
+    for a batch that does not reach it.
+
+    quantized: the vision tower and connectors as far as they have been quantised, not the original ones.
+    """
+    with source.front(device, quantized):
+        return [_catch(source, stack, batch, device) for batch in batches]
+
+
+@torch.no_grad()
+def check_replay(source: Source, batch: dict, device: torch.device) -> None:
+    """Compare the streamed decoder with the model's own forward on one batch; raises at the first layer that differs.
 
     Both run in float32 on the same kernels, so that 1e-4 of the layer's largest value is far above rounding.
     """
-    with _front(source, device):
-        stream = _catch(source, inputs, device)
+    with source.front(device):
+        stream = _catch(source, source.family.layers, batch, device)
         layers = source.layers()
-        names = {layer: f"{source.family.layers}.{i}" for i, layer in enumerate(layers)}
+        number = {layer: i for i, layer in enumerate(layers)}
 
         def load(layer, args):
-            source.materialise(names[layer], device, torch.float32)
+            name = f"{source.family.layers}.{number[layer]}"
+            source.materialise(name, device)
+            hidden = args[0] if args else None
+            if hidden is not None:
+                _compare(f"what reaches {name}", stream.hidden, hidden)
 
         def compare(layer, args, out):
-            stream.hidden = _tensor(layer.forward(stream.hidden, **stream.kwargs))  # past the hooks, that is this one
-            source.release(names[layer])
-            _compare(names[layer], stream.hidden, _tensor(out))
+            index = number[layer]
+            args, kwargs = stream.calls[index]
+            replayed = _tensor(layer.forward(stream.hidden, *args, **kwargs))  # past the hooks, that is this one
+            stream.hidden = replayed + stream.terms.get(index, 0)
+            name = f"{source.family.layers}.{index}"
+            source.release(name)
+            _compare(name, replayed, _tensor(out))
             if layer is layers[-1]:
                 raise _Stop
 
         handles = [layer.register_forward_pre_hook(load) for layer in layers]
         handles += [layer.register_forward_hook(compare) for layer in layers]
         with suppress(_Stop), removing(handles):
-            source.model(**_to(inputs, device), use_cache=False)
+            source.model(**_to(batch, device), use_cache=False)
 
 
 def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
@@ -96,18 +134,6 @@ def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
 
 
 @contextmanager
-def _front(source: Source, device: torch.device) -> Iterator[None]:
-    """Vision tower and embeddings in memory."""
-    for name in source.family.front:
-        source.materialise(name, device, torch.float32)
-    try:
-        yield
-    finally:
-        for name in source.family.front:
-            source.release(name)
-
-
-@contextmanager
 def removing(handles: list) -> Iterator[None]:
     """Take the hooks away again, whatever happens."""
     try:
@@ -117,24 +143,53 @@ def removing(handles: list) -> Iterator[None]:
             handle.remove()
 
 
-def _catch(source: Source, inputs: dict[str, torch.Tensor], device: torch.device) -> Stream:
-    caught: list[Stream] = []
+def _catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stream | None:
+    """Run the model with stubs in the place of `stack`'s layers; it stops where the decoder has been seen."""
+    found: list[Stream] = []
+    layers = source.model.get_submodule(stack)
+    layers = list(layers) if isinstance(layers, torch.nn.ModuleList) else [layers]
+    last = None if stack == source.family.blocks else layers[-1]
 
-    def hook(layer, args, kwargs):
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("past_key_values", "use_cache")}
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        caught.append(Stream(hidden, kwargs))
+    def stub(index, layer):
+        def forward(*args, **kwargs):
+            hidden, *rest = args or (kwargs.pop("hidden_states"),)
+            call = (tuple(rest), {name: value for name, value in kwargs.items() if name not in CACHE})
+            if not found:
+                found.append(Stream(hidden, []))
+            elif hidden.any():
+                found[0].terms[index - 1] = hidden
+            found[0].calls.append(call)
+            if layer is last:
+                raise _Stop
+            return torch.zeros_like(hidden)
+
+        return forward
+
+    def stop(module, args):
         raise _Stop
 
-    with suppress(_Stop), removing([source.layers()[0].register_forward_pre_hook(hook, with_kwargs=True)]):
-        source.model(**_to(inputs, device), use_cache=False)
-    return caught[0]
+    handles = [] if last else [source.layers()[0].register_forward_pre_hook(stop)]
+    with suppress(_Stop), removing(handles), _replaced({layer: stub(i, layer) for i, layer in enumerate(layers)}):
+        source.model(**_to(batch, device), use_cache=False)
+    return found[0] if found else None
+
+
+@contextmanager
+def _replaced(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Other forward functions for these modules."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def _tensor(out: torch.Tensor | tuple) -> torch.Tensor:
-    """The hidden states among what a decoder layer returns."""
+    """The hidden states among what a layer returns."""
     return out[0] if isinstance(out, tuple) else out
 
 
-def _to(inputs: dict, device: torch.device) -> dict:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+def _to(batch: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}

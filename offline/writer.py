@@ -1,15 +1,16 @@
-"""Writing a quantised checkpoint so that nothing unfinished ever looks finished, and nothing existing is lost.
+"""Writing a checkpoint so that nothing unfinished ever looks finished, and nothing finished is lost.
 
-Everything goes to a hidden folder `.NAME.partial-*` beside the destination. Every shard is read back and compared bit
-by bit when it is written; SHA256SUMS is made last; then the folder is renamed. Any exception removes the hidden folder;
-only a process killed outright leaves it, and the next run to the same destination removes it then.
+Everything goes to a hidden folder `.NAME.partial` beside the destination, one file per unit (a layer, say). Each is
+written aside, read back, compared bit by bit and then renamed, so that a unit is there whole or not at all; what it
+adds to the report lies beside it. SHA256SUMS is made last; then the folder gets its name. A run that ends early leaves
+the hidden folder behind if a unit has been finished: `resume=True` goes on from there, if `identity` is the same.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,66 +18,146 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlmq_vllm.checkpoint import INDEX
-from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.errors import CheckpointError, QuantizeError, RefusedError
 
 SUMS = "SHA256SUMS"
 REPORT = "vlmq_report.json"
+RECIPE = "vlmq_recipe.yaml"
+LOG = ".progress"  # folder of what each unit adds to the report; gone when the checkpoint is finished
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-OWN = ("config.json", INDEX, SUMS, REPORT)
+OWN = ("config.json", INDEX, SUMS, REPORT, RECIPE)
 
 
-class Writer:
-    """`with Writer(out, needed_bytes) as writer:` then `add` tensors and `finish` once."""
+class Parts:
+    """The units of a checkpoint in the making: which are there, and where. Any process may look."""
 
-    def __init__(self, out: Path, needed: int) -> None:
+    def __init__(self, out: Path, units: list[str]) -> None:
+        self.units = units
+        self.folder = out.absolute().parent / f".{out.name}.partial"
+
+    def file(self, unit: str) -> Path:
+        """Where a unit's tensors are, or will be."""
+        return self.folder / f"model-{self.units.index(unit) + 1:05d}-of-{len(self.units):05d}.safetensors"
+
+    def done(self, unit: str) -> bool:
+        """Whether the unit has been written, in this run or in the one that is resumed."""
+        return self.file(unit).is_file()
+
+
+class Writer(Parts):
+    """`with Writer(out, bytes, units) as writer:` then `add` for each unit that is not `done`, then `finish`.
+
+    units: names of the units, each of which becomes one file. identity: what decides the bytes; a resumed run must
+    have the same. Raises RefusedError where there is too little room or an unfinished run that must be decided about.
+    """
+
+    def __init__(
+        self, out: Path, needed: int, units: list[str], identity: dict | None = None, resume: bool = False
+    ) -> None:
         check_destination(out)
+        super().__init__(out, units)
         self.out = out
-        parent = out.absolute().parent
-        for stale in parent.glob(f".{out.name}.partial-*"):
-            shutil.rmtree(stale, ignore_errors=True)
-        free = shutil.disk_usage(parent).free
-        if free < needed:
-            raise QuantizeError(f"{parent} has {_size(free)} free, the checkpoint needs {_size(needed)}; make room")
-        self.folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=parent))
-        self.shards: list[dict[str, int]] = []  # of each file: tensor name -> bytes
+        begun = self.folder.is_dir()
+        self.folder.mkdir(mode=0o700, exist_ok=True)
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.lock)
+            raise RefusedError(f"another process is writing {out}; wait for it or choose another folder") from None
+        try:
+            self._begin(begun, needed, identity or {}, resume)
+        except BaseException:
+            self._leave()
+            raise
+
+    def _begin(self, begun: bool, needed: int, identity: dict, resume: bool) -> None:
+        path = self.folder / LOG / "identity.json"
+        if begun and any(self.done(unit) for unit in self.units):
+            if not resume:
+                raise RefusedError(
+                    f"{self.out} has an unfinished run ({sum(map(self.done, self.units))} of {len(self.units)} parts); "
+                    f"add --resume to go on with it, or remove {self.folder} to begin anew"
+                )
+            before = json.loads(path.read_text())
+            for key in sorted(identity.keys() | before.keys()):
+                if before.get(key) != identity.get(key):
+                    raise RefusedError(
+                        f"the unfinished run of {self.out} had {key} {before.get(key)!r}, this one has "
+                        f"{identity.get(key)!r}; give the same, or remove {self.folder} to begin anew"
+                    )
+        else:
+            for stale in self.folder.iterdir():
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        there = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed - there:
+            raise RefusedError(
+                f"{self.folder.parent} has {_size(free)} free, the checkpoint needs {_size(needed - there)}; make room"
+            )
+        (self.folder / LOG).mkdir(exist_ok=True)
+        path.write_text(json.dumps(identity))
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)  # renamed away when finished
+        # what is wrong with the input stays wrong: there is nothing to go on with
+        hopeless = isinstance(error, CheckpointError | QuantizeError) and not isinstance(error, RefusedError)
+        kept = self._leave(hopeless)
         if isinstance(error, OSError | SafetensorError) and _is_about_space(error):
-            raise QuantizeError(f"no space left while writing {self.out}; make room and run again") from error
+            advice = "make room and add --resume to go on" if kept else "make room and run again"
+            raise RefusedError(f"no space left while writing {self.out}; {advice}") from error
 
-    def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one shard and compare it with what was meant."""
+    def _leave(self, hopeless: bool = False) -> bool:
+        """Let go of the hidden folder; it goes away unless a unit has been finished in it."""
+        kept = not hopeless and any(self.done(unit) for unit in self.units)
+        if not kept:
+            shutil.rmtree(self.folder, ignore_errors=True)  # renamed away when finished
+        os.close(self.lock)
+        return kept
+
+    def add(self, unit: str, tensors: dict[str, torch.Tensor], notes: list[dict] | None = None) -> None:
+        """Write one unit and compare it with what was meant. `notes` come back from `notes`."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        path = self.folder / f"shard-{len(self.shards):05d}"
-        save_file(tensors, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes files private
-        with safe_open(path, "pt") as file:
-            for name, tensor in tensors.items():
-                if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                    raise QuantizeError(f"{name} reads back from {self.folder} with other bits: the disk is failing")
-        self.shards.append({name: tensor.nbytes for name, tensor in tensors.items()})
+        path = self.folder / "unfinished"
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(0o644)  # safetensors makes files private
+            with safe_open(path, "pt") as file:
+                for name, tensor in tensors.items():
+                    if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
+                        raise QuantizeError(f"{name} reads back from {self.folder} with other bits: the disk fails")
+            (self.folder / LOG / f"{unit}.json").write_text(json.dumps(notes or []))
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            path.rename(self.file(unit))
+        finally:
+            path.unlink(missing_ok=True)
 
-    def finish(self, source: Path, config: dict, report: dict) -> None:
+    def notes(self) -> list[dict]:
+        """The notes of all units, in their order."""
+        return [note for unit in self.units for note in json.loads((self.folder / LOG / f"{unit}.json").read_text())]
+
+    def finish(self, source: Path, config: dict, report: dict, recipe: str | None = None) -> None:
         """Add what belongs to the model beside its weights, then give the folder its name."""
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in WEIGHTS and path.name not in OWN and path.name[0] != ".":
                 shutil.copyfile(path, self.folder / path.name)
-        weight_map = {}
-        for i, shard in enumerate(self.shards):
-            name = f"model-{i + 1:05d}-of-{len(self.shards):05d}.safetensors"
-            (self.folder / f"shard-{i:05d}").rename(self.folder / name)
-            weight_map |= dict.fromkeys(shard, name)
-        total = sum(sum(shard.values()) for shard in self.shards)
+        weight_map, total = {}, 0
+        for unit in self.units:
+            with safe_open(self.file(unit), "pt") as file:
+                weight_map |= dict.fromkeys(file.keys(), self.file(unit).name)
+                total += sum(_bytes(file, name) for name in file.keys())  # noqa: SIM118, not iterable
         self._json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         self._json("config.json", config)
         self._json(REPORT, report)
-        sums = [f"{sha256(path)}  {path.name}\n" for path in sorted(self.folder.iterdir())]
-        (self.folder / SUMS).write_text("".join(sums))
-        self.folder.chmod(0o755)  # mkdtemp's is private
+        if recipe is not None:
+            (self.folder / RECIPE).write_text(recipe)
+        files = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name != SUMS)
+        (self.folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
+        shutil.rmtree(self.folder / LOG)
+        self.folder.chmod(0o755)
         self.folder.rename(self.out)
 
     def _json(self, name: str, content: dict) -> None:
@@ -97,6 +178,11 @@ def check_destination(out: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bytes(file, name: str) -> int:
+    tensor = file.get_tensor(name)
+    return tensor.numel() * tensor.element_size()
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

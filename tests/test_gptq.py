@@ -1,11 +1,12 @@
-"""The column solver against a slow reference in float64, and the properties that make it GPTQ."""
+"""The column solver against slow references in float64, and the properties that make it GPTQ, GPTAQ and VLMQ."""
 
 import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.gptq import Moments, round_to_nearest, solve
-from vlmq_vllm.offline.grid import find_grid, to_codes
+from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest, solve
+from vlmq_vllm.offline.grid import MSE, find_grid, to_codes
+from vlmq_vllm.offline.moments import Moments
 
 FORMAT = WeightFormat(3, 32, False)
 
@@ -18,110 +19,193 @@ def correlated(tokens: int, columns: int) -> torch.Tensor:
 def moments(inputs: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     collected = Moments(inputs.shape[1], inputs.device)
     collected.add(inputs, weights)
-    return collected.mean()
+    return collected.mean()[0]
 
 
-def reference(weight, h, format, order, damp):
-    """GPTQ as its derivation has it: round a column, spread its error by H^-1, strike the column from H^-1.
+def solve_one(weight, h, format=FORMAT, residual=None, **options) -> Solution:
+    residual = None if residual is None else residual[None]
+    return solve(weight[None], h[None], format, torch.bfloat16, Solver(**options), residual)[0]
 
-    Float64, one column at a time, no Cholesky factor, no blocks; grids found beforehand in file order.
+
+def rounded_loss(weight, rounded, h) -> float:
+    error = (rounded.dequantize() - weight).double()
+    return float(((error @ h.double()) * error).sum() / len(weight))
+
+
+def reference(weight, h, format, order, damp, residual=None, alpha=0.25, dynamic=False):
+    """GPTQ and GPTAQ by their derivation: round a column, spread its error by H^-1, strike the column from H^-1.
+
+    Float64, one column at a time, inverses instead of factors, no blocks. GPTAQ's residual in the form that its authors
+    publish: when column i is treated, the columns behind it move by w_i alpha sum_j lambda (f_i - x_i) x_j (H_>i)^-1,
+    where H_>i holds the columns behind i.
     """
-    scale, zero = find_grid(weight, format, torch.bfloat16, search=True)
-    group = format.group_of(weight.shape[1])
-    w, h = weight.double().clone(), h.double()
-    inverse = torch.linalg.inv(h + damp * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64))
+    columns = weight.shape[1]
+    scale, zero = find_grid(weight, format, torch.bfloat16, MSE)
+    group, width = format.group_of(columns), columns if format.group_size == -1 else format.group_size
+    w = weight.double().clone()
+    h = h.double() + damp * h.double().diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    inverse = torch.linalg.inv(h)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    for i in order.tolist():
+    for position, i in enumerate(order.tolist()):
+        if dynamic and i % width == 0:
+            whole = WeightFormat(format.bits, -1, format.symmetric)
+            s, z = find_grid(w[:, i : i + width].float().contiguous(), whole, torch.bfloat16, MSE)
+            scale[:, group[i]], zero[:, group[i]] = s[:, 0], z[:, 0]
         s, z = scale[:, group[i]].double(), zero[:, group[i]].double()
-        q = to_codes(w[:, i], s, z, format.levels)
+        value = w[:, i].clone()
+        q = to_codes(value, s, z, format.levels)
         codes[:, i] = q.to(torch.uint8)
-        error = (w[:, i] - (q - z) * s) / inverse[i, i]
+        error = (value - (q - z) * s) / inverse[i, i]
         w -= torch.outer(error, inverse[i])
         inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+        behind = order[position + 1 :]
+        if residual is not None and len(behind):
+            later = torch.linalg.solve(h[behind][:, behind], residual.double()[i, behind])
+            w[:, behind] += alpha * torch.outer(value, later)
     return codes
 
 
 @pytest.mark.parametrize("columns", [40, 128, 300], ids=lambda n: f"{n} columns")
-def test_equals_the_reference(columns):
-    weight, h = torch.randn(16, columns), moments(correlated(2000, columns))
+@pytest.mark.parametrize("base", ["gptq", "gptaq"])
+def test_equals_the_reference(columns, base):
+    weight, inputs = torch.randn(16, columns), correlated(2000, columns)
+    collected = Moments(columns, "cpu", residual=base == "gptaq")
+    collected.add(inputs, torch.rand(2000), inputs + 0.3 * correlated(2000, columns))
+    h, residual = collected.mean()
     order = torch.argsort(h.diagonal(), descending=True)
-    solution = solve(weight, h, FORMAT, torch.bfloat16)
+    solution = solve_one(weight, h, residual=residual)
     # the same choices but where float32 and float64 round a column that lies between two codes
-    same = (solution.weight.codes == reference(weight, h, FORMAT, order, 0.01)).float().mean()
+    same = (solution.weight.codes == reference(weight, h, FORMAT, order, 0.01, residual)).float().mean()
     assert same > 0.995
 
 
-def test_file_order_equals_the_reference_with_one_group():
-    """With a group per row the grid is found before any compensation in both orders."""
-    format = WeightFormat(3, -1, False)
-    weight, h = torch.randn(16, 200), moments(correlated(2000, 200))
-    solution = solve(weight, h, format, torch.bfloat16, act_order=False)
-    assert (solution.weight.codes == reference(weight, h, format, torch.arange(200), 0.01)).float().mean() > 0.995
+@pytest.mark.parametrize("format", [WeightFormat(3, -1, False), WeightFormat(2, 32, False), WeightFormat(4, 64, False)])
+@pytest.mark.parametrize("columns", [16, 72, 200])
+def test_file_order_finds_each_groups_grid_behind_the_compensation(format, columns):
+    weight, h = torch.randn(16, columns), moments(correlated(2000, columns))
+    solution = solve_one(weight, h, format, act_order=False)
+    expected = reference(weight, h, format, torch.arange(columns), 0.01, dynamic=True)
+    assert (solution.weight.codes == expected).float().mean() > 0.99
+
+
+def test_without_a_residual_gptaq_is_gptq_to_the_bit():
+    weight, h = torch.randn(16, 96), moments(correlated(500, 96))
+    plain, zero = solve_one(weight, h), solve_one(weight, h, residual=torch.zeros(96, 96))
+    none = solve_one(weight, h, residual=torch.randn(96, 96), alpha=0.0)
+    assert torch.equal(plain.weight.codes, zero.weight.codes) and torch.equal(plain.weight.codes, none.weight.codes)
+
+
+def test_the_residual_brings_outputs_nearer_to_the_full_precision_ones():
+    """|Q x - W f|, which GPTAQ minimises, at 4 bits and with the whole residual."""
+    weight, full = torch.randn(32, 96), correlated(3000, 96)
+    inputs = full + 0.3 * correlated(3000, 96)
+    collected = Moments(96, "cpu", residual=True)
+    collected.add(inputs, None, full)
+    h, residual = collected.mean()
+    format = WeightFormat(4, 32, False)
+    found = [solve_one(weight, h, format, residual=d, alpha=1.0).weight.dequantize() for d in (None, residual)]
+    plain, moved = (float((inputs @ q.T - full @ weight.T).square().mean()) for q in found)
+    assert moved < 0.9 * plain
+
+
+def test_problems_of_one_shape_are_solved_together_as_alone():
+    weights = torch.randn(3, 16, 96)
+    h = torch.stack([moments(correlated(400, 96)) for _ in range(3)])
+    for act_order in (True, False):
+        together = solve(weights, h, FORMAT, torch.bfloat16, Solver(act_order=act_order))
+        for weight, own, found in zip(weights, h, together, strict=True):
+            alone = solve_one(weight, own, act_order=act_order)
+            assert (alone.weight.codes == found.weight.codes).float().mean() > 0.995  # products in another order
+            torch.testing.assert_close(alone.loss.mean(), found.loss.mean(), rtol=1e-2, atol=0)
+
+
+def test_stacked_weights_are_split_again():
+    weight, h = torch.randn(24, 64), moments(correlated(400, 64))
+    for format in (FORMAT, WeightFormat(3, 32, True)):
+        first, second = solve_one(weight, h, format).split([16, 8])
+        alone = solve_one(weight[16:], h, format)
+        assert first.weight.codes.shape == (16, 64)
+        assert torch.equal(second.weight.dequantize(), alone.weight.dequantize())
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("format", [WeightFormat(2, 64, True), WeightFormat(3, 32, False), WeightFormat(4, -1, True)])
 def test_beats_rounding_on_correlated_inputs(format, act_order):
     weight, h = torch.randn(32, 200), moments(correlated(1000, 200))
-    solution = solve(weight, h, format, torch.bfloat16, act_order=act_order)
-    rounded = round_to_nearest(weight, format, torch.bfloat16, search=True).dequantize()
-    loss = float((((rounded - weight) @ h) * (rounded - weight)).sum() / len(weight))
-    assert solution.loss < 0.7 * loss
-    error = solution.weight.dequantize() - weight
-    assert solution.loss == pytest.approx(float(((error @ h) * error).sum() / 32), rel=1e-4)
+    solution = solve_one(weight, h, format, act_order=act_order)
+    assert solution.loss.mean() < 0.7 * rounded_loss(weight, round_to_nearest(weight, format, torch.bfloat16), h)
+
+
+def test_loss_is_that_of_the_damped_moments():
+    weight, h = torch.randn(32, 200), moments(correlated(1000, 200))
+    solution = solve_one(weight, h)
+    damped = h + 0.01 * h.diagonal().mean() * torch.eye(200)
+    assert float(solution.loss.mean()) == pytest.approx(rounded_loss(weight, solution.weight, damped), rel=1e-3)
 
 
 def test_uncorrelated_inputs_give_rounding():
     weight = torch.randn(8, 64)
-    solution = solve(weight, torch.diag(torch.rand(64) + 0.1), FORMAT, torch.bfloat16)
-    assert torch.equal(solution.weight.codes, round_to_nearest(weight, FORMAT, torch.bfloat16, True).codes)
+    solution = solve_one(weight, torch.diag(torch.rand(64) + 0.1))
+    assert torch.equal(solution.weight.codes, round_to_nearest(weight, FORMAT, torch.bfloat16).codes)
 
 
-def test_weights_of_a_common_size_change_nothing():
+@pytest.mark.parametrize("base", ["gptq", "gptaq"])
+def test_equal_weights_give_the_plain_method_and_their_size_changes_nothing(base):
+    """To the bit: lambda = 1, no weights, and every lambda times a power of two, which is exact."""
     inputs, weight, lam = correlated(500, 64), torch.randn(8, 64), torch.rand(500)
-    once = solve(weight, moments(inputs, lam), FORMAT, torch.bfloat16)
-    scaled = solve(weight, moments(inputs, 1024 * lam), FORMAT, torch.bfloat16)  # a power of two is exact
-    assert torch.equal(once.weight.codes, scaled.weight.codes)
+    full = inputs + 0.1 * torch.randn(500, 64) if base == "gptaq" else None
+
+    def codes(weights):
+        collected = Moments(64, "cpu", residual=base == "gptaq")
+        collected.add(inputs, weights, full)
+        h, residual = collected.mean()
+        return solve_one(weight, h, residual=residual).weight.codes
+
+    assert torch.equal(codes(None), codes(torch.ones(500)))
+    assert torch.equal(codes(lam), codes(1024 * lam))
+    assert not torch.equal(codes(None), codes(lam))
 
 
-def test_a_token_of_weight_two_is_the_token_twice():
-    inputs = correlated(50, 32)
+def test_a_token_of_weight_two_is_the_token_twice_and_one_of_weight_zero_is_none():
+    """The second is how padding is kept out."""
+    inputs, full = correlated(50, 32), correlated(50, 32)
     lam = torch.ones(50)
-    lam[7] = 2
-    weighted, doubled = Moments(32, inputs.device), Moments(32, inputs.device)
-    weighted.add(inputs, lam)
-    doubled.add(torch.cat([inputs, inputs[7:8]]))
-    torch.testing.assert_close(weighted.sum, doubled.sum, rtol=1e-5, atol=1e-4)  # sums of 50 products in float32
+    lam[7], lam[9] = 2, 0
+    kept = [i for i in range(50) if i != 9] + [7]
+    weighted, doubled = Moments(32, "cpu", residual=True), Moments(32, "cpu", residual=True)
+    weighted.add(inputs, lam, full)
+    doubled.add(inputs[kept], None, full[kept])
+    torch.testing.assert_close(weighted.h, doubled.h, rtol=1e-5, atol=1e-4)  # sums of 50 products in float32
+    torch.testing.assert_close(weighted.residual, doubled.residual, rtol=1e-5, atol=1e-4)
 
 
 def test_inputs_that_are_always_zero_are_counted_and_rounded():
     inputs = correlated(500, 64)
     inputs[:, 5] = 0
     weight = torch.randn(8, 64)
-    solution = solve(weight, moments(inputs), FORMAT, torch.bfloat16)
+    solution = solve_one(weight, moments(inputs))
     assert solution.dead == 1
-    rounded = round_to_nearest(weight, FORMAT, torch.bfloat16, True)
-    assert torch.equal(solution.weight.codes[:, 5], rounded.codes[:, 5])
+    assert torch.equal(solution.weight.codes[:, 5], round_to_nearest(weight, FORMAT, torch.bfloat16).codes[:, 5])
 
 
 def test_fewer_tokens_than_columns_are_solved_with_the_damping_that_was_asked_for():
-    solution = solve(torch.randn(8, 64), moments(torch.randn(3, 64)), FORMAT, torch.bfloat16)
-    assert solution.damp == 0.01
+    assert solve_one(torch.randn(8, 64), moments(torch.randn(3, 64))).damp == 0.01
 
 
-def test_damping_grows_until_the_moments_can_be_inverted():
+def test_damping_grows_until_the_moments_can_be_factorised():
     """One negative eigenvalue of a tenth of the mean diagonal: 0.01 and 0.04 are too little, 0.16 is enough."""
     basis = torch.linalg.qr(torch.randn(32, 32)).Q
     values = torch.ones(32)
     values[0] = -0.1
     h = basis @ torch.diag(values) @ basis.T
-    solution = solve(torch.randn(8, 32), (h + h.T) / 2, FORMAT, torch.bfloat16)
-    assert solution.damp == pytest.approx(0.16)
+    assert solve_one(torch.randn(8, 32), (h + h.T) / 2).damp == pytest.approx(0.16)
 
 
 @pytest.mark.parametrize("h", [torch.zeros(32, 32), torch.full((32, 32), float("nan"))], ids=["zero", "nan"])
 def test_moments_without_use_give_rounding_and_say_so(h):
-    weight = torch.randn(4, 32)
-    solution = solve(weight, h, FORMAT, torch.bfloat16)
-    assert solution.damp is None
-    assert torch.equal(solution.weight.codes, round_to_nearest(weight, FORMAT, torch.bfloat16, True).codes)
+    weights = torch.randn(2, 4, 32)
+    useful = moments(correlated(300, 32))
+    bad, good = solve(weights, torch.stack([h, useful]), FORMAT, torch.bfloat16)
+    assert bad.damp is None and good.damp == 0.01
+    assert torch.equal(bad.weight.codes, round_to_nearest(weights[0], FORMAT, torch.bfloat16).codes)
+    assert torch.equal(good.weight.codes, solve_one(weights[1], useful).weight.codes)

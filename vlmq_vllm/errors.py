@@ -11,3 +11,7 @@ class QuantizeError(ValueError):
 
 class RefusedError(QuantizeError):
     """The request is clear but cannot be carried out: not enough room, a layer that no engine would serve."""
+
+
+class StoppedError(Exception):
+    """A run that was asked to stop and did so between two layers; it can be resumed. Exit code 75."""

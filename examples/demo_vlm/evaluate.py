@@ -13,20 +13,30 @@ from batches import batch
 from pictures import TASKS, Picture, ask
 
 
-def forward(model, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, L, V] for a batch of `batches.batch`, and the merged vision features [B * 36, hidden]."""
+def embed(model, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs of the language model [B, L, hidden], pictures in their places, and the merged vision features
+    [B * 36, hidden], for a batch of `batches.batch`."""
     grid = torch.tensor([[1, 12, 12]] * len(data["ids"]), device=data["ids"].device)
     features = model.model.visual(data["pixels"], grid_thw=grid).pooler_output
     embedded = model.get_input_embeddings()(data["ids"])
     is_image = (data["ids"] == model.config.image_token_id)[..., None]
-    embedded = embedded.masked_scatter(is_image, features.to(embedded.dtype))
-    hidden = model.model.language_model(
+    return embedded.masked_scatter(is_image, features.to(embedded.dtype)), features
+
+
+def answer(model, data: dict[str, torch.Tensor], embedded: torch.Tensor) -> torch.Tensor:
+    """The language model's last hidden states [B, L, hidden]."""
+    return model.model.language_model(
         inputs_embeds=embedded,
         position_ids=data["positions"],
         attention_mask={"full_attention": data["mask"]},
         use_cache=False,
-    )
-    return model.lm_head(hidden.last_hidden_state), features
+    ).last_hidden_state
+
+
+def forward(model, data: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, L, V] for a batch of `batches.batch`, and the merged vision features [B * 36, hidden]."""
+    embedded, features = embed(model, data)
+    return model.lm_head(answer(model, data, embedded)), features
 
 
 @torch.no_grad()

@@ -1,51 +1,88 @@
 """`vlmq quantize`: the options of a run, and the run."""
 
+import os
+import signal
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmq_vllm.offline.commands.arguments import Data, Model, Out
 
+STOPPED = 75  # EX_TEMPFAIL: try the same again
+BEST = "default: what measured best for the width."
+
 
 def quantize(
+    context: typer.Context,
     model: Model,
     out: Out,
     data: Data = None,
     bits: Annotated[int, typer.Option(help="2, 3 or 4.")] = 3,
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, usually 32, 64 or 128; -1: all.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="Without zero points, or with one per group.")] = False,
+    vision_bits: Annotated[int, typer.Option(help="Of the vision tower's blocks: 2, 3, 4, 8, or 16 as they are.")] = 16,
+    connector_bits: Annotated[int, typer.Option(help="Of the connector: 2, 3, 4, 8, or 16 as it is.")] = 16,
     method: Annotated[str, typer.Option(help="vlmq, gptq or rtn.")] = "vlmq",
+    base: Annotated[str, typer.Option(help=f"gptq or gptaq; {BEST}")] = "",
+    alpha: Annotated[float, typer.Option(help="Share of the residual that base gptaq uses.")] = 0.25,
     samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Leave out longer samples.")] = 2048,
+    max_pixels: Annotated[int, typer.Option(help="Shrink larger pictures; 0: leave them.")] = 0,
     saliency_power: Annotated[int, typer.Option(help="p in the token weight g^p: 2 or 1.")] = 2,
-    act_order: Annotated[str, typer.Option(help="static or none.")] = "static",
-    grid: Annotated[str, typer.Option(help="mse or minmax.")] = "mse",
-    damp: Annotated[float, typer.Option(help="Relative damping of the second moments.")] = 0.01,
+    saliency_scope: Annotated[str, typer.Option(help="attention, or all for gate, up and down too.")] = "attention",
+    saliency_fallback: Annotated[str, typer.Option(help="Without a signal: ones or rtn.")] = "ones",
+    saliency_floor: Annotated[float, typer.Option(help="Least g / mean g.")] = 0.0,
+    saliency_cap: Annotated[float, typer.Option(help="Greatest g / mean g; 0: none.")] = 0.0,
+    act_order: Annotated[str, typer.Option(help=f"static or none; {BEST}")] = "",
+    grid: Annotated[str, typer.Option(help=f"mse, mse-h or minmax; {BEST}")] = "",
+    damp: Annotated[float | None, typer.Option(help=f"Relative damping of the second moments; {BEST}")] = None,
     seed: Annotated[int, typer.Option(help="Decides which samples are drawn.")] = 42,
+    force: Annotated[bool, typer.Option(help="Quantise also layers that vLLM would not load.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")] = "",
+    recipe: Annotated[Path | None, typer.Option(help="YAML with any of these options; those given here win.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
 ) -> None:
-    """Quantise MODEL's language model and write a checkpoint that vLLM serves."""
-    from vlmq_vllm.offline.settings import Settings
+    """Quantise MODEL and write a checkpoint that vLLM serves."""
+    from vlmq_vllm.errors import StoppedError
+    from vlmq_vllm.offline.settings import read_recipe, settings_from
 
-    settings = Settings(
-        bits=bits,
-        group_size=group_size,
-        symmetric=symmetric,
-        method=method,
-        samples=samples,
-        max_tokens=max_tokens,
-        saliency_power=saliency_power,
-        act_order=act_order,
-        grid=grid,
-        damp=damp,
-        seed=seed,
-    )
+    given = {name: value for name, value in context.params.items() if _is_given(context, name)}
+    settings = settings_from(read_recipe(recipe) if recipe else {}, given)
     import torch
     from rich.console import Console
 
-    from vlmq_vllm.offline import quantize as walk
+    from vlmq_vllm.offline import quantize as run
     from vlmq_vllm.offline.progress import Progress
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows = walk.quantize(model, out, data, settings, device, Progress(Console(stderr=True)))
-    typer.echo(f"{out}: {len(rows)} linears at {bits} bits. Serve it: vllm serve {out} --quantization vlmq")
+    first = os.environ.get("RANK", "0") == "0"
+    progress = Progress(Console(stderr=True)) if first else Progress()
+    try:
+        rows = run.quantize(model, out, data, settings, device, progress, resume, _stop_on_sigterm())
+    except StoppedError as stopped:
+        if first:
+            typer.echo(f"vlmq: {stopped}", err=True)
+        sys.exit(STOPPED)
+    if first:
+        typer.echo(
+            f"{out}: {len(rows)} linears quantised, the decoder's at {settings.bits} bits. "
+            f"Serve it: vllm serve {out} --quantization vlmq"
+        )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    return context.get_parameter_source(name).name == "COMMANDLINE"
+
+
+def _stop_on_sigterm():
+    """Whether SIGTERM has come; a second one ends the process at once."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+    signal.signal(signal.SIGTERM, note)
+    return lambda: bool(received)

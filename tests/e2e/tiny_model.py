@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.gptq import round_to_nearest
+from vlmq_vllm.offline.grid import MINMAX
 
 DEFAULT = WeightFormat(4, 64, True)
 FORMATS = {
@@ -71,7 +72,7 @@ def quantize(source: Path, folder: Path) -> None:
             continue
         if format != DEFAULT:
             overrides[module] = format
-        parts = round_to_nearest(tensor.float(), format, tensor.dtype, search=False).tensors()
+        parts = round_to_nearest(tensor.float(), format, tensor.dtype, MINMAX).tensors()
         tensors.update({f"{module}.{part}": value for part, value in parts.items()})
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())

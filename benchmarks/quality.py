@@ -1,0 +1,147 @@
+"""Quality of quantisation methods on the demo model: `python benchmarks/quality.py --bits 2 3 4 --seeds 1 2 3`.
+
+Every method gets the same chats, the same grid and the same widths; a seed decides which chats of a common pool are
+drawn. The judge is the full-precision model on held-out questions: KL divergence of the next token at every token of
+the right answer, in nats, over the whole vocabulary; with it negative log-likelihood and exact match. One line per
+quantised model goes to a JSONL file, which a later run completes; `--table` writes the means and spreads as markdown.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples/demo_vlm"))
+
+from batches import batch
+from data import write
+from evaluate import answer, embed, load
+from pictures import Picture, ask
+from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.quantize import quantize
+from vlmq_vllm.offline.settings import Settings
+
+MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
+POOL = 512  # chats from which each seed draws
+METHODS = {
+    "RTN": {"method": "rtn"},
+    "GPTQ": {"method": "gptq", "base": "gptq"},
+    "GPTAQ": {"method": "gptq", "base": "gptaq"},
+    "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq"},
+    "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq"},
+}
+
+
+class Judge:
+    """Held-out questions with the full-precision model's log-probabilities at their answers.
+
+    The vision tower and the embeddings are not quantised here, so what they make of the questions is computed once.
+    """
+
+    @torch.no_grad()
+    def __init__(self, count: int) -> None:
+        model, tokenizer = load(str(MODEL))
+        self.batches = []
+        for start in range(0, count, 100):
+            asked = [ask("evaluation", i) for i in range(start, min(start + 100, count))]
+            data = batch([Picture(image, [question]) for image, question in asked], tokenizer, 1)
+            self.batches.append(data | {"embedded": embed(model, data)[0]})
+        self.teacher = [found for found, _ in self._answers(model)]
+
+    @torch.no_grad()
+    def _answers(self, model):
+        """Per batch: log-probabilities [N, V] at the N answer tokens of all samples, and (sample, label) [N, 2]."""
+        for data in self.batches:
+            labels = data["labels"][:, 1:]
+            learnt = labels != -100
+            where = torch.stack([learnt.nonzero()[:, 0], labels[learnt]], 1)
+            hidden = answer(model, data, data["embedded"])
+            yield F.log_softmax(model.lm_head(hidden[:, :-1][learnt]), -1), where
+
+    def __call__(self, folder: Path) -> dict[str, float]:
+        """Mean KL per answer token and NLL in nats, and exact match in percent, over samples."""
+        model, _ = load(str(folder))
+        kl, nll, exact = [], [], []
+        for (found, where), teacher in zip(self._answers(model), self.teacher, strict=True):
+            divergence = F.kl_div(found, teacher, log_target=True, reduction="none").sum(-1)
+            loss = -found.gather(1, where[:, 1:]).squeeze(1)
+            hit = found.argmax(-1) == where[:, 1]
+            for sample in where[:, 0].unique():
+                own = where[:, 0] == sample
+                kl.append(float(divergence[own].mean()))
+                nll.append(float(loss[own].mean()))
+                exact.append(float(hit[own].all()))
+        return {"kl": statistics.mean(kl), "nll": statistics.mean(nll), "exact": 100 * statistics.mean(exact)}
+
+
+def measure(judge: Judge, pool: Path, options: dict) -> dict[str, float]:
+    """Quantise with `options` and judge the twin in 16 bits."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, twin = Path(folder) / "out", Path(folder) / "twin"
+        quantize(str(MODEL), out, None if options["method"] == "rtn" else pool, Settings(**options))
+        dequantize(out, twin)
+        return judge(twin)
+
+
+def table(rows: list[dict]) -> str:
+    """Mean and standard deviation over seeds, per width and method, as markdown."""
+    lines = [
+        "| bits | method | seeds | KL, nats | NLL, nats | exact, % |",
+        "| ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["bits"], row["name"]), []).append(row)
+    for (bits, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
+        cells = []
+        for key, digits in (("kl", 4), ("nll", 4), ("exact", 1)):
+            values = [row[key] for row in found]
+            spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append(f"| {bits} | {name} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all, e.g. group_size=64"
+    )
+    parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--rows", type=Path, default=Path("quality.jsonl"), help="file that is completed")
+    parser.add_argument("--table", type=Path, help="markdown file to write at the end")
+    args = parser.parse_args()
+    extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    done = {(row["bits"], row["name"], row["seed"]) for row in rows}
+    judge = Judge(args.questions)
+    with tempfile.TemporaryDirectory() as folder:
+        pool = write(Path(folder), "calibration", POOL)
+        for bits in args.bits:
+            for name in args.methods:
+                label = name + args.label
+                for seed in args.seeds[:1] if name == "RTN" else args.seeds:
+                    if (bits, label, seed) in done:
+                        continue
+                    options = {"bits": bits, "seed": seed} | METHODS[name] | extra
+                    row = {"bits": bits, "name": label, "seed": seed, **measure(judge, pool, options), **options}
+                    rows.append(row)
+                    with args.rows.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+                    print(json.dumps(row), flush=True)
+    print(table(rows))
+    if args.table:
+        args.table.write_text(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

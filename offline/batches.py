@@ -1,0 +1,25 @@
+"""Calibration samples put together into batches: only such as have the same length, so that nothing is ever padded."""
+
+from collections.abc import Iterable
+
+import torch
+
+TOKENS = 4096  # of a batch at most, unless a single sample has more
+
+
+def batched(samples: Iterable[dict], limit: int = TOKENS) -> list[dict]:
+    """Batches of samples whose tensors agree in all but their first dimension, in the order of their first samples.
+
+    A sample is what a processor makes of one chat: `input_ids` [1, T], pictures in tensors of their own. Every tensor
+    of a batch is the samples' tensors one after the other, as the processor itself would give them.
+    """
+    open_batches: dict[tuple, list[dict]] = {}
+    done: list[list[dict]] = []
+    for sample in samples:
+        key = tuple(sorted((name, tuple(value.shape[1:])) for name, value in sample.items()))
+        batch = open_batches.get(key)
+        if batch is None or (len(batch) + 1) * sample["input_ids"].shape[1] > limit:
+            batch = open_batches[key] = []
+            done.append(batch)
+        batch.append(sample)
+    return [{name: torch.cat([sample[name] for sample in batch]) for name in batch[0]} for batch in done]

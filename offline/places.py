@@ -1,0 +1,90 @@
+"""Where in the files a parameter lies: transformers renames modules in memory (`model.layers` in a file may be
+`model.language_model.layers`), and fused tensors of experts hold many of our linears. Its own rules give the way from
+one to the other; what is written keeps the files' names.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.checkpoint import TensorInfo
+
+
+@dataclass(frozen=True)
+class Place:
+    """A parameter's place: all of `tensor`, or of expert `expert` the outputs `start` .. `stop`.
+
+    module: the name under which a linear is written, in the files' spelling. transposed: experts are stored [H, I].
+    """
+
+    tensor: str
+    module: str
+    expert: int | None = None
+    start: int = 0
+    stop: int = 0
+    transposed: bool = False
+
+    def read(self, file) -> torch.Tensor:
+        """The parameter from an open safetensors file; of a fused tensor only its part."""
+        if self.expert is None:
+            return file.get_tensor(self.tensor)
+        fused = file.get_slice(self.tensor)
+        rows = slice(self.start, self.stop)
+        if self.transposed:
+            return fused[self.expert, :, rows].squeeze(0).T.contiguous()
+        return fused[self.expert, rows].squeeze(0)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """The parameter's shape by that of the stored tensor."""
+        if self.expert is None:
+            return stored
+        inner = stored[1 if self.transposed else 2]
+        outer = stored[2 if self.transposed else 1]
+        return (min(self.stop, outer) - self.start, inner)
+
+
+def find_places(
+    model: torch.nn.Module,
+    headers: dict[str, TensorInfo],
+    unfuse: Callable[[torch.nn.Module], dict[str, tuple[int, int]]],
+) -> dict[str, Place]:
+    """In-memory parameter name -> place, by transformers' rules for this model; `unfuse` splits its experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    empty = model.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
+    stored, places = {}, {}
+    for name in headers:
+        renamed, converted = rename_source_key(name, renamings, others, model.base_model_prefix, empty)
+        if converted is None:
+            places[renamed] = Place(name, name.removesuffix(".weight"))
+        else:
+            stored[renamed] = name
+    for name, (count, inner) in unfuse(model).items():
+        for fused, parts in (
+            ("gate_up_proj", (("gate_proj", 0, inner), ("up_proj", inner, 2 * inner))),
+            ("down_proj", (("down_proj", 0, shapes[f"{name}.down_proj"][1]),)),
+        ):
+            if (place := _fused(f"{name}.{fused}", stored, places)) is None:
+                continue
+            transposed = headers[place].shape != shapes[f"{name}.{fused}"]
+            prefix = place.removesuffix(f".{fused}")
+            for expert in range(count):
+                for part, start, stop in parts:
+                    module = f"{prefix}.{expert}.{part}"
+                    own = Place(place, module, expert, start, stop, transposed)
+                    places[f"{name}.{expert}.{part}.weight"] = own
+    return places
+
+
+def _fused(name: str, stored: dict[str, str], places: dict[str, Place]) -> str | None:
+    """The file's name of a fused tensor, whether a rule converts it or it is stored as it is in memory."""
+    if name in stored:
+        return stored[name]
+    place = places.pop(name, None)
+    return place.tensor if place else None
