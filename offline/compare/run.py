@@ -41,7 +41,7 @@ def compare(
     folder = find(model)
     processor = _check_pair(folder, quantized)
     ends = end_ids(folder, processor)
-    chats = _draw(read_all(data), settings)
+    chats = _draw(data, settings)
     questions = [read_question(chat, processor, ends) for chat in chats]
     prints = [fingerprint(chat) for chat in chats]
     overlap = _overlap(quantized, prints, say)
@@ -74,9 +74,9 @@ def _check_pair(folder: Path, quantized: Path):
     """The processor of the 16-bit model, after checking that both models read and write the same tokens."""
     if is_vlmq(folder):
         raise QuantizeError(f"{folder} is itself quantised by vlmq; give the 16-bit original first, then {quantized}")
+    sizes = [_vocabulary(read_config(each)) for each in (folder, quantized)]
     for each in (folder, quantized):
         read_headers(each)  # refuses damaged files before anything is run
-    sizes = [_vocabulary(read_config(each)) for each in (folder, quantized)]
     if sizes[0] != sizes[1]:
         raise QuantizeError(
             f"{folder} has a vocabulary of {sizes[0]}, {quantized} one of {sizes[1]}; compare models of one origin"
@@ -97,9 +97,10 @@ def _template(processor):
     return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
 
 
-def _draw(chats: list[dict], settings: Settings) -> list[dict]:
+def _draw(data: str | Path, settings: Settings) -> list[dict]:
+    chats = read_all(data)
     if not chats:
-        raise QuantizeError("the evaluation data holds no chat; give a JSONL file with one chat per line")
+        raise QuantizeError(f"{data} holds no chat; give evaluation data with one chat per line")
     if settings.samples is None or settings.samples >= len(chats):
         return chats
     return random.Random(settings.seed).sample(chats, settings.samples)

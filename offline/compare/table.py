@@ -52,7 +52,7 @@ def _legend(report: dict) -> str:
         "Exact: every answer token is the likeliest behind the right ones, so the greedy answer is the reference.",
     ]
     if tokens:
-        lines.append(
-            f"Greedy same: equal greedy answers up to {tokens} tokens; the others differ after so many tokens."
-        )
+        lines.append(f"Greedy same: equal greedy answers up to {tokens} tokens.")
+    if any(row["first_difference"] for row in report["splits"]):
+        lines.append("Differs at: tokens before the first difference, of the greedy answers that differ.")
     return "\n".join(lines)

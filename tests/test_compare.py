@@ -1,0 +1,309 @@
+"""`vlmq compare` on the trained demo model through transformers: figures, cache, warnings and mistakes."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vlmq_vllm.offline import cli
+from vlmq_vllm.offline.compare import hf
+from vlmq_vllm.offline.compare.run import compare
+from vlmq_vllm.offline.compare.settings import Settings
+from vlmq_vllm.offline.compare.weights import load_model
+from vlmq_vllm.offline.data.inputs import load_processor, prepare
+from vlmq_vllm.offline.data.sources import read_all
+from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.quantize import quantize
+from vlmq_vllm.offline.settings import Settings as Quantization
+
+EXACT = Settings(dtype="float32", device="cpu", top=1 << 20, new_tokens=0)
+FIRST, LAST = 12, 17  # drawn questions; at 2 bits the 17th is answered wrongly
+COUNT = LAST - FIRST + 1
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory):
+    """Chats with drawn pictures and their tasks, one without a picture."""
+    from data import write
+    from pictures import ask
+
+    path = write(tmp_path_factory.mktemp("evaluation"), "evaluation", LAST)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    drawn = [(i, line) for i, line in enumerate(lines)][FIRST:]
+    chats = [line | {"task": ask("evaluation", i)[1].task} for i, line in drawn]
+    asked = [{"role": "user", "content": "What colour is it?"}, {"role": "assistant", "content": "red"}]
+    path.write_text("\n".join(json.dumps(chat) for chat in [*chats, {"messages": asked}]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory, demo_model):
+    """The demo model rounded to nearest, by bits."""
+    folder = tmp_path_factory.mktemp("rounded")
+    for bits in (2, 4):
+        quantize(str(demo_model), folder / str(bits), None, Quantization(bits=bits, group_size=64, method="rtn"))
+    return {bits: folder / str(bits) for bits in (2, 4)}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """Names of the folders whose models are loaded."""
+    names = []
+
+    def load(folder, *args):
+        names.append(folder.name)
+        return load_model(folder, *args)
+
+    monkeypatch.setattr(hf, "load_model", load)
+    return names
+
+
+def test_a_model_beside_itself(demo_model, evaluation):
+    report = compare(str(demo_model), demo_model, evaluation, Settings(device="cpu", new_tokens=8))
+    [everything] = [row for row in report["splits"] if row["split"] == "all"]
+    assert report["samples"] == everything["n"] == COUNT
+    assert everything["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert everything["top1"]["mean"] == everything["greedy_same"]["mean"] == 1.0
+    assert everything["nll_difference"]["mean"] == everything["exact_difference"]["mean"] == 0.0
+    assert everything["first_difference"] is None and report["kl"] == {"top": 64, "exact": False}
+    assert {row["split"] for row in report["splits"]} > {"with picture", "text only", "task attribute"}
+
+
+@torch.inference_mode()
+def test_figures_equal_a_direct_computation(demo_model, rounded, evaluation, tmp_path):
+    """Log-probabilities of both models in float64 from transformers' own loading of the model and of its 2-bit twin.
+
+    Bound: log-probabilities of size 10 are kept in float32, to 2^-21; the twin's weights are rounded to bfloat16, so it
+    is loaded from what `load_model` makes of the packed ones.
+    """
+    from transformers import Qwen2VLForConditionalGeneration
+
+    report = compare(str(demo_model), rounded[2], evaluation, EXACT)
+    assert report["kl"] == {"top": 512, "exact": True}
+    teacher = Qwen2VLForConditionalGeneration.from_pretrained(demo_model, dtype=torch.float32)
+    student = load_model(rounded[2], torch.float32, "cpu")
+    processor = load_processor(demo_model)
+    end = processor.tokenizer.eos_token_id
+    for chat, row in zip(read_all(evaluation), report["rows"], strict=True):
+        inputs, _ = prepare(chat, processor)
+        ids = inputs["input_ids"][0]
+        last = int((ids == end).nonzero()[-1])
+        places = torch.arange(last + 1 - row["tokens"], last + 1)
+        p, q = (model(**inputs).logits[0, places - 1].double().log_softmax(-1) for model in (teacher, student))
+        right = ids[places]
+        expected = {
+            "kl": (p.exp() * (p - q)).sum(-1).mean(),
+            "top1": (p.argmax(-1) == q.argmax(-1)).double().mean(),
+            "nll_teacher": -p.gather(1, right[:, None]).mean(),
+            "nll_student": -q.gather(1, right[:, None]).mean(),
+            "exact_teacher": (p.argmax(-1) == right).all(),
+            "exact_student": (q.argmax(-1) == right).all(),
+        }
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(float(value), abs=2e-6), name
+    assert max(row["kl"] for row in report["rows"]) > 0.01
+
+
+def test_exact_match_is_that_of_the_greedy_answer(demo_model, rounded, evaluation):
+    """Greedy answers of the 2-bit model, generated with a cache, against the likeliest tokens behind the answer's."""
+    settings = Settings(dtype="float32", device="cpu", new_tokens=16)
+    processor = load_processor(demo_model)
+    from vlmq_vllm.offline.compare.questions import end_ids, read_question
+
+    ends = end_ids(demo_model, processor)
+    questions = [read_question(chat, processor, ends) for chat in read_all(evaluation)]
+    scores = hf.score(rounded[2], questions, processor, ends, settings, None, lambda items, what: items)
+    same = [np.array_equal(score.greedy, score.answer) for score in scores]
+    assert same == [bool((score.best == score.answer).all()) for score in scores]
+    assert 0 < sum(same) < COUNT
+
+
+def test_fewer_bits_are_further_away_and_fewer_outcomes_are_a_lower_bound(demo_model, rounded, evaluation):
+    far, near = (compare(str(demo_model), rounded[bits], evaluation, EXACT) for bits in (2, 4))
+    few = compare(str(demo_model), rounded[2], evaluation, Settings(dtype="float32", device="cpu", top=2, new_tokens=0))
+    kl = {name: _pictured(report) for name, report in (("2", far), ("4", near), ("few", few))}
+    assert kl["2"] > 3 * kl["4"] > 0
+    assert 0 < kl["few"] < kl["2"]
+    for less, more in zip(few["rows"], far["rows"], strict=True):
+        assert less["kl"] <= more["kl"] + 1e-6  # float32
+        assert less["nll_student"] == more["nll_student"]
+    assert far["splits"][0]["greedy_same"] is None
+
+
+def _pictured(report) -> float:
+    """Mean KL on questions with a picture; the one without is unlike what the model was trained on."""
+    return next(row["kl"]["mean"] for row in report["splits"] if row["split"] == "with picture")
+
+
+def test_packed_weights_are_those_of_the_dequantised_twin(rounded, tmp_path):
+    from transformers import Qwen2VLForConditionalGeneration
+
+    dequantize(rounded[4], tmp_path / "twin")
+    twin = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / "twin", dtype=torch.bfloat16).state_dict()
+    found = load_model(rounded[4], torch.bfloat16, "cpu").state_dict()
+    assert found.keys() == twin.keys()
+    assert all(torch.equal(found[name], value) for name, value in twin.items())
+
+
+def test_second_run_takes_the_16_bit_model_from_the_cache(demo_model, rounded, evaluation, tmp_path, loaded):
+    settings = Settings(device="cpu", new_tokens=4)
+    said = []
+    runs = [
+        compare(str(demo_model), rounded[bits], evaluation, settings, tmp_path, say=said.append) for bits in (2, 2, 4)
+    ]
+    assert loaded == ["model", "2", "2", "4"]
+    assert [run.pop("teacher_from_cache") for run in runs] == [False, True, True]
+    assert runs[0] == runs[1] and runs[0]["rows"] != runs[2]["rows"]
+    assert len(said) == 2 and "scores come from" in said[0]
+
+
+def test_stale_and_damaged_caches_are_noticed(demo_model, evaluation, tmp_path, loaded):
+    """Other weights of the same names, sizes and headers, another setting, other data, and a file cut short."""
+    from safetensors.torch import load_file, save_file
+
+    model, cache = shutil.copytree(demo_model, tmp_path / "copy"), tmp_path / "cache"
+    said = []
+
+    def run(new_tokens=0, data=evaluation):
+        loaded.clear()
+        settings = Settings(device="cpu", new_tokens=new_tokens, samples=2)
+        report = compare(str(model), demo_model, data, settings, cache, say=said.append)
+        return report["splits"][0]["nll_teacher"]["mean"], list(loaded)
+
+    before, both = run()
+    assert both == ["copy", "model"] and said == []
+    assert run() == (before, ["model"])
+    weights = model / "model.safetensors"
+    size, tensors = weights.stat().st_size, load_file(weights)
+    save_file(tensors | {"lm_head.weight": tensors["lm_head.weight"] / 2}, weights, {"format": "pt"})
+    assert weights.stat().st_size == size
+    after, names = run()
+    assert after != before and names == both and "other model files" in said[-1]
+    assert run(new_tokens=1)[1] == both and "other settings" in said[-1]
+    other = evaluation.parent / "reversed.jsonl"
+    other.write_text("\n".join(evaluation.read_text().splitlines()[::-1]))
+    assert run(data=other)[1] == both and "other data" in said[-1]
+    for path in cache.iterdir():
+        path.write_bytes(path.read_bytes()[:-7])
+    assert run() == (after, both) and "is damaged; the 16-bit model is run again" in said[-1]
+
+
+def test_calibration_chats_among_the_evaluation_are_counted(demo_model, quantized, calibration, evaluation, tmp_path):
+    settings = Settings(device="cpu", new_tokens=0)
+    both = calibration.parent / "both.jsonl"
+    both.write_text("\n".join(calibration.read_text().splitlines()[:3]) + "\n" + TEXT)
+    said = []
+    report = compare(str(demo_model), quantized, both, settings, say=said.append)
+    assert report["calibration_overlap"] == 3
+    assert said == [line for line in said if line.startswith("warning: 3 of 4 evaluation chats are calibration chats")]
+    assert len(said) == 1
+    assert compare(str(demo_model), quantized, evaluation, settings)["calibration_overlap"] == 0
+    assert compare(str(demo_model), demo_model, evaluation, settings)["calibration_overlap"] is None
+
+
+TEXT = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "red"}]})
+
+
+@pytest.fixture
+def vlmq(monkeypatch, capsys):
+    """Run `vlmq compare ARGS` in this process: (exit code, standard output, lines of standard error)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vlmq", "compare", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()
+
+    return run
+
+
+def test_table_and_json(vlmq, demo_model, rounded, evaluation, tmp_path):
+    data = ("--data", evaluation, "--device", "cpu", "--max-new-tokens", 4, "--cache", tmp_path / "cache")
+    code, table, _ = vlmq(demo_model, rounded[4], *data, "-o", tmp_path / "report.json")
+    assert code == 0 and "a lower bound" in table and max(map(len, table.splitlines())) <= 200
+    report = json.loads((tmp_path / "report.json").read_text())
+    code, said, _ = vlmq(demo_model, rounded[4], *data, "--json")
+    assert code == 0 and json.loads(said) == report | {"teacher_from_cache": True}
+    kl = report["splits"][0]["kl"]
+    lines = table.splitlines()
+    row = next(i for i, line in enumerate(lines) if line.startswith(" all"))
+    assert f"{kl['mean']:.3g}" in lines[row].split() and f"{kl['low']:.3g} .. {kl['high']:.3g}" in lines[row + 1]
+    code, _, errors = vlmq(demo_model, rounded[4], *data, "-o", tmp_path / "report.json")
+    assert code == 2 and "exists already" in errors[0]
+
+
+def change(model, folder, name, change):
+    """A copy of the model with one JSON file changed."""
+    shutil.copytree(model, folder)
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+def write(folder, text):
+    (folder / "chats.jsonl").write_text(text)
+    return folder / "chats.jsonl"
+
+
+UNANSWERED = json.dumps({"messages": [{"role": "user", "content": "Hi"}]})
+MISTAKES = {  # arguments after MODEL from (demo model, its 4-bit version, temporary folder, evaluation data)
+    "no answer": (lambda m, q, t, e: [q, "--data", write(t, TEXT + "\n" + UNANSWERED)], 2, "chats.jsonl line 2 has no"),
+    "no data": (lambda m, q, t, e: [q, "--data", t / "none.jsonl"], 2, "none.jsonl"),
+    "empty data": (lambda m, q, t, e: [q, "--data", write(t, "\n")], 2, "chats.jsonl holds no chat"),
+    "too long": (lambda m, q, t, e: [q, "--data", e, "--max-tokens", 3], 2, "no chat in"),
+    "tokenizer": (
+        lambda m, q, t, e: [
+            change(q, t / "o", "tokenizer.json", lambda c: c["added_tokens"][-3].update(content="<|other|>")),
+            *("--data", e),
+        ],
+        2,
+        "different tokenizers",
+    ),
+    "vocabulary": (
+        lambda m, q, t, e: [
+            change(q, t / "o", "config.json", lambda c: c["text_config"].update(vocab_size=256)),
+            *("--data", e),
+        ],
+        2,
+        "has a vocabulary of 512",
+    ),
+    "not a folder": (lambda m, q, t, e: [t / "none", "--data", e], 4, "is not a folder"),
+    "backend": (lambda m, q, t, e: [q, "--data", e, "--backend", "onnx"], 2, "choose one of hf, vllm"),
+    "dtype": (lambda m, q, t, e: [q, "--data", e, "--dtype", "int8"], 2, "choose one of bfloat16, float16, float32"),
+    "top": (lambda m, q, t, e: [q, "--data", e, "--top", 0], 2, "top is 0; it must be at least 1"),
+    "top of vllm": (lambda m, q, t, e: [q, "--data", e, "--top", 500, "--backend", "vllm"], 2, "names at most 127"),
+    "device": (lambda m, q, t, e: [q, "--data", e, "--device", "cuda:77"], 2, "device 'cuda:77' cannot be used"),
+    "report": (lambda m, q, t, e: [q, "--data", e, "-o", t / "a/b.json"], 2, "lies in no folder"),
+    "cache": (lambda m, q, t, e: [q, "--data", e, "--cache", e], 2, "give --cache a folder"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes(arguments, code, message, vlmq, demo_model, rounded, evaluation, tmp_path):
+    found, said, errors = vlmq(demo_model, *arguments(demo_model, rounded[4], tmp_path, evaluation))
+    assert found == code and said == ""
+    assert len(errors) == 1 and errors[0].startswith("vlmq: error: ") and message in errors[0]
+
+
+def test_arguments_the_wrong_way_round(vlmq, demo_model, rounded, evaluation):
+    code, _, errors = vlmq(rounded[4], demo_model, "--data", evaluation)
+    assert code == 2 and len(errors) == 1 and "is itself quantised by vlmq; give the 16-bit original first" in errors[0]
+
+
+def test_missing_weights_are_not_made_up(vlmq, demo_model, evaluation, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(demo_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    code, _, errors = vlmq(demo_model, folder, "--data", evaluation, "--device", "cpu", "--samples", 1)
+    assert code == 4 and "has no tensor that fits model.language_model.norm.weight" in errors[-1]
