@@ -33,7 +33,7 @@ def markdown(results: dict[str, dict], problems: dict, threads: int) -> str:
     for shape, found in results.items():
         parts += [f"## {TITLES[shape]}", _samples(found, problems[shape]), _table(found["runs"])]
         parts += [f"{tool} did not run: `{error}`" for tool, error in found["errors"].items()]
-        parts += _memory(found)
+        parts += _busy(found["runs"], threads) + _memory(found)
     return "\n\n".join([*parts, "## Versions and settings", _settings(results)]) + "\n"
 
 
@@ -100,6 +100,17 @@ def _row(tool: str, lines: list[dict], ours: dict[str, float]) -> tuple[str, ...
 
 def _median(lines: list[dict], part: str) -> float:
     return median(line["seconds"][part] for line in lines)
+
+
+def _busy(runs: dict[str, list[dict]], threads: int) -> list[str]:
+    """With one thread the wall shows at once whether others used the core: then only `CPU` can be compared."""
+    lines = [line for lines in runs.values() for line in lines]
+    waited = [line["seconds"]["quantise"] > 1.2 * line["cpu_seconds"]["quantise"] for line in lines]
+    if threads > 1 or not any(waited):
+        return []
+    return [
+        f"**{sum(waited)} of {len(lines)} runs waited for a busy core: their seconds are no measure, compare `CPU`.**"
+    ]
 
 
 def _memory(found: dict) -> list[str]:
