@@ -4,9 +4,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-PLAIN_WIDTH = 200  # where there is no terminal, nothing is wrapped
+PLAIN_WIDTH = 240  # where there is no terminal, nothing is wrapped
 COLUMNS = (  # heading, figure, factor, format
-    ("KL", "kl", 1, ".3g"),
+    ("KL", "kl", 1, ".2g"),
     ("top-1 %", "top1", 100, ".1f"),
     ("greedy same %", "greedy_same", 100, ".1f"),
     ("differs at", "first_difference", 1, ".1f"),

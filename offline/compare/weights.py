@@ -57,9 +57,6 @@ class Packed:
     def __init__(self, folder: Path, files: dict[str, str], module: ModuleInfo, dtype: torch.dtype) -> None:
         self.folder, self.files, self.module, self.dtype = folder, files, module, dtype
 
-    def get_shape(self) -> list[int]:
-        return [self.module.rows, self.module.columns]
-
     def get_dtype(self) -> str:
         """In safetensors' spelling."""
         return {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[self.dtype]
