@@ -27,7 +27,7 @@ from vlmq_vllm.offline.quantize import quantize
 from vlmq_vllm.offline.settings import Settings
 
 MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
-POOL = 512  # chats from which each seed draws
+POOL = 2048  # chats from which each seed draws
 METHODS = {
     "RTN": {"method": "rtn"},
     "GPTQ": {"method": "gptq", "base": "gptq"},

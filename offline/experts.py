@@ -5,6 +5,8 @@ computes with slices of them. A quantiser needs linears with inputs of their own
 weight per expert, as vLLM's loaders expect them.
 """
 
+import re
+
 import torch
 from torch import nn
 
@@ -33,6 +35,11 @@ class Experts(nn.ModuleList):
             token, slot = torch.where(chosen == index)
             out = out.index_add(0, token, expert(hidden[token]) * weights[token, slot, None])
         return out
+
+
+def is_expert(linear: str) -> bool:
+    """Whether the linear of that name in a layer belongs to one of several experts."""
+    return re.search(r"\.\d+\.(gate|up|down)_proj$", linear) is not None
 
 
 def is_fused(module: nn.Module) -> bool:

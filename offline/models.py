@@ -5,7 +5,7 @@ Module names are those of transformers in memory; the files' names come from tra
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlmq_vllm.errors import QuantizeError
 
@@ -15,17 +15,21 @@ class Unserved:
     """Linears that vLLM builds without a quantisation config: a packed weight would find no place there.
 
     pattern: regular expression that matches the end of a linear's in-memory name. reason: why, for the user.
-    odd_sizes_only: only where an input or output size is not a multiple of 64.
+    tower: only for a vision tower of this model type. odd_sizes_only: only where an input or output size is not a
+    multiple of 64.
     """
 
     pattern: str
     reason: str
+    tower: str = ""
     odd_sizes_only: bool = False
 
-    def holds(self, name: str, shape: tuple[int, ...]) -> bool:
-        return bool(re.search(self.pattern + "$", name)) and (
-            not self.odd_sizes_only or any(size % 64 for size in shape)
-        )
+    def holds(self, name: str, shape: tuple[int, ...], config: dict) -> bool:
+        """Whether the linear of that in-memory name and weight shape is one of them, by the model's config.json."""
+        if self.tower and self.tower not in config.get("vision_config", {}).get("model_type", ""):
+            return False
+        odd = any(size % 64 for size in shape)
+        return bool(re.search(self.pattern + "$", name)) and (odd or not self.odd_sizes_only)
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,11 @@ class Family:
     unserved: tuple[Unserved, ...] = ()
 
 
-PLAIN = "vLLM builds it as a plain nn.Linear"
+PLAIN = "vLLM builds it as a plain nn.Linear, which holds no packed weight"
 SIGLIP = Unserved(
     r"vision_tower\..*mlp\.fc[12]",
     "vLLM builds SigLIP's MLP unquantised when one of its sizes is no multiple of 64",
+    tower="siglip",
     odd_sizes_only=True,
 )
 QWEN2 = Family(
@@ -76,6 +81,16 @@ LLAVA = Family(
     connectors=("model.multi_modal_projector",),
     unserved=(SIGLIP,),
 )
+LLAVA_ONEVISION = replace(LLAVA, unserved=(SIGLIP, Unserved(r"multi_modal_projector\.linear_[12]", PLAIN)))
+INTERNVL = replace(
+    LLAVA,
+    blocks="model.vision_tower.encoder.layer",
+    unserved=(
+        Unserved(r"vision_tower\..*", "vLLM builds InternVL's tower without a quantisation config"),
+        Unserved(r"multi_modal_projector\.linear_[12]", PLAIN),
+    ),
+)
+GEMMA3 = replace(LLAVA, attention_end="pre_feedforward_layernorm")
 IDEFICS = Family(
     layers="model.text_model.layers",
     embed="model.text_model.embed_tokens",
@@ -90,6 +105,9 @@ FAMILIES = {
     "qwen3_vl": QWEN3,
     "qwen3_vl_moe": QWEN3,
     "llava": LLAVA,
+    "llava_onevision": LLAVA_ONEVISION,
+    "internvl": INTERNVL,
+    "gemma3": GEMMA3,
     "idefics3": IDEFICS,
     "smolvlm": IDEFICS,
 }

@@ -103,6 +103,8 @@ class Source:
         tower, blocks = self.model.get_submodule(family.vision), self.model.get_submodule(family.blocks)
         resident = sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
+        for name in self._others():
+            _place(self.model, name, self.parameter(name).to(device, torch.float32))
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:
             self.materialise(name, device, quantized=quantized)
@@ -120,6 +122,19 @@ class Source:
                 handle.remove()
             for name in (family.embed, family.vision, *family.connectors):
                 self.release(name)
+            for name in self._others():
+                _place(self.model, name, self.model.get_parameter(name).to("meta"))
+
+    def _others(self) -> list[str]:
+        """Parameters outside the decoder's layers, the head and the parts that are loaded as modules: a newline's
+        embedding, the final norm."""
+        family = self.family
+        parts = (family.layers, family.embed, family.vision, *family.connectors, "lm_head")
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(tuple(f"{part}." for part in parts))
+        ]
 
     def lend(self, name: str, device: torch.device, quantized: bool) -> None:
         """`materialise` as a hook that gives nothing back."""
@@ -198,10 +213,21 @@ def _skeleton(folder: Path) -> torch.nn.Module:
         raise QuantizeError(
             f"transformers cannot build the model that {folder}/config.json describes ({reason})"
         ) from error
-    for module in model.modules():  # rotary frequencies are computed from the config and are in no file
+    _fill_buffers(model)
+    return model.eval()
+
+
+def _fill_buffers(model: torch.nn.Module) -> None:
+    """Buffers that are in no file, such as rotary frequencies, as the class that each module belongs to makes them."""
+    from transformers import PreTrainedModel
+
+    owners = {}
+    for owner in model.modules():  # from the outside to the inside
+        if isinstance(owner, PreTrainedModel):
+            owners |= dict.fromkeys(owner.modules(), owner)
+    for module, owner in owners.items():
         lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if lost:
             for name in lost:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-            model._init_weights(module)
-    return model.eval()
+            owner._init_weights(module)

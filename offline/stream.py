@@ -168,7 +168,8 @@ def _catch(source: Source, stack: str, batch: dict, device: torch.device) -> Str
     def stop(module, args):
         raise _Stop
 
-    handles = [] if last else [source.layers()[0].register_forward_pre_hook(stop)]
+    at_decoder = stack == source.family.layers
+    handles = [] if at_decoder else [source.layers()[0].register_forward_pre_hook(stop)]
     with suppress(_Stop), removing(handles), _replaced({layer: stub(i, layer) for i, layer in enumerate(layers)}):
         source.model(**_to(batch, device), use_cache=False)
     return found[0] if found else None

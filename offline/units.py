@@ -52,7 +52,9 @@ def find_units(source: Source, settings: Settings) -> list[Unit]:
         if component == "connector":
             modules = [name for root in family.connectors for name in _connectors(source, root)]
         else:
-            modules = [f"{stack}.{i}" for i in range(len(source.model.get_submodule(stack)))]
+            count = len(source.model.get_submodule(stack))
+            count = min(count, _blocks_used(source.config, count)) if component == "vision" else count
+            modules = [f"{stack}.{i}" for i in range(count)]
         units += [Unit(f"{component}-{i:05d}", component, name, i) for i, name in enumerate(modules)]
     return units
 
@@ -103,6 +105,16 @@ def stored_bytes(source: Source, name: str) -> int:
     return math.prod(info.shape) * BYTES.get(info.dtype, 1)
 
 
+def _blocks_used(config: dict, count: int) -> int:
+    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those behind it.
+
+    `vision_feature_layer` counts outputs from the embeddings (0) on, or from the end; LLaVA-1.5 has -2.
+    """
+    layers = config.get("vision_feature_layer", -1)
+    layers = layers if isinstance(layers, list) else [layers]
+    return max(layer if layer >= 0 else count + 1 + layer for layer in layers)
+
+
 def _connectors(source: Source, root: str) -> Iterator[str]:
     """The modules that are called one by one: those of a list, or the module itself."""
     module = source.model.get_submodule(root)
@@ -116,7 +128,7 @@ def _check_served(source: Source, settings: Settings, unit: Unit, name: str, sha
     if settings.force:
         return
     for rule in source.family.unserved:
-        if rule.holds(name, shape):
+        if rule.holds(name, shape, source.config):
             option = f"--{unit.component}-bits {KEPT}"
             raise RefusedError(
                 f"{name} {list(shape)} cannot be served at {settings.format_of(unit.component).bits} bits: "

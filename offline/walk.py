@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.experts import is_expert
 from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest, solve
 from vlmq_vllm.offline.grid import MINMAX, MSE, GridSearch
 from vlmq_vllm.offline.moments import Moments
@@ -119,7 +120,12 @@ class Walk:
             return {}, {}
         options, family = self.settings, self.source.family
         every = options.saliency_scope == "all"
-        linears = [linear for linear in linears_of(layer) if every or in_attention(family, linear)]
+        linears = [
+            linear
+            for linear in linears_of(layer)
+            # not an expert's: which tokens it sees changes when the attention before it is quantised
+            if in_attention(family, linear) or (every and not is_expert(linear))
+        ]
         pairs = list(zip(self.full, self.quantized, strict=True))
         norms = [gradient_norms(layer, index, family, full, quantized, linears) for full, quantized in pairs]
         means = self._means(norms, linears)

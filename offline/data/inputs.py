@@ -33,6 +33,9 @@ def load_processor(folder: Path):
 
     try:
         return AutoProcessor.from_pretrained(folder)
+    except ImportError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise QuantizeError(f"the processor of {folder} needs a package that is not installed ({reason})") from error
     except Exception as error:  # whatever damaged files make of transformers
         reason = str(error).partition("\n")[0]
         raise QuantizeError(f"{folder} has no usable processor files ({reason}); copy the model again") from error
