@@ -10,6 +10,7 @@ import torch
 
 from vlmq_vllm.offline import cli
 from vlmq_vllm.offline.compare import hf
+from vlmq_vllm.offline.compare.engine import reason
 from vlmq_vllm.offline.compare.run import compare
 from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.compare.weights import load_model
@@ -307,3 +308,18 @@ def test_missing_weights_are_not_made_up(vlmq, demo_model, evaluation, tmp_path)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     code, _, errors = vlmq(demo_model, folder, "--data", evaluation, "--device", "cpu", "--samples", 1)
     assert code == 4 and "has no tensor that fits model.language_model.norm.weight" in errors[-1]
+
+
+LOG = """(EngineCore pid=7) ERROR 01-01 core.py:1] vlmq_vllm.errors.CheckpointError: model.norm.weight is missing; copy it
+(EngineCore pid=7) Traceback (most recent call last):
+RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
+(Worker pid=8) INFO 01-01 multiproc.py:2] Parent process exited
+"""
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [(LOG, "CheckpointError: model.norm.weight is missing; copy it"), ("Killed\n", "Killed"), ("", "it said nothing")],
+)
+def test_reason_of_an_engine_that_failed(log, expected):
+    assert reason(log) == expected

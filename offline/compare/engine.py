@@ -6,6 +6,7 @@ for the student, the teacher's scores; it leaves its scores there.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def score(
     teacher: list[Score | None] | None,
     track: Callable,
 ) -> list[Score | None]:
-    """As `hf.score`, through vLLM. Raises QuantizeError when vLLM is missing or fails, with its last line."""
+    """As `hf.score`, through vLLM. Raises QuantizeError when vLLM is missing or fails, with its reason."""
     if find_spec("vllm") is None:
         raise QuantizeError("backend 'vllm' needs vLLM, which is not installed; install it or use --backend hf")
     with tempfile.TemporaryDirectory(prefix="vlmq-compare-") as name:
@@ -105,7 +106,9 @@ def _run(place: Path, folder: Path, tasks: list[dict | None], ends: set[int], se
                 os.killpg(process.pid, signal.SIGKILL)
     if code != 0:
         kept = _keep(log)
-        raise QuantizeError(f"vLLM failed with {folder}: {_last_line(kept)} (its whole output is in {kept})")
+        raise QuantizeError(
+            f"vLLM failed with {folder}: {reason(kept.read_text(errors='replace'))} (its whole output is in {kept})"
+        )
     return [score for score in load(place / RESULT) if score is not None]
 
 
@@ -116,6 +119,9 @@ def _keep(log: Path) -> Path:
     return Path(name)
 
 
-def _last_line(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
+def reason(log: str) -> str:
+    """The line of vLLM's output that tells why it ended: the last error that is not about another process's error."""
+    errors = re.findall(r"\b(?:\w+\.)*(\w+(?:Error|Exit|Exception): .+)", log)
+    named = [error.strip() for error in errors if "Engine core initialization failed" not in error]
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return (named or lines or ["it said nothing"])[-1][:400]

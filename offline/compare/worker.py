@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.offline.compare.engine import JOB, RESULT, TEACHER
 from vlmq_vllm.offline.compare.scores import Score, load, save
 from vlmq_vllm.offline.compare.settings import NAMED_IDS
@@ -51,7 +52,9 @@ class Engine:
         outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         for task, length, output in zip(tasks, lengths, outputs, strict=True):
             if list(output.prompt_token_ids) != task["prompt"] + task["answer"][:length]:
-                sys.exit(f"{task['line']}: vLLM makes other tokens of it than transformers; use --backend hf")
+                raise QuantizeError(
+                    f"{task['line']}: vLLM makes other tokens of it than transformers; use --backend hf"
+                )
         return [output.outputs[0] for output in outputs]
 
     def _prompt(self, task: dict, length: int) -> dict:
@@ -113,7 +116,7 @@ def _score(task: dict, ids: np.ndarray, logs: list[dict], best: list[int], greed
     kept = np.array([[step[int(i)] for i in row] for step, row in zip(logs, ids, strict=True)], dtype=np.float32)
     own = np.array([step[token] for step, token in zip(logs, task["answer"], strict=True)], dtype=np.float32)
     if not (np.isfinite(kept).all() and np.isfinite(own).all()):
-        sys.exit(f"the model answers {task['line']} with NaN or infinity; its weights are not sound")
+        raise CheckpointError(f"the model answers {task['line']} with NaN or infinity; its weights are not sound")
     rest = np.log(np.maximum(1 - np.exp(kept.astype(np.float64)).sum(1), REST_FLOOR))
     return Score(
         answer=np.array(task["answer"], dtype=np.int32),
