@@ -310,7 +310,7 @@ def test_missing_weights_are_not_made_up(vlmq, demo_model, evaluation, tmp_path)
     assert code == 4 and "has no tensor that fits model.language_model.norm.weight" in errors[-1]
 
 
-LOG = """(EngineCore pid=7) ERROR 01-01 core.py:1] vlmq_vllm.errors.CheckpointError: model.norm.weight is missing; copy it
+LOG = """(EngineCore pid=7) ERROR 01-01 core.py:1] vlmq_vllm.errors.CheckpointError: model.norm.weight is missing
 (EngineCore pid=7) Traceback (most recent call last):
 RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}
 (Worker pid=8) INFO 01-01 multiproc.py:2] Parent process exited
@@ -319,7 +319,7 @@ RuntimeError: Engine core initialization failed. See root cause above. Failed co
 
 @pytest.mark.parametrize(
     ("log", "expected"),
-    [(LOG, "CheckpointError: model.norm.weight is missing; copy it"), ("Killed\n", "Killed"), ("", "it said nothing")],
+    [(LOG, "CheckpointError: model.norm.weight is missing"), ("Killed\n", "Killed"), ("", "it said nothing")],
 )
 def test_reason_of_an_engine_that_failed(log, expected):
     assert reason(log) == expected
