@@ -1,0 +1,53 @@
+"""`vlmq info`: what a checkpoint holds."""
+
+import json
+
+import typer
+
+from vlmq_vllm.offline.commands.arguments import Json, Quantized
+
+
+def info(folder: Quantized, as_json: Json = False) -> None:
+    """Show what FOLDER holds: formats, size, the run that made it, and how to serve it. Reads no weights."""
+    from vlmq_vllm.offline.info import info as read
+
+    found = read(folder)
+    if as_json:
+        typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
+    else:
+        _show(found)
+
+
+def _show(found) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    formats = Table(box=box.SIMPLE, show_edge=False)
+    formats.add_column("quantised linears", overflow="fold")
+    for name in ("component", "bits", "group", "grid", "count", "bits per weight"):
+        formats.add_column(name, no_wrap=True)
+    for kind in found.kinds:
+        group = "row" if kind.format.group_size == -1 else str(kind.format.group_size)
+        grid = "symmetric" if kind.format.symmetric else "asymmetric"
+        row = (kind.pattern, kind.component, str(kind.format.bits), group, grid, str(kind.count), f"{kind.bits:.3f}")
+        formats.add_row(*row)
+    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
+    for name, value in _rows(found):
+        table.add_row(name, value)
+    console = Console(highlight=False, markup=False)
+    console.print(formats)
+    console.print(table)
+
+
+def _rows(found) -> list[tuple[str, str]]:
+    settings = found.tool.get("settings") or {}
+    return [
+        ("model", f"{found.model_type}, {found.parameters:,} parameters, {found.quantized:,} of them quantised"),
+        ("size", f"{found.bytes / 1e6:.1f} MB of weights"),
+        ("bits per weight", f"{found.bits_per_weight:.3f} quantised, {found.bits_per_parameter:.3f} over all"),
+        ("made by", f"{found.tool.get('name', 'unknown')} {found.tool.get('version', '')}".strip()),
+        ("settings", ", ".join(f"{name} {value}" for name, value in settings.items()) or "unknown"),
+        ("calibration", "unknown" if found.samples is None else f"{found.samples} samples"),
+        ("serve it", found.serve),
+    ]

@@ -1,0 +1,73 @@
+"""How much calibration data a run holds: tokens, batches, pixels, and what a stream keeps of each token.
+
+Without the data itself only bounds are known: every sample is taken to have the greatest length, and all its tokens to
+be vision tokens.
+"""
+
+from dataclasses import dataclass
+
+from vlmq_vllm.offline.batches import TOKENS
+from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.source import Source
+
+FLOAT = 4  # bytes; everything is computed in float32
+
+
+@dataclass(frozen=True)
+class Load:
+    """Sizes of the calibration data.
+
+    samples, tokens: samples and tokens of each. patches: of the tower per vision token. pixels: bytes of pixel values
+    per vision token. kept: bytes that a stream keeps per token besides the hidden states (rotary tables, masks).
+    terms: tensors of the decoder's width that the model adds between layers (DeepStack).
+    """
+
+    samples: int
+    tokens: int
+    patches: int
+    pixels: int
+    kept: int
+    terms: int
+
+    @property
+    def total(self) -> int:
+        """Tokens of all samples."""
+        return self.samples * self.tokens
+
+    @property
+    def batch(self) -> int:
+        """Tokens of the largest batch, as `batches.batched` puts samples of one length together."""
+        return self.tokens * min(self.samples, max(1, TOKENS // self.tokens))
+
+
+def load_of(source: Source, settings: Settings, tokens: int | None = None) -> Load:
+    """The load of a run; `tokens` per sample if it is known, else the greatest length that is allowed."""
+    samples = 0 if settings.method == "rtn" else settings.samples
+    tokens = tokens or settings.max_tokens
+    vision, text = source.model.config.vision_config, source.model.config.get_text_config()
+    patches = patches_per_token(source)
+    patch = _side(getattr(vision, "patch_size", 14))
+    frames = getattr(vision, "temporal_patch_size", 1)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # layers of two kinds of attention, such as Gemma 3's, have a rotary table and a mask [T, T] of one byte each
+    kinds = len(set(getattr(text, "layer_types", None) or ("full",)))
+    kept = kinds * 2 * head * FLOAT + (kinds * tokens if kinds > 1 else 0)
+    deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
+    return Load(samples, tokens, patches, 3 * frames * patch * patch * patches * FLOAT, kept, deepstack)
+
+
+def patches_per_token(source: Source) -> int:
+    """Patches of the tower that become one token of the decoder."""
+    config = source.model.config
+    vision = config.vision_config
+    if merge := getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None):
+        return int(merge) ** 2
+    if ratio := getattr(config, "downsample_ratio", None):
+        return round(1 / ratio) ** 2
+    if tokens := getattr(config, "mm_tokens_per_image", None):
+        return max(1, (_side(vision.image_size) // _side(vision.patch_size)) ** 2 // tokens)
+    return 1
+
+
+def _side(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else size[0]

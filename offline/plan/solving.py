@@ -1,0 +1,113 @@
+"""Memory of a stage of linears: its second moments, and what the solver needs beside them.
+
+Each term names the code whose tensors it counts. c is a weight's number of columns, r its rows; sizes are in bytes.
+"""
+
+import re
+from dataclasses import dataclass
+
+from vlmq_vllm.offline.plan.load import FLOAT
+from vlmq_vllm.offline.walk import TOGETHER
+
+SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # read one input: without weights, one problem
+
+
+@dataclass(frozen=True)
+class Solve:
+    """A problem of `walk.Problem`: rows (of all its linears together) and columns."""
+
+    rows: int
+    columns: int
+
+    @property
+    def square(self) -> int:
+        """Bytes of H in float32."""
+        return FLOAT * self.columns**2
+
+    @property
+    def weight(self) -> int:
+        """Bytes of the weight in float32."""
+        return FLOAT * self.rows * self.columns
+
+
+@dataclass
+class Stage:
+    """A stage of `stages.find_stages`: its problems, and whether they come from more than one group (experts)."""
+
+    problems: list[Solve]
+    several: bool = False
+
+
+def stages_of(shapes: dict[str, tuple[int, int]], weighted: set[str]) -> list[Stage]:
+    """Stages of a layer's linears (name -> [rows, columns]) as `stages.find_stages` and `Walk._collect` make them.
+
+    They see in a forward pass which linears share an input; here their names tell.
+    """
+    groups: dict[tuple, list[str]] = {}
+    for name in shapes:
+        parent, _, leaf = name.rpartition(".")
+        shared = next((i for i, leaves in enumerate(SHARED) if leaf in leaves), leaf)
+        groups.setdefault((parent, shared), []).append(name)
+    stages: dict[tuple[str, ...], Stage] = {}
+    for names in groups.values():
+        key = tuple(re.sub(r"\.\d+\.", ".*.", name) for name in names)  # one stage for the same group of every expert
+        plain = [name for name in names if name not in weighted]
+        problems = [[name] for name in names if name in weighted] + ([plain] if plain else [])
+        found = [Solve(sum(shapes[name][0] for name in members), shapes[members[0]][1]) for members in problems]
+        if key in stages:
+            stages[key] = Stage(stages[key].problems + found, True)
+        else:
+            stages[key] = Stage(found)
+    return list(stages.values())
+
+
+def moments_bytes(stage: list[Solve], residual: bool) -> int:
+    """`Moments.h`, and `Moments.residual` where base gptaq asks for it, of all problems of a stage."""
+    return sum(problem.square * (2 if residual else 1) for problem in stage)
+
+
+def working_bytes(stage: list[Solve], residual: bool, exact: bool) -> int:
+    """Greatest need of `Walk._share_out`: problems of one shape are solved as one batch of at most TOGETHER bytes."""
+    solved = 0  # codes of the batches before
+    most = 0
+    for problem, count in _batches(stage):
+        most = max(most, solved + _batch_bytes(problem, count, residual, exact))
+        solved += count * problem.rows * problem.columns
+    return most
+
+
+def _batches(stage: list[Solve]) -> list[tuple[Solve, int]]:
+    """`Walk._alike`: (shape, number of problems) of every batch."""
+    found = []
+    for problem in dict.fromkeys(stage):
+        left, most = stage.count(problem), max(1, TOGETHER // problem.square)
+        while left > 0:
+            found.append((problem, min(left, most)))
+            left -= most
+    return found
+
+
+def _batch_bytes(problem: Solve, count: int, residual: bool, exact: bool) -> int:
+    """`gptq.solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
+    square, weight = count * problem.square, count * problem.weight
+    given = weight + (square if count > 1 else 0) + (square if residual else 0)
+    steps = [_factor_bytes(problem, exact) + square - problem.square]  # beside the factors that are ready
+    # several factors are stacked, the list of them stays; `_push` has permuted D, a product, its source and a result
+    factors = square * (2 if count > 1 else 1)
+    if residual:
+        steps.append(factors + 4 * square)
+    # targets, owed and for a push the values, all transposed weights; codes in order, scattered and as bytes of rows
+    sweep = weight * (3 if residual else 2) + 3 * weight // FLOAT
+    steps.append(factors + (square if residual else 0) + sweep)
+    return given + max(steps)
+
+
+def _factor_bytes(problem: Solve, exact: bool) -> int:
+    """`gptq._factor`: first H in the order of treatment, permuted twice, and its factor; then whether that is finite.
+
+    exact: in float64 (CPU): 8 + 8 bytes per element of H, then factor 8, its magnitude 8 and two masks of 1.
+    """
+    width = 2 if exact else 1  # in units of float32
+    damped = 2 * width * problem.square
+    finite = 2 * width * problem.square + 2 * problem.square // FLOAT
+    return max(damped, finite)

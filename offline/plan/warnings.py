@@ -1,0 +1,90 @@
+"""What a user should know before a run that is possible but may disappoint."""
+
+import json
+
+from vlmq_vllm.offline.plan.load import Load, patches_per_token
+from vlmq_vllm.offline.plan.serving import Linear
+from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.source import Source
+
+ENOUGH = 4  # tokens per column: fewer leave second moments poorly known
+
+
+def find_warnings(source: Source, settings: Settings, load: Load, linears: list[Linear]) -> list[str]:
+    """One line each."""
+    found = [*_served(linears), *_cut(linears)]
+    if settings.method != "rtn":
+        found += [*_tokens(source, load, linears), *_pictures(source, settings)]
+    return found
+
+
+def _served(linears: list[Linear]) -> list[str]:
+    lines = [f"vLLM will not load {linear.pattern}: {linear.refused}" for linear in linears if linear.refused]
+    if any(linear.layer == "FusedMoE" for linear in linears):
+        lines.append("the plugin does not serve quantised mixtures of experts yet; vlmq dequantize makes a 16-bit twin")
+    return lines
+
+
+def _cut(linears: list[Linear]) -> list[str]:
+    """For each tensor-parallel size that some layer refuses: who, why, and the group sizes that would suit all."""
+    lines = []
+    for size in linears[0].cuts:
+        refusing = [linear for linear in linears if linear.cuts[size]]
+        stubborn = [linear for linear in refusing if not linear.fitting.get(size)]  # no grouping helps them
+        if stubborn:
+            lines.append(f"tensor parallelism over {size}: {stubborn[0].pattern}: {stubborn[0].cuts[size]}")
+        elif refusing:
+            first = refusing[0]
+            common = set.intersection(*(set(linear.fitting[size]) for linear in refusing))
+            fitting = " or ".join(str(group) for group in first.fitting[size] if group in common)
+            advice = f"--group-size {fitting} fits" if fitting else "no one group size fits all layers"
+            lines.append(f"tensor parallelism over {size}: {first.pattern}: {first.cuts[size]}; {advice}")
+    return lines
+
+
+def _tokens(source: Source, load: Load, linears: list[Linear]) -> list[str]:
+    """Too few tokens for the widest weight, among experts for the mean expert."""
+    text = source.model.config.get_text_config()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
+    lines = []
+    for expert in (False, True):
+        widths = [x.columns for x in linears if (x.layer == "FusedMoE") is expert and x.component == "language"]
+        tokens = int(load.total * (share if expert else 1))
+        if widths and tokens < ENOUGH * max(widths):
+            whose = "each expert" if expert else "the decoder"
+            lines.append(
+                f"{whose} sees at most {tokens} calibration tokens for weights of {max(widths)} columns; "
+                f"{ENOUGH * max(widths)} or more are better: raise --samples or --max-tokens"
+            )
+    return lines
+
+
+def _pictures(source: Source, settings: Settings) -> list[str]:
+    """Samples longer than max_tokens are left out; a processor that keeps a picture's size can make such."""
+    allowed = _processor_pixels(source)
+    side = getattr(source.model.config.vision_config, "spatial_merge_size", None)
+    if not allowed or not side:
+        return []
+    cell = patches_per_token(source) * source.model.config.vision_config.patch_size**2
+    pixels = min(allowed, settings.max_pixels or allowed)
+    if pixels // cell <= settings.max_tokens:
+        return []
+    return [
+        f"a picture of {pixels} pixels, as the processor allows, takes {pixels // cell} tokens, and samples of more "
+        f"than {settings.max_tokens} are left out; --max-pixels {settings.max_tokens * cell // 2} makes pictures fit"
+    ]
+
+
+def _processor_pixels(source: Source) -> int | None:
+    """The greatest number of pixels that the processor's files allow for a picture; None where they say nothing."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = source.folder / name
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            found = found.get("image_processor", found)
+            size = found.get("size") or {}
+            pixels = found.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
+            if pixels:
+                return pixels
+    return None
