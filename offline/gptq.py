@@ -18,6 +18,7 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.grid import MSE, GridSearch, find_grid, to_codes
 from vlmq_vllm.offline.sweep import Sweep
 
+STRIP = 1024  # rows of a matrix [I, I] that are treated at once
 ATTEMPTS = 8  # damping grows by 4 each time: from 0.01 to more than 100
 
 
@@ -101,8 +102,8 @@ def solve(
 ) -> list[Solution]:
     """Quantise weights [B, O, I] float32 with moments H and perhaps D [B, I, I]; scales are stored in `dtype`.
 
-    The B problems are independent and treated at once. An H that stays singular under eight dampings gives plain
-    rounding and `damp` None: the caller must say so.
+    The B problems are independent and treated at once. `residual` is overwritten. An H that stays singular under eight
+    dampings gives plain rounding and `damp` None: the caller must say so.
     """
     columns = weights.shape[2]
     importance = h.diagonal(dim1=1, dim2=2)
@@ -116,10 +117,11 @@ def solve(
     if solved:
         pick = torch.tensor(solved, device=weights.device)
         factor = torch.stack([factors[i][0] for i in solved]) if len(solved) > 1 else factors[solved[0]][0][None]
-        part = [t if len(solved) == len(weights) else t[pick] for t in (weights, h, order)]
+        given = (weights, h, order) if residual is None else (weights, h, order, residual)
+        *part, d = [t if len(solved) == len(weights) else t[pick] for t in given] + [None] * (residual is None)
         push = None
-        if residual is not None:
-            push = solver.alpha * _push(_permuted(residual[pick], part[2]), factor)
+        if d is not None:
+            push = _push(_permuted(d, part[2]) if solver.act_order else d, factor).mul_(solver.alpha)
         quantized, losses = _sweep(*part, factor, push, format, dtype, solver)
         for i, weight, loss in zip(solved, quantized, losses, strict=True):
             found[i] = Solution(weight, loss, factors[i][1], dead[i])
@@ -137,7 +139,7 @@ def _sweep(weights, h, order, factor, push, format, dtype, solver) -> tuple[list
     scale = torch.ones(shape, device=weights.device)
     zero = torch.full(shape, float(format.middle), device=weights.device)
     importance = h.diagonal(dim1=1, dim2=2)
-    targets = weights.mT.contiguous() if not solver.act_order else _rows(weights.mT, order)
+    targets = _rows(weights.mT, order)
     if solver.act_order:
         for i in range(count):
             s, z = find_grid(weights[i], format, dtype, solver.search, importance[i])
@@ -185,24 +187,49 @@ def _factor(h: torch.Tensor, order: torch.Tensor, damp: float) -> tuple[torch.Te
     level = h.diagonal().mean()
     if not (torch.isfinite(h).all() and level > 0):
         return None, damp
-    # doubles where they are no slower than the memory they need: they save the damping of nearly singular H
-    exact = torch.float64 if h.device.type == "cpu" else torch.float32
     backwards = order.flip(0)  # the lower factor of H backwards, read backwards, is the upper factor with U U^T = H
     for attempt in range(ATTEMPTS):
         used = damp * 4**attempt
-        damped = h[backwards][:, backwards].to(exact)
+        damped = _reordered(h, backwards)
         damped.diagonal().add_(used * level)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = _cholesky(damped)
         del damped
-        if not failed and torch.isfinite(lower).all():
-            return lower.float().flip(0, 1), used
+        # whatever is not finite in a row of the factor is so in its diagonal element
+        if not failed and lower.diagonal().isfinite().all():
+            lower = lower.float()
+            return lower.flip(0, 1), used
     return None, damp
 
 
+def _reordered(h: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """H with rows and columns in `order`: doubles where they are no slower than the memory they need, for they save the
+    damping of nearly singular H."""
+    found = torch.empty_like(h, dtype=torch.float64 if h.device.type == "cpu" else torch.float32)
+    for start in range(0, len(h), STRIP):
+        rows = slice(start, start + STRIP)
+        found[rows] = h[order[rows]][:, order]
+    return found
+
+
+def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lower factor of a symmetric matrix, and whether that failed; on a CPU in the memory of the matrix itself."""
+    if matrix.device.type != "cpu":
+        return torch.linalg.cholesky_ex(matrix)
+    columns = matrix.mT  # LAPACK's order, in which nothing is copied
+    return torch.linalg.cholesky_ex(columns, out=(columns, torch.empty((), dtype=torch.int32)))
+
+
 def _push(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """triu(D U^-T, 1) U^-1: how far a column's value moves the targets of those behind it (GPTAQ's public form)."""
-    moved = torch.linalg.solve_triangular(factor.mT, residual, upper=False, left=False).triu_(1)
-    return torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
+    """triu(D U^-T, 1) U^-1: how far a column's value moves the targets of those behind it (GPTAQ's public form).
+
+    In place of D, in strips of rows: what stands left of a strip's first diagonal element neither counts nor is needed.
+    """
+    for start in range(0, residual.shape[1], STRIP):
+        strip, own = residual[:, start : start + STRIP], factor[:, start:, start:]
+        strip[..., :start] = 0
+        moved = torch.linalg.solve_triangular(own.mT, strip[..., start:], upper=False, left=False).triu_(1)
+        strip[..., start:] = torch.linalg.solve_triangular(own, moved, upper=True, left=False)
+    return residual
 
 
 def _rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

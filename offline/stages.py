@@ -9,14 +9,10 @@ import re
 
 import torch
 
+from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.stream import Stream, removing
 
 Group = tuple[str, ...]
-
-
-def linears_of(layer: torch.nn.Module) -> list[str]:
-    """Names of the linears in a layer, as they are registered."""
-    return [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ import torch
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stages import linears_of
 
 SHARD = 4 << 30  # bytes of unquantised tensors per file
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}

@@ -6,25 +6,23 @@ collected after the stages before it have been replaced. One layer's weights are
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.experts import is_expert
-from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest, solve
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest
 from vlmq_vllm.offline.grid import MINMAX, MSE, GridSearch
-from vlmq_vllm.offline.moments import Moments
+from vlmq_vllm.offline.linears import holding, linears_of, put, weights_of
+from vlmq_vllm.offline.problems import collect, find_problems, solve_all
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency import gradient_norms, in_attention, rounded_norms, token_weights
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stages import Group, find_stages, linears_of
+from vlmq_vllm.offline.stages import Group, find_stages
 from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.weighing import Weighing
 
 GRIDS = {"mse": MSE, "minmax": MINMAX, "mse-h": GridSearch(exponent=2, importance=True)}
-TOGETHER = 1 << 28  # bytes of moments that are solved as one batch of problems
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,6 @@ class Row:
     tokens: str
 
 
-@dataclass
-class Problem:
-    """Linears that are solved as one because they share moments; their weights are stacked along the rows."""
-
-    linears: Group
-    moments: Moments
-    weights: list[torch.Tensor] | None  # of the tokens, by batch
-
-
 class Walk:
     """The streams in front of a stack's next layer. `quantized` and `full` are empty for method "rtn"."""
 
@@ -67,7 +56,8 @@ class Walk:
         weighted: bool,
     ) -> None:
         self.source, self.settings, self.format, self.device, self.ranks = source, settings, format, device, ranks
-        self.quantized, self.full, self.weighted = quantized, full, weighted
+        self.quantized, self.full = quantized, full
+        self.weigh = Weighing(source.family, settings, ranks) if weighted else None
         self.solver = Solver(GRIDS[settings.grid], settings.act_order == "static", settings.damp, settings.alpha)
         self.residual = settings.base == "gptaq" and settings.method != "rtn"
 
@@ -75,8 +65,11 @@ class Walk:
     def layer(self, name: str, index: int) -> tuple[dict[str, torch.Tensor], list[Row]]:
         """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows."""
         layer = self.source.materialise(name, self.device)
-        originals = {linear: layer.get_submodule(linear).weight for linear in linears_of(layer)}
-        weights, tokens = self._weigh(layer, index, name)
+        originals = weights_of(layer)
+        weights, tokens = {}, {}
+        if self.weigh:
+            streams = self.full, self.quantized
+            weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
         tensors: dict[str, torch.Tensor] = {}
         rows = []
         for stage in self._stages(layer, index):
@@ -94,10 +87,10 @@ class Walk:
         """Move both streams behind a layer that has been quantised before."""
         if self.quantized:
             layer = self.source.materialise(name, self.device)
-            originals = {linear: layer.get_submodule(linear).weight for linear in linears_of(layer)}
+            originals = weights_of(layer)
             for linear in originals:
                 found = self.source.quantized(self.source.module_in_files(f"{name}.{linear}"))
-                _put(layer, linear, found.to(self.device, torch.float32))
+                put(layer, linear, found.to(self.device, torch.float32))
             self._advance(layer, index, originals)
             self.source.release(name)
 
@@ -114,159 +107,37 @@ class Walk:
             return [[(linear,)] for linear in linears_of(layer)]
         return self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None) or []
 
-    def _weigh(self, layer, index, name) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
-        """Token weights [N] per batch for each weighted linear with a signal, and what the report says of them."""
-        if not self.weighted:
-            return {}, {}
-        options, family = self.settings, self.source.family
-        every = options.saliency_scope == "all"
-        linears = [
-            linear
-            for linear in linears_of(layer)
-            # not an expert's: which tokens it sees changes when the attention before it is quantised
-            if in_attention(family, linear) or (every and not is_expert(linear))
-        ]
-        pairs = list(zip(self.full, self.quantized, strict=True))
-        norms = [gradient_norms(layer, index, family, full, quantized, linears) for full, quantized in pairs]
-        means = self._means(norms, linears)
-        found = dict.fromkeys(linears, "saliency")
-        if any(mean is None for mean in means.values()):
-            found = {linear: "saliency" if means[linear] else "no signal" for linear in linears}
-            if options.saliency_fallback == "rtn":
-                silent = [linear for linear in linears if means[linear] is None]
-                norms, means, found = self._weigh_by_rounding(layer, index, name, silent, norms, means, found)
-        bounds = (options.saliency_power, options.saliency_floor, options.saliency_cap)
-        weights = {
-            linear: token_weights([g[linear] for g in norms], bounds[0], mean, *bounds[1:])
-            for linear, mean in means.items()
-            if mean is not None
-        }
-        return weights, found
-
-    def _weigh_by_rounding(self, layer, index, name, silent, norms, means, found):
-        """Norms for linears without a signal from the error that the layer's own rounded weights cause."""
-        family = self.source.family
-        rounded = {linear: self._rounded(layer, name, linear)[1] for linear in linears_of(layer)}
-        for stream, known in zip(self.quantized, norms, strict=True):
-            known |= rounded_norms(layer, index, family, stream, silent, lambda: holding(layer, rounded))
-        means = means | self._means(norms, silent)
-        return norms, means, found | {n: "saliency of rounding" for n in silent if means[n] is not None}
-
-    def _means(self, norms: list[dict[str, torch.Tensor]], linears: list[str]) -> dict[str, float | None]:
-        """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""
-        means: dict[str, float | None] = {}
-        for linear in linears:
-            pooled = torch.cat([g[linear] for g in norms]).double()
-            total = self.ranks.add(torch.stack([pooled.sum(), torch.tensor(float(len(pooled))).to(pooled)]))
-            mean = float(total[0] / total[1])
-            means[linear] = mean if 0 < mean < float("inf") else None
-        return means
-
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         if self.settings.method == "rtn":
             for (linear,) in stage:
-                weight, value = self._rounded(layer, name, linear)
-                _put(layer, linear, value)
-                yield linear, Solution(weight, None, None, 0)
+                yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return
-        problems = self._collect(layer, index, stage, weights, originals)
-        solutions = self._share_out(layer, name, problems)
-        for problem, solution in zip(problems, solutions, strict=True):
-            sizes = [len(layer.get_submodule(linear).weight) for linear in problem.linears]
-            for linear, part in zip(problem.linears, solution.split(sizes), strict=True):
-                _put(layer, linear, part.weight.dequantize(part.weight.scale.dtype).float())
-                yield linear, part
-
-    def _collect(self, layer, index, stage, weights, originals) -> list[Problem]:
-        """One pass over the batches: second moments of every group, or of each linear with token weights of its own."""
-        problems = []
         # the two streams send different tokens to an expert: there is no residual between them
         residual = self.residual and len(stage) == 1
-        for group in stage:
-            columns = layer.get_submodule(group[0]).in_features
-            plain = tuple(linear for linear in group if linear not in weights)
-            for linears in [*((linear,) for linear in group if linear in weights), *([plain] if plain else [])]:
-                problems.append(Problem(linears, Moments(columns, self.device, residual), weights.get(linears[0])))
-        first = {problem.linears[0]: problem for problem in problems}
-        for i, stream in enumerate(self.quantized):
-            targets: dict[str, torch.Tensor] = {}
-            if residual:
-                with holding(layer, originals):
-                    self.full[i].inputs_of(layer, index, first, targets.__setitem__)
+        problems = find_problems(layer, stage, weights, residual, lambda n: self._dtype(name, n), self.device)
+        collect(problems, layer, index, self.quantized, self.full, originals)
+        solutions = solve_all(problems, layer, self.format, self.solver, self.ranks)
+        for problem, solution in zip(problems, solutions, strict=True):
+            for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
+                yield self._placed(layer, linear, part)
 
-            def visit(linear: str, inputs: torch.Tensor, i: int = i, targets: dict = targets) -> None:
-                problem = first[linear]
-                tokens = problem.weights[i] if problem.weights else None
-                problem.moments.add(inputs, tokens, targets.get(linear))
+    def _placed(self, layer: torch.nn.Module, linear: str, solution: Solution) -> tuple[str, Solution]:
+        put(layer, linear, _served(solution.weight))
+        return linear, solution
 
-            stream.inputs_of(layer, index, first, visit)
-        return problems
+    def _dtype(self, name: str, linear: str) -> torch.dtype:
+        """Of the weight in the source, which the scales get."""
+        return self.source.stored_dtype(f"{name}.{linear}.weight")
 
-    def _share_out(self, layer, name, problems: list[Problem]) -> list[Solution]:
-        """Solve the problems, those of one shape together, each on its rank."""
-        for number, problem in enumerate(problems):
-            owner, moments = self.ranks.owner(number), problem.moments
-            count = self.ranks.add(torch.tensor([float(moments.tokens)], device=self.device))
-            moments.tokens = int(count)
-            self.ranks.reduce(moments.h, owner)
-            if moments.residual is not None:
-                self.ranks.reduce(moments.residual, owner)
-        solutions: list[Solution | None] = [None] * len(problems)
-        for numbers in self._alike(layer, problems):
-            stacked = [torch.cat([layer.get_submodule(n).weight for n in problems[i].linears]) for i in numbers]
-            means = [problems[i].moments.mean() for i in numbers]
-            h = torch.stack([h for h, _ in means]) if len(means) > 1 else means[0][0][None]
-            residual = None if means[0][1] is None else torch.stack([d for _, d in means])
-            dtype = self.source.stored_dtype(f"{name}.{problems[numbers[0]].linears[0]}.weight")
-            weights = torch.stack(stacked) if len(stacked) > 1 else stacked[0][None]
-            for i, solution in zip(numbers, solve(weights, h, self.format, dtype, self.solver, residual), strict=True):
-                solutions[i] = solution
-        return [self._exchange(layer, name, i, problem, solutions[i]) for i, problem in enumerate(problems)]
+    def _rounded(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
+        weight = layer.get_submodule(linear).weight
+        return round_to_nearest(weight, self.format, self._dtype(name, linear), self.solver.search)
 
-    def _alike(self, layer, problems: list[Problem]) -> list[list[int]]:
-        """Numbers of this rank's problems, in batches of one shape and a bounded size."""
-        batches: dict[tuple, list[list[int]]] = {}
-        for number, problem in enumerate(problems):
-            if self.ranks.owner(number) == self.ranks.rank:
-                columns = len(problem.moments.h)
-                rows = sum(len(layer.get_submodule(linear).weight) for linear in problem.linears)
-                found = batches.setdefault((rows, columns), [[]])
-                if found[-1] and (len(found[-1]) + 1) * 4 * columns * columns > TOGETHER:
-                    found.append([])
-                found[-1].append(number)
-        return [numbers for found in batches.values() for numbers in found]
-
-    def _exchange(self, layer, name, number: int, problem: Problem, solution: Solution | None) -> Solution:
-        """The solution on every rank."""
-        if self.ranks.size == 1:
-            return solution
-        rows = sum(len(layer.get_submodule(linear).weight) for linear in problem.linears)
-        dtype = self.source.stored_dtype(f"{name}.{problem.linears[0]}.weight")
-        shared = solution or Solution.empty(self.format, rows, len(problem.moments.h), dtype, self.device)
-        return shared.exchanged(lambda tensor: self.ranks.broadcast(tensor, self.ranks.owner(number)))
-
-    def _rounded(self, layer, name: str, linear: str):
-        """A linear rounded to nearest, as codes and as the weight that is served [O, I] float32."""
-        dtype = self.source.stored_dtype(f"{name}.{linear}.weight")
-        found = round_to_nearest(layer.get_submodule(linear).weight, self.format, dtype, self.solver.search)
-        return found, found.dequantize(dtype).float()
+    def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+        return {linear: _served(self._rounded(layer, name, linear)) for linear in linears_of(layer)}
 
 
-@contextmanager
-def holding(layer: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
-    """The layer with other weights of its linears for a while."""
-    before = {linear: layer.get_submodule(linear).weight for linear in weights}
-    for linear, weight in weights.items():
-        _put(layer, linear, weight)
-    try:
-        yield layer
-    finally:
-        for linear, weight in before.items():
-            _put(layer, linear, weight)
-
-
-def _put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
-    if not isinstance(weight, torch.nn.Parameter):
-        weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.get_submodule(linear).weight = weight
+def _served(weight: QuantizedWeight) -> torch.Tensor:
+    """The weight [O, I] float32 with the values that it is served with."""
+    return weight.dequantize(weight.scale.dtype).float()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline import gptq
 from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest, solve
 from vlmq_vllm.offline.grid import MSE, find_grid, to_codes
 from vlmq_vllm.offline.moments import Moments
@@ -67,7 +68,8 @@ def reference(weight, h, format, order, damp, residual=None, alpha=0.25, dynamic
 
 @pytest.mark.parametrize("columns", [40, 128, 300], ids=lambda n: f"{n} columns")
 @pytest.mark.parametrize("base", ["gptq", "gptaq"])
-def test_equals_the_reference(columns, base):
+def test_equals_the_reference(columns, base, monkeypatch):
+    monkeypatch.setattr(gptq, "STRIP", 128)
     weight, inputs = torch.randn(16, columns), correlated(2000, columns)
     collected = Moments(columns, "cpu", residual=base == "gptaq")
     collected.add(inputs, torch.rand(2000), inputs + 0.3 * correlated(2000, columns))

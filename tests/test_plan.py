@@ -13,13 +13,14 @@ import torch
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline import cli
+from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.plan.load import load_of
 from vlmq_vllm.offline.plan.report import plan
 from vlmq_vllm.offline.plan.serving import Heads, falls_on_groups, fitting_groups, why_not_cut
 from vlmq_vllm.offline.plan.solving import Solve, moments_bytes, stages_of, working_bytes
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stages import find_stages, linears_of
+from vlmq_vllm.offline.stages import find_stages
 from vlmq_vllm.offline.stream import capture
 
 KEYS = {
@@ -179,11 +180,9 @@ def test_warnings_name_the_group_size_that_fits_all(demo_model):
 
 
 def test_solver_memory_by_hand():
-    # r = 256, c = 768: H has 2,359,296 bytes, the weight 786,432. In float64 the factor is 2 H, its magnitude 2 H, two
-    # masks H / 4 each
-    assert working_bytes([Solve(256, 768)], residual=False, exact=True) == 786_432 + 10_616_832
-    # in float32: H permuted and its factor, 2 H, are less than magnitude, masks and factor, 2.5 H
-    assert working_bytes([Solve(256, 768)], residual=False, exact=False) == 786_432 + 5_898_240
+    # r = 256, c = 768: H has 2,359,296 bytes, the weight 786,432. In float64 H is 2 H, and two strips of it as much
+    assert working_bytes([Solve(256, 768)], residual=False, exact=True, ordered=True) == 786_432 + 9_437_184
+    assert working_bytes([Solve(256, 768)], residual=False, exact=False, ordered=True) == 786_432 + 4_718_592
     assert moments_bytes([Solve(256, 768), Solve(128, 256)], residual=True) == 2 * (2_359_296 + 262_144)
 
 

@@ -7,20 +7,37 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file
 
 SETTINGS = ("--bits", "3", "--group-size", "64")
+# The command, which sends itself a signal when it gives the N-th finished file its name: the rename is what finishes a
+# unit, so that "before" has a whole file that does not count yet.
+SIGNALLED = """
+import os, pathlib, sys
+number, send, when = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
+rename, seen = pathlib.Path.rename, []
+def signalled(path, target):
+    seen.append(path)
+    if when == "before" and len(seen) == number:
+        os.kill(os.getpid(), send)
+    rename(path, target)
+    if when == "after" and len(seen) == number:
+        os.kill(os.getpid(), send)
+pathlib.Path.rename = signalled
+from vlmq_vllm.offline.cli import main
+main()
+"""
 
 
 @pytest.fixture
 def begin(demo_model, calibration, tmp_path):
-    """Start `vlmq quantize` of the demo model into tmp_path/out."""
+    """Start `vlmq quantize` of the demo model into tmp_path/out; `at`: unit, signal, "before" or "after" its rename."""
 
-    def start(*options, **how) -> subprocess.Popen:
-        command = [sys.executable, "-B", "-m", "vlmq_vllm.offline", "quantize", demo_model, "-o", tmp_path / "out"]
+    def start(*options, at: tuple = (), **how) -> subprocess.Popen:
+        program = ["-c", SIGNALLED, *map(str, at)] if at else ["-m", "vlmq_vllm.offline"]
+        command = [sys.executable, "-B", *program, "quantize", demo_model, "-o", tmp_path / "out"]
         command += ["--data", calibration, *SETTINGS, *options]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
@@ -32,40 +49,36 @@ def finished(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, errors
 
 
-def wait_for(pattern: str, folder, process: subprocess.Popen) -> None:
-    while not list(folder.glob(pattern)):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-
-
 def sums(folder) -> str:
     return (folder / "SHA256SUMS").read_text()
 
 
-# the last is a kill after all layers, while or before the other tensors are written
-@pytest.mark.parametrize("unit", [1, 3, 4])
-def test_a_killed_run_is_resumed_to_the_same_bytes(unit, begin, quantized, tmp_path):
-    process = begin()
-    wait_for(f".out.partial/model-{unit:05d}-of-*.safetensors", tmp_path, process)
-    process.kill()
-    process.communicate()
-    assert not (tmp_path / "out").exists()
-    code, errors = finished(begin())
-    assert code == 3 and f"has an unfinished run ({unit} of 5 parts); add --resume" in errors, errors
+# in front of the second layer, with a third layer that has been written but not named, and behind the last layer
+@pytest.mark.parametrize(("unit", "when"), [(1, "after"), (3, "before"), (4, "after")])
+def test_a_killed_run_is_resumed_to_the_same_bytes(unit, when, begin, quantized, tmp_path):
+    assert finished(begin(at=(unit, signal.SIGKILL.value, when)))[0] == -signal.SIGKILL
+    files = list((tmp_path / ".out.partial").glob("*.safetensors"))
+    assert len(files) == (unit if when == "after" else unit - 1) and not (tmp_path / "out").exists()
     code, errors = finished(begin("--resume"))
     assert code == 0, errors
     assert sums(tmp_path / "out") == sums(quantized)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_unfinished_run_must_be_decided_about(begin, tmp_path):
+    finished(begin(at=(1, signal.SIGKILL.value, "after")))
+    code, errors = finished(begin())
+    assert code == 3 and "has an unfinished run (1 of 5 parts); add --resume" in errors, errors
+    code, errors = finished(begin("--resume", "--seed", "7"))
+    assert code == 3 and "had" in errors and "remove" in errors, errors
+    assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 1
+
+
 def test_sigterm_finishes_the_layer_and_exits_75(begin, quantized, tmp_path):
-    process = begin()
-    wait_for(".out.partial/model-00001-of-*.safetensors", tmp_path, process)
-    process.send_signal(signal.SIGTERM)
-    code, errors = finished(process)
+    code, errors = finished(begin(at=(1, signal.SIGTERM.value, "before")))
     assert code == 75 and "add --resume" in errors and "Traceback" not in errors, errors
-    files = sorted((tmp_path / ".out.partial").glob("*.safetensors"))
-    assert 1 <= len(files) < 5 and all(load_file(file) for file in files)
+    (file,) = (tmp_path / ".out.partial").glob("*.safetensors")
+    assert load_file(file)
     assert finished(begin("--resume"))[0] == 0
     assert sums(tmp_path / "out") == sums(quantized)
 
@@ -83,19 +96,9 @@ def test_a_full_disk_says_so_and_is_resumed(begin, quantized, tmp_path):
     assert sums(tmp_path / "out") == sums(quantized)
 
 
-def test_another_run_cannot_be_resumed(begin, tmp_path):
-    process = begin()
-    wait_for(".out.partial/model-00001-of-*.safetensors", tmp_path, process)
-    process.kill()
-    process.communicate()
-    code, errors = finished(begin("--resume", "--seed", "7"))
-    assert code == 3 and "had" in errors and "remove" in errors
-    assert list((tmp_path / ".out.partial").glob("*.safetensors"))
-
-
-def test_two_runs_to_one_place_do_not_meet(begin, tmp_path):
-    process = begin()
-    wait_for(".out.partial", tmp_path, process)
+def test_two_runs_to_one_place_do_not_meet(begin):
+    process = begin(at=(1, signal.SIGSTOP.value, "before"))
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
     code, errors = finished(begin("--method", "rtn"))
     assert code == 3 and "another process is writing" in errors, errors
     process.kill()
@@ -103,12 +106,8 @@ def test_two_runs_to_one_place_do_not_meet(begin, tmp_path):
 
 
 def test_a_run_that_ends_before_its_first_layer_leaves_nothing(begin, tmp_path):
-    process = begin()
-    wait_for(".out.partial", tmp_path, process)
-    process.send_signal(signal.SIGINT)
-    assert finished(process)[0] != 0
-    left = list(tmp_path.glob(".out.partial/*.safetensors"))
-    assert left or not list(tmp_path.iterdir())
+    assert finished(begin(at=(1, signal.SIGINT.value, "before")))[0] != 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_report_and_recipe_of_a_run(quantized):

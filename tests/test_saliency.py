@@ -5,11 +5,10 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, Qwen2VLRotaryEmbedding
 
+from vlmq_vllm.offline.linears import holding, linears_of
 from vlmq_vllm.offline.models import FAMILIES
 from vlmq_vllm.offline.saliency import gradient_norms, rounded_norms, token_weights
-from vlmq_vllm.offline.stages import linears_of
 from vlmq_vllm.offline.stream import Stream
-from vlmq_vllm.offline.walk import holding
 
 FAMILY = FAMILIES["qwen2_vl"]
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]

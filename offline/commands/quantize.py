@@ -1,14 +1,16 @@
 """`vlmq quantize`: the options of a run, and the run."""
 
+import json
 import os
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Data, Model, Out
+from vlmq_vllm.offline.commands.arguments import Data, Json, Model, Out
 
 STOPPED = 75  # EX_TEMPFAIL: try the same again
 BEST = "default: what measured best for the width."
@@ -43,6 +45,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")] = "",
     recipe: Annotated[Path | None, typer.Option(help="YAML with any of these options; those given here win.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
@@ -65,7 +68,10 @@ def quantize(
         if first:
             typer.echo(f"vlmq: {stopped}", err=True)
         sys.exit(STOPPED)
-    if first:
+    if first and as_json:
+        modules = [asdict(row) for row in rows]
+        typer.echo(json.dumps({"out": str(out), "settings": settings.to_dict(), "modules": modules}, indent=2))
+    elif first:
         typer.echo(
             f"{out}: {len(rows)} linears quantised, the decoder's at {settings.bits} bits. "
             f"Serve it: vllm serve {out} --quantization vlmq"

@@ -1,11 +1,13 @@
 """`vlmq verify`: whether a checkpoint is whole."""
 
+import json
+
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Quantized
+from vlmq_vllm.offline.commands.arguments import Json, Quantized
 
 
-def verify(folder: Quantized) -> None:
+def verify(folder: Quantized, as_json: Json = False) -> None:
     """Check FOLDER: hashes, schema, and that every number is finite."""
     from collections import Counter
 
@@ -13,6 +15,11 @@ def verify(folder: Quantized) -> None:
 
     verdict = check(folder)
     widths = Counter(module.format.bits for module in verdict.modules.values())
+    if as_json:
+        counts = {"files": verdict.files, "bytes": verdict.bytes, "tensors": verdict.tensors}
+        linears = {str(bits): count for bits, count in sorted(widths.items())}
+        typer.echo(json.dumps({"folder": str(folder), "sound": True} | counts | {"linears_by_bits": linears}, indent=2))
+        return
     parts = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(widths.items()))
     typer.echo(
         f"{folder} is sound: {verdict.files} files, {verdict.bytes / 1e6:.1f} MB, {verdict.tensors} tensors; {parts}"

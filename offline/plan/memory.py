@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlmq_vllm.offline.experts import is_expert
+from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.plan.load import FLOAT, Load
 from vlmq_vllm.offline.plan.solving import moments_bytes, stages_of, working_bytes
-from vlmq_vllm.offline.saliency import in_attention
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import RESIDENT, Source
-from vlmq_vllm.offline.stages import linears_of
 from vlmq_vllm.offline.units import Unit, stored_bytes
+from vlmq_vllm.offline.weighing import weighted_linears
 
 # The interpreter with torch, transformers, the skeleton of a model, a processor and what kernels keep, as measured on
 # small models with torch 2.13 for CPU and transformers 5.19. CUDA's own libraries come on top of it.
@@ -135,7 +134,7 @@ def _walk(source: Source, settings: Settings, unit: Unit, load: Load, exact: boo
         # beside the layer's own: weighted inputs, and for a residual the other stream's inputs and the difference
         copies = (1 if weighted else 0) + (2 if pushed else 0)
         activations = batch * FLOAT * (MLP * inner + width + copies * columns)
-        working = working_bytes(stage.problems, pushed, exact)
+        working = working_bytes(stage.problems, pushed, exact, settings.act_order == "static")
         phases += [
             Phase(f"{component}: collect moments", host, now | {"activations of a batch": activations}),
             Phase(f"{component}: solve", host, now | {"solver": working}),
@@ -157,11 +156,10 @@ def _paired(settings: Settings, component: str) -> bool:
 
 
 def _weighted(source: Source, settings: Settings, component: str, linears: list[str]) -> set[str]:
-    """The linears with token weights, as `Walk._weigh` chooses them."""
+    """The linears with token weights."""
     if settings.method != "vlmq" or component != "language":
         return set()
-    every = settings.saliency_scope == "all"
-    return {n for n in linears if in_attention(source.family, n) or (every and not is_expert(n))}
+    return set(weighted_linears(source.family, linears, settings.saliency_scope))
 
 
 def _widths(source: Source, component: str, layer: torch.nn.Module, load: Load) -> tuple[int, int]:

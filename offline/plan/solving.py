@@ -6,15 +6,16 @@ Each term names the code whose tensors it counts. c is a weight's number of colu
 import re
 from dataclasses import dataclass
 
+from vlmq_vllm.offline.gptq import STRIP
 from vlmq_vllm.offline.plan.load import FLOAT
-from vlmq_vllm.offline.walk import TOGETHER
+from vlmq_vllm.offline.problems import TOGETHER
 
 SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # read one input: without weights, one problem
 
 
 @dataclass(frozen=True)
 class Solve:
-    """A problem of `walk.Problem`: rows (of all its linears together) and columns."""
+    """A problem of `problems.Problem`: rows (of all its linears together) and columns."""
 
     rows: int
     columns: int
@@ -39,7 +40,7 @@ class Stage:
 
 
 def stages_of(shapes: dict[str, tuple[int, int]], weighted: set[str]) -> list[Stage]:
-    """Stages of a layer's linears (name -> [rows, columns]) as `stages.find_stages` and `Walk._collect` make them.
+    """Stages of a layer's linears (name -> [rows, columns]), as `find_stages` and `find_problems` make them.
 
     They see in a forward pass which linears share an input; here their names tell.
     """
@@ -66,18 +67,21 @@ def moments_bytes(stage: list[Solve], residual: bool) -> int:
     return sum(problem.square * (2 if residual else 1) for problem in stage)
 
 
-def working_bytes(stage: list[Solve], residual: bool, exact: bool) -> int:
-    """Greatest need of `Walk._share_out`: problems of one shape are solved as one batch of at most TOGETHER bytes."""
+def working_bytes(stage: list[Solve], residual: bool, exact: bool, ordered: bool) -> int:
+    """Greatest need of `problems.solve_all`: problems of one shape are solved as one batch of at most TOGETHER bytes.
+
+    ordered: columns are treated in an order of their own.
+    """
     solved = 0  # codes of the batches before
     most = 0
     for problem, count in _batches(stage):
-        most = max(most, solved + _batch_bytes(problem, count, residual, exact))
+        most = max(most, solved + _batch_bytes(problem, count, residual, exact, ordered))
         solved += count * problem.rows * problem.columns
     return most
 
 
 def _batches(stage: list[Solve]) -> list[tuple[Solve, int]]:
-    """`Walk._alike`: (shape, number of problems) of every batch."""
+    """`problems._alike`: (shape, number of problems) of every batch."""
     found = []
     for problem in dict.fromkeys(stage):
         left, most = stage.count(problem), max(1, TOGETHER // problem.square)
@@ -87,27 +91,25 @@ def _batches(stage: list[Solve]) -> list[tuple[Solve, int]]:
     return found
 
 
-def _batch_bytes(problem: Solve, count: int, residual: bool, exact: bool) -> int:
+def _batch_bytes(problem: Solve, count: int, residual: bool, exact: bool, ordered: bool) -> int:
     """`gptq.solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
     square, weight = count * problem.square, count * problem.weight
-    given = weight + (square if count > 1 else 0) + (square if residual else 0)
+    stacked = square if count > 1 else 0
+    given = weight + stacked + (stacked if residual else 0)
     steps = [_factor_bytes(problem, exact) + square - problem.square]  # beside the factors that are ready
-    # several factors are stacked, the list of them stays; `_push` has permuted D, a product, its source and a result
+    # several factors are stacked, the list of them stays; `_push` works in place of D, or of its permuted copy
     factors = square * (2 if count > 1 else 1)
     if residual:
-        steps.append(factors + 4 * square)
+        strips = 2 * count * FLOAT * min(STRIP, problem.columns) * problem.columns
+        steps.append(factors + (max(strips + square, 3 * square) if ordered else strips))
     # targets, owed and for a push the values, all transposed weights; codes in order, scattered and as bytes of rows
     sweep = weight * (3 if residual else 2) + 3 * weight // FLOAT
-    steps.append(factors + (square if residual else 0) + sweep)
+    steps.append(factors + (square if residual and ordered else 0) + sweep)
     return given + max(steps)
 
 
 def _factor_bytes(problem: Solve, exact: bool) -> int:
-    """`gptq._factor`: first H in the order of treatment, permuted twice, and its factor; then whether that is finite.
-
-    exact: in float64 (CPU): 8 + 8 bytes per element of H, then factor 8, its magnitude 8 and two masks of 1.
-    """
-    width = 2 if exact else 1  # in units of float32
-    damped = 2 * width * problem.square
-    finite = 2 * width * problem.square + 2 * problem.square // FLOAT
-    return max(damped, finite)
+    """`gptq._factor`. exact: on a CPU, H in float64 and its factor in the same place, then in float32; else H in the
+    order of treatment and its factor."""
+    strips = FLOAT * 2 * min(STRIP, problem.columns) * problem.columns
+    return 2 * problem.square + (max(problem.square, strips) if exact else 0)

@@ -1,0 +1,132 @@
+"""The problems of a stage: linears that share second moments are one; moments are collected in one pass over the data,
+and problems of one shape are solved together, each on its rank.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.gptq import Solution, Solver, solve
+from vlmq_vllm.offline.linears import holding
+from vlmq_vllm.offline.moments import Moments
+from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.stages import Group
+from vlmq_vllm.offline.stream import Stream
+
+TOGETHER = 1 << 28  # bytes of moments that are solved as one batch of problems
+
+
+@dataclass
+class Problem:
+    """Linears that are solved as one, their weights stacked along the rows.
+
+    rows: of each linear. dtype: of the scales. weights: of the tokens, [N] per batch, or None where all count alike.
+    """
+
+    linears: Group
+    rows: list[int]
+    dtype: torch.dtype
+    moments: Moments
+    weights: list[torch.Tensor] | None
+
+    @property
+    def shape(self) -> tuple[int, int, torch.dtype]:
+        """What problems have in common that are solved together."""
+        return sum(self.rows), len(self.moments.h), self.dtype
+
+    def stacked(self, layer: torch.nn.Module) -> torch.Tensor:
+        """The weights [O, I]."""
+        found = [layer.get_submodule(linear).weight for linear in self.linears]
+        return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def find_problems(
+    layer: torch.nn.Module,
+    stage: list[Group],
+    weights: dict[str, list[torch.Tensor]],
+    residual: bool,
+    dtype_of: Callable[[str], torch.dtype],
+    device: torch.device,
+) -> list[Problem]:
+    """The problems of a stage: a linear with token weights is one of its own, the rest of its group another."""
+    problems = []
+    for group in stage:
+        columns = layer.get_submodule(group[0]).in_features
+        plain = tuple(linear for linear in group if linear not in weights)
+        for linears in [*((linear,) for linear in group if linear in weights), *([plain] if plain else [])]:
+            rows = [layer.get_submodule(linear).out_features for linear in linears]
+            moments = Moments(columns, device, residual)
+            problems.append(Problem(linears, rows, dtype_of(linears[0]), moments, weights.get(linears[0])))
+    return problems
+
+
+def collect(
+    problems: list[Problem],
+    layer: torch.nn.Module,
+    index: int,
+    quantized: list[Stream],
+    full: list[Stream],
+    originals: dict[str, torch.Tensor],
+) -> None:
+    """One pass over the batches: second moments of every problem, with GPTAQ's residual where the moments hold one."""
+    first = {problem.linears[0]: problem for problem in problems}
+    for i, stream in enumerate(quantized):
+        targets: dict[str, torch.Tensor] = {}
+        if any(problem.moments.residual is not None for problem in problems):
+            with holding(layer, originals):
+                full[i].inputs_of(layer, index, first, targets.__setitem__)
+
+        def visit(linear: str, inputs: torch.Tensor, i: int = i, targets: dict = targets) -> None:
+            problem = first[linear]
+            problem.moments.add(inputs, problem.weights[i] if problem.weights else None, targets.get(linear))
+
+        stream.inputs_of(layer, index, first, visit)
+
+
+def solve_all(
+    problems: list[Problem], layer: torch.nn.Module, format: WeightFormat, solver: Solver, ranks: Ranks
+) -> list[Solution]:
+    """The solutions of all problems, on every rank. Their moments are used up."""
+    for number, problem in enumerate(problems):
+        owner, moments = ranks.owner(number), problem.moments
+        moments.tokens = int(ranks.add(torch.tensor([float(moments.tokens)], device=moments.h.device)))
+        ranks.reduce(moments.h, owner)
+        if moments.residual is not None:
+            ranks.reduce(moments.residual, owner)
+    own = [number for number in range(len(problems)) if ranks.owner(number) == ranks.rank]
+    found: dict[int, Solution] = {}
+    for numbers in _alike(problems, own):
+        weights = _stack([problems[i].stacked(layer) for i in numbers])
+        h, residual = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
+        residuals = None if residual[0] is None else _stack(residual)
+        solutions = solve(weights, _stack(h), format, problems[numbers[0]].dtype, solver, residuals)
+        found |= dict(zip(numbers, solutions, strict=True))
+    return [_exchanged(ranks, i, problem, found.get(i), format) for i, problem in enumerate(problems)]
+
+
+def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:
+    """Numbers of problems in batches of one shape and a bounded size."""
+    batches: dict[tuple, list[list[int]]] = {}
+    for number in numbers:
+        shape = problems[number].shape
+        found = batches.setdefault(shape, [[]])
+        if found[-1] and (len(found[-1]) + 1) * 4 * shape[1] ** 2 > TOGETHER:
+            found.append([])
+        found[-1].append(number)
+    return [numbers for found in batches.values() for numbers in found]
+
+
+def _stack(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """One tensor more dimensional; a view where there is only one, which may be large."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None, format: WeightFormat):
+    """The solution of problem `number` on every rank."""
+    if ranks.size == 1:
+        return solution
+    rows, columns, dtype = problem.shape
+    shared = solution or Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
+    return shared.exchanged(lambda tensor: ranks.broadcast(tensor, ranks.owner(number)))
