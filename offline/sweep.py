@@ -93,6 +93,20 @@ class Sweep:
         return self.scale[self.problems, groups], self.zero[self.problems, groups]
 
     def _columns(self, start: int, stop: int) -> None:
+        """Round the columns start .. stop, at most LEAF, one by one."""
+        if self.delta.is_cuda:
+            self._columns_in_triton(start, stop)
+        else:
+            self._columns_in_torch(start, stop)
+
+    def _columns_in_triton(self, start: int, stop: int) -> None:
+        from vlmq_vllm.offline.sweep_kernel import round_columns  # here, so that a CPU needs no Triton
+
+        state = (self.delta, self.owed, self.values, self.codes, self.loss)
+        given = (self.factor, self.push, self.scale, self.zero, self.group_of, self.levels)
+        round_columns(*state, *given, range(start, stop), LEAF)
+
+    def _columns_in_torch(self, start: int, stop: int) -> None:
         diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, start:stop, None]
         for k in range(start, stop):
             scale, zero = self._grid(k)
