@@ -1,6 +1,6 @@
 """Quality of quantisation methods on the demo model: `python benchmarks/quality.py --bits 2 3 4 --seeds 1 2 3`.
 
-Every method gets the same chats, the same grid and the same widths; a seed decides which chats of a common pool are
+Every method gets the same chats, the same grid and the same groups; a seed decides which chats of a common pool are
 drawn. The judge is the full-precision model on held-out questions: KL divergence of the next token at every token of
 the right answer, in nats, over the whole vocabulary; with it negative log-likelihood and exact match. One line per
 quantised model goes to a JSONL file, which a later run completes; `--table` writes the means and spreads as markdown.
@@ -28,12 +28,17 @@ from vlmq_vllm.offline.settings import Settings
 
 MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
+SAMPLES = 512  # chats of a run, about 29,000 tokens
+GROUPS = {2: 128, 3: -1, 4: -1}  # in groups of 128 this model loses too little at 3 and 4 bits to tell methods apart
 METHODS = {
     "RTN": {"method": "rtn"},
     "GPTQ": {"method": "gptq", "base": "gptq"},
     "GPTAQ": {"method": "gptq", "base": "gptaq"},
     "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq"},
     "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq"},
+    "aligned": {"method": "gptq", "base": "aligned"},
+    "VLMQ on aligned": {"method": "vlmq", "base": "aligned"},
+    "VLMQ on aligned, all linears": {"method": "vlmq", "base": "aligned", "saliency_scope": "all"},
 }
 
 
@@ -91,19 +96,20 @@ def measure(judge: Judge, pool: Path, options: dict) -> dict[str, float]:
 def table(rows: list[dict]) -> str:
     """Mean and standard deviation over seeds, per width and method, as markdown."""
     lines = [
-        "| bits | method | seeds | KL, nats | NLL, nats | exact, % |",
-        "| ---: | --- | ---: | ---: | ---: | ---: |",
+        "| bits | group | method | seeds | KL, nats | NLL, nats | exact, % |",
+        "| ---: | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["bits"], row["name"]), []).append(row)
-    for (bits, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
+        group = "row" if row["group_size"] == -1 else row["group_size"]
+        groups.setdefault((row["bits"], group, row["name"]), []).append(row)
+    for (bits, group, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
         cells = []
-        for key, digits in (("kl", 4), ("nll", 4), ("exact", 1)):
+        for key, digits in (("kl", 5), ("nll", 4), ("exact", 1)):
             values = [row[key] for row in found]
             spread = f" ({statistics.stdev(values):.{digits}f})" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.{digits}f}{spread}")
-        lines.append(f"| {bits} | {name} | {len(found)} | {' | '.join(cells)} |")
+        lines.append(f"| {bits} | {group} | {name} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -132,7 +138,11 @@ def main() -> None:
                 for seed in args.seeds[:1] if name == "RTN" else args.seeds:
                     if (bits, label, seed) in done:
                         continue
-                    options = {"bits": bits, "seed": seed} | METHODS[name] | extra
+                    options = (
+                        {"bits": bits, "group_size": GROUPS[bits], "samples": SAMPLES, "seed": seed}
+                        | METHODS[name]
+                        | extra
+                    )
                     row = {"bits": bits, "name": label, "seed": seed, **measure(judge, pool, options), **options}
                     rows.append(row)
                     with args.rows.open("a") as file:

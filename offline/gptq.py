@@ -6,20 +6,23 @@ a small
     sum_n lambda_n | Q x_n - W f_n |^2.
 
 With D = 0 this is GPTQ (2210.17323), with D GPTAQ (2504.02692), and the token weights make it VLMQ
-(2508.03351, there with D). Pure functions of tensors; which model they come from is `walk.py`'s business.
+(2508.03351, there with D). GPTAQ moves what is left of the target column by column, which its authors derive with
+columns that are frozen already. Before any is, the normal equations give the whole move in closed form,
+
+    Q (H) = W sum_n lambda_n f_n x_n^T = W (H + D),    so that W + W D H^-1 is to be rounded, by plain GPTQ;
+
+here this is "aligned". Pure functions of tensors; which model they come from is `walk.py`'s business.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.offline.factor import aligned, find_factor, push_of
 from vlmq_vllm.offline.grid import MSE, GridSearch, find_grid, to_codes
 from vlmq_vllm.offline.sweep import Sweep
-
-STRIP = 1024  # rows of a matrix [I, I] that are treated at once
-ATTEMPTS = 8  # damping grows by 4 each time: from 0.01 to more than 100
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,15 @@ class Solver:
 
     act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
-    compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of GPTAQ's residual that is used.
+    compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
+    aligned: D moves the weights beforehand (above), not column by column as in GPTAQ.
     """
 
     search: GridSearch = MSE
     act_order: bool = True
     damp: float = 0.01
     alpha: float = 0.25
+    aligned: bool = False
 
 
 DEFAULT = Solver()
@@ -105,41 +110,46 @@ def solve(
     The B problems are independent and treated at once. `residual` is overwritten. An H that stays singular under eight
     dampings gives plain rounding and `damp` None: the caller must say so.
     """
-    columns = weights.shape[2]
     importance = h.diagonal(dim1=1, dim2=2)
+    if solver.act_order:
+        order = torch.argsort(importance, dim=1, descending=True, stable=True)
+    else:
+        order = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
+    factors = [find_factor(part, columns, solver.damp) for part, columns in zip(h, order, strict=True)]
     dead = (importance == 0).sum(1).tolist()
-    order = torch.argsort(importance, dim=1, descending=True, stable=True) if solver.act_order else None
-    if order is None:
-        order = torch.arange(columns, device=weights.device).expand(len(weights), -1)
-    factors = [_factor(part, columns_of, solver.damp) for part, columns_of in zip(h, order, strict=True)]
-    solved = [i for i, (factor, _) in enumerate(factors) if factor is not None]
-    found: list[Solution | None] = [None] * len(weights)
-    if solved:
-        pick = torch.tensor(solved, device=weights.device)
-        factor = torch.stack([factors[i][0] for i in solved]) if len(solved) > 1 else factors[solved[0]][0][None]
-        given = (weights, h, order) if residual is None else (weights, h, order, residual)
-        *part, d = [t if len(solved) == len(weights) else t[pick] for t in given] + [None] * (residual is None)
-        push = None
-        if d is not None:
-            push = _push(_permuted(d, part[2]) if solver.act_order else d, factor).mul_(solver.alpha)
-        quantized, losses = _sweep(*part, factor, push, format, dtype, solver)
+    found: dict[int, Solution] = {}
+    if solved := [i for i, (factor, _) in enumerate(factors) if factor is not None]:
+        pick = slice(None) if len(solved) == len(h) else torch.tensor(solved, device=h.device)
+        factor = stack([factors[i][0] for i in solved])
+        targets, push = weights[pick], None
+        if residual is not None and solver.aligned:
+            targets = aligned(targets, residual[pick], factor, order[pick], solver.alpha)
+        elif residual is not None:
+            moves = _permuted(residual[pick], order[pick]) if solver.act_order else residual[pick]
+            push = push_of(moves, factor).mul_(solver.alpha)
+        quantized, losses = _sweep(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
         for i, weight, loss in zip(solved, quantized, losses, strict=True):
             found[i] = Solution(weight, loss, factors[i][1], dead[i])
-    for i in sorted(set(range(len(weights))) - set(solved)):
+    for i in set(range(len(h))) - found.keys():
         rounded = round_to_nearest(weights[i], format, dtype, solver.search)
         error = rounded.dequantize() - weights[i]
         found[i] = Solution(rounded, ((error @ h[i]) * error).sum(1), None, dead[i])
-    return found
+    return [found[i] for i in range(len(h))]
 
 
-def _sweep(weights, h, order, factor, push, format, dtype, solver) -> tuple[list[QuantizedWeight], torch.Tensor]:
+def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor more dimensional; a view where there is only one, which may be large."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _sweep(
+    weights, importance, order, factor, push, format, dtype, solver
+) -> tuple[list[QuantizedWeight], torch.Tensor]:
     count, rows, columns = weights.shape
     groups = format.groups(columns)
     shape = (count, groups, rows)
     scale = torch.ones(shape, device=weights.device)
     zero = torch.full(shape, float(format.middle), device=weights.device)
-    importance = h.diagonal(dim1=1, dim2=2)
-    targets = _rows(weights.mT, order)
     if solver.act_order:
         for i in range(count):
             s, z = find_grid(weights[i], format, dtype, solver.search, importance[i])
@@ -147,7 +157,7 @@ def _sweep(weights, h, order, factor, push, format, dtype, solver) -> tuple[list
             if z is not None:
                 zero[i] = z.float().T
     group_of = format.group_of(columns, weights.device)[order]
-    sweep = Sweep(targets, factor, scale, zero, group_of, format.levels, push)
+    sweep = Sweep(_rows(weights.mT, order), factor, scale, zero, group_of, format.levels, push)
     if solver.act_order:
         sweep.run()
     else:
@@ -180,56 +190,6 @@ def _finder(importance, format, dtype, solver):
         return scale, torch.stack([zero[:, 0].float() for _, zero in found])
 
     return find
-
-
-def _factor(h: torch.Tensor, order: torch.Tensor, damp: float) -> tuple[torch.Tensor | None, float]:
-    """Upper triangular U with U U^T = H + damp mean(diag H) I, columns in `order`, and the damping that worked."""
-    level = h.diagonal().mean()
-    if not (torch.isfinite(h).all() and level > 0):
-        return None, damp
-    backwards = order.flip(0)  # the lower factor of H backwards, read backwards, is the upper factor with U U^T = H
-    for attempt in range(ATTEMPTS):
-        used = damp * 4**attempt
-        damped = _reordered(h, backwards)
-        damped.diagonal().add_(used * level)
-        lower, failed = _cholesky(damped)
-        del damped
-        # whatever is not finite in a row of the factor is so in its diagonal element
-        if not failed and lower.diagonal().isfinite().all():
-            lower = lower.float()
-            return lower.flip(0, 1), used
-    return None, damp
-
-
-def _reordered(h: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """H with rows and columns in `order`: doubles where they are no slower than the memory they need, for they save the
-    damping of nearly singular H."""
-    found = torch.empty_like(h, dtype=torch.float64 if h.device.type == "cpu" else torch.float32)
-    for start in range(0, len(h), STRIP):
-        rows = slice(start, start + STRIP)
-        found[rows] = h[order[rows]][:, order]
-    return found
-
-
-def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lower factor of a symmetric matrix, and whether that failed; on a CPU in the memory of the matrix itself."""
-    if matrix.device.type != "cpu":
-        return torch.linalg.cholesky_ex(matrix)
-    columns = matrix.mT  # LAPACK's order, in which nothing is copied
-    return torch.linalg.cholesky_ex(columns, out=(columns, torch.empty((), dtype=torch.int32)))
-
-
-def _push(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """triu(D U^-T, 1) U^-1: how far a column's value moves the targets of those behind it (GPTAQ's public form).
-
-    In place of D, in strips of rows: what stands left of a strip's first diagonal element neither counts nor is needed.
-    """
-    for start in range(0, residual.shape[1], STRIP):
-        strip, own = residual[:, start : start + STRIP], factor[:, start:, start:]
-        strip[..., :start] = 0
-        moved = torch.linalg.solve_triangular(own.mT, strip[..., start:], upper=False, left=False).triu_(1)
-        strip[..., start:] = torch.linalg.solve_triangular(own, moved, upper=True, left=False)
-    return residual
 
 
 def _rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.gptq import Solution, Solver, solve
+from vlmq_vllm.offline.gptq import Solution, Solver, solve, stack
 from vlmq_vllm.offline.linears import holding
 from vlmq_vllm.offline.moments import Moments
 from vlmq_vllm.offline.ranks import Ranks
@@ -98,10 +98,10 @@ def solve_all(
     own = [number for number in range(len(problems)) if ranks.owner(number) == ranks.rank]
     found: dict[int, Solution] = {}
     for numbers in _alike(problems, own):
-        weights = _stack([problems[i].stacked(layer) for i in numbers])
+        weights = stack([problems[i].stacked(layer) for i in numbers])
         h, residual = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
-        residuals = None if residual[0] is None else _stack(residual)
-        solutions = solve(weights, _stack(h), format, problems[numbers[0]].dtype, solver, residuals)
+        residuals = None if residual[0] is None else stack(residual)
+        solutions = solve(weights, stack(h), format, problems[numbers[0]].dtype, solver, residuals)
         found |= dict(zip(numbers, solutions, strict=True))
     return [_exchanged(ranks, i, problem, found.get(i), format) for i, problem in enumerate(problems)]
 
@@ -116,11 +116,6 @@ def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:
             found.append([])
         found[-1].append(number)
     return [numbers for found in batches.values() for numbers in found]
-
-
-def _stack(tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """One tensor more dimensional; a view where there is only one, which may be large."""
-    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
 def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None, format: WeightFormat):

@@ -139,7 +139,7 @@ class _Run:
         """The streams in front of a component: U behind all that has been quantised before it, F behind originals."""
         options = self.settings
         weighted = options.method == "vlmq" and component == "language"
-        paired = weighted or (options.base == "gptaq" and options.method != "rtn")
+        paired = weighted or options.residual
         quantized: list[Stream | None] = []
         full: list[Stream | None] = []
         if self.batches:

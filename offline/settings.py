@@ -16,12 +16,13 @@ BEST = {
     3: {"act_order": "static", "grid": "mse", "base": "gptq", "damp": 0.01},
     4: {"act_order": "static", "grid": "mse", "base": "gptq", "damp": 0.01},
 }
+ALPHA = {"gptaq": 0.25, "aligned": 1.0}  # the first is its authors', the second measured best
 CHOICES = {
     "bits": BITS,
     "vision_bits": (*BITS, 8, KEPT),
     "connector_bits": (*BITS, 8, KEPT),
     "method": METHODS,
-    "base": ("gptq", "gptaq"),
+    "base": ("gptq", "gptaq", "aligned"),
     "act_order": ("static", "none"),
     "grid": ("mse", "mse-h", "minmax"),
     "saliency_power": (1, 2),
@@ -37,8 +38,8 @@ class Settings:
     bits, group_size, symmetric: the format of every decoder linear. vision_bits, connector_bits: width of the vision
     tower's blocks and of the connector, 16 for leaving them alone.
     method: "rtn" rounds to nearest; "gptq" compensates with plain second moments; "vlmq" weights tokens by saliency.
-    base: "gptq" reproduces the layer on the inputs it gets, "gptaq" aims at the full-precision layer's outputs with
-    the share `alpha` of the residual.
+    base: "gptq" reproduces the layer on the inputs it gets; "gptaq" and "aligned" aim at the full-precision layer's
+    outputs with the share `alpha` of the residual, column by column as its authors do, or in closed form beforehand.
     samples, max_tokens: how many calibration samples, and the longest that is used; longer ones are left out whole.
     max_pixels: larger pictures are shrunk to this many pixels; 0 leaves them.
     damp: part of mean(diag H) that is added to the diagonal of H before it is factorised.
@@ -59,7 +60,7 @@ class Settings:
     connector_bits: int = KEPT
     method: str = "vlmq"
     base: str | None = None
-    alpha: float = 0.25
+    alpha: float | None = None
     samples: int = 128
     max_tokens: int = 2048
     max_pixels: int = 0
@@ -78,6 +79,8 @@ class Settings:
         for name, value in BEST.get(self.bits, {}).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", ALPHA.get(self.base, 0.0))
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; choose one of {', '.join(map(str, allowed))}")
@@ -88,7 +91,7 @@ class Settings:
             if not getattr(self, name) >= 0:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; it must not be negative (0 is none)")
         if not 0 <= self.alpha <= 1:
-            raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1 (usual: 0.25)")
+            raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1")
         if not 0 < self.damp < 1:
             raise QuantizeError(f"damp is {self.damp}; it must lie between 0 and 1 (usual: 0.01)")
         try:
@@ -96,6 +99,11 @@ class Settings:
                 self.format_of(component)
         except ValueError as error:
             raise QuantizeError(str(error)) from None
+
+    @property
+    def residual(self) -> bool:
+        """Whether the second moments need the full-precision inputs beside the quantised ones."""
+        return self.base != "gptq" and self.method != "rtn"
 
     @property
     def format(self) -> WeightFormat:

@@ -58,8 +58,8 @@ class Walk:
         self.source, self.settings, self.format, self.device, self.ranks = source, settings, format, device, ranks
         self.quantized, self.full = quantized, full
         self.weigh = Weighing(source.family, settings, ranks) if weighted else None
-        self.solver = Solver(GRIDS[settings.grid], settings.act_order == "static", settings.damp, settings.alpha)
-        self.residual = settings.base == "gptaq" and settings.method != "rtn"
+        search, static = GRIDS[settings.grid], settings.act_order == "static"
+        self.solver = Solver(search, static, settings.damp, settings.alpha, settings.base == "aligned")
 
     @torch.no_grad()
     def layer(self, name: str, index: int) -> tuple[dict[str, torch.Tensor], list[Row]]:
@@ -114,7 +114,7 @@ class Walk:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return
         # the two streams send different tokens to an expert: there is no residual between them
-        residual = self.residual and len(stage) == 1
+        residual = self.settings.residual and len(stage) == 1
         problems = find_problems(layer, stage, weights, residual, lambda n: self._dtype(name, n), self.device)
         collect(problems, layer, index, self.quantized, self.full, originals)
         solutions = solve_all(problems, layer, self.format, self.solver, self.ranks)

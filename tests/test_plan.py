@@ -181,8 +181,8 @@ def test_warnings_name_the_group_size_that_fits_all(demo_model):
 
 def test_solver_memory_by_hand():
     # r = 256, c = 768: H has 2,359,296 bytes, the weight 786,432. In float64 H is 2 H, and two strips of it as much
-    assert working_bytes([Solve(256, 768)], residual=False, exact=True, ordered=True) == 786_432 + 9_437_184
-    assert working_bytes([Solve(256, 768)], residual=False, exact=False, ordered=True) == 786_432 + 4_718_592
+    assert working_bytes([Solve(256, 768)], "gptq", exact=True, ordered=True) == 786_432 + 9_437_184
+    assert working_bytes([Solve(256, 768)], "gptq", exact=False, ordered=True) == 786_432 + 4_718_592
     assert moments_bytes([Solve(256, 768), Solve(128, 256)], residual=True) == 2 * (2_359_296 + 262_144)
 
 

@@ -27,8 +27,10 @@ def quantize(
     vision_bits: Annotated[int, typer.Option(help="Of the vision tower's blocks: 2, 3, 4, 8, or 16 as they are.")] = 16,
     connector_bits: Annotated[int, typer.Option(help="Of the connector: 2, 3, 4, 8, or 16 as it is.")] = 16,
     method: Annotated[str, typer.Option(help="vlmq, gptq or rtn.")] = "vlmq",
-    base: Annotated[str, typer.Option(help=f"gptq or gptaq; {BEST}")] = "",
-    alpha: Annotated[float, typer.Option(help="Share of the residual that base gptaq uses.")] = 0.25,
+    base: Annotated[str, typer.Option(help=f"gptq, gptaq or aligned; {BEST}")] = "",
+    alpha: Annotated[
+        float | None, typer.Option(help="Share of the residual that gptaq (0.25) and aligned (1) use.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Leave out longer samples.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Shrink larger pictures; 0: leave them.")] = 0,

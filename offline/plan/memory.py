@@ -110,7 +110,6 @@ def _walk(source: Source, settings: Settings, unit: Unit, load: Load, exact: boo
     component, layer = unit.component, source.model.get_submodule(unit.module)
     shapes = {name: tuple(layer.get_submodule(name).weight.shape) for name in linears_of(layer)}
     weighted = _weighted(source, settings, component, list(shapes))
-    residual = settings.base == "gptaq" and settings.method != "rtn"
     pictured = component != "language"  # then inputs are patches, and the samples are needed for what comes later
     tokens, batch = (count * (load.patches if pictured else 1) for count in (load.total, load.batch))
     host = {"pixels of batches": load.total * load.pixels} if pictured else {}
@@ -128,13 +127,15 @@ def _walk(source: Source, settings: Settings, unit: Unit, load: Load, exact: boo
         phases.append(Phase(f"{component}: weigh tokens", host, held | {"gradients": batch * FLOAT * graph}))
     replaced = 0  # originals stay until both streams have moved on
     for stage in stages_of(shapes, weighted):
-        pushed = residual and not stage.several  # no residual between the streams of several experts
-        now = held | {"originals": replaced, "moments": moments_bytes(stage.problems, pushed)}
+        moved = settings.residual and not stage.several  # no residual between the streams of several experts
+        now = held | {"originals": replaced, "moments": moments_bytes(stage.problems, moved)}
         columns = max(problem.columns for problem in stage.problems)
         # beside the layer's own: weighted inputs, and for a residual the other stream's inputs and the difference
-        copies = (1 if weighted else 0) + (2 if pushed else 0)
+        copies = (1 if weighted else 0) + (2 if moved else 0)
         activations = batch * FLOAT * (MLP * inner + width + copies * columns)
-        working = working_bytes(stage.problems, pushed, exact, settings.act_order == "static")
+        working = working_bytes(
+            stage.problems, settings.base if moved else "gptq", exact, settings.act_order == "static"
+        )
         phases += [
             Phase(f"{component}: collect moments", host, now | {"activations of a batch": activations}),
             Phase(f"{component}: solve", host, now | {"solver": working}),
@@ -152,7 +153,7 @@ def _write(source: Source, rest: dict[str, list[str]]) -> Phase:
 def _paired(settings: Settings, component: str) -> bool:
     """Whether a full-precision stream runs beside the quantised one, as `_Run._walk` decides."""
     weighted = settings.method == "vlmq" and component == "language"
-    return weighted or (settings.base == "gptaq" and settings.method != "rtn")
+    return weighted or settings.residual
 
 
 def _weighted(source: Source, settings: Settings, component: str, linears: list[str]) -> set[str]:

@@ -6,7 +6,7 @@ Each term names the code whose tensors it counts. c is a weight's number of colu
 import re
 from dataclasses import dataclass
 
-from vlmq_vllm.offline.gptq import STRIP
+from vlmq_vllm.offline.factor import STRIP
 from vlmq_vllm.offline.plan.load import FLOAT
 from vlmq_vllm.offline.problems import TOGETHER
 
@@ -67,7 +67,7 @@ def moments_bytes(stage: list[Solve], residual: bool) -> int:
     return sum(problem.square * (2 if residual else 1) for problem in stage)
 
 
-def working_bytes(stage: list[Solve], residual: bool, exact: bool, ordered: bool) -> int:
+def working_bytes(stage: list[Solve], base: str, exact: bool, ordered: bool) -> int:
     """Greatest need of `problems.solve_all`: problems of one shape are solved as one batch of at most TOGETHER bytes.
 
     ordered: columns are treated in an order of their own.
@@ -75,7 +75,7 @@ def working_bytes(stage: list[Solve], residual: bool, exact: bool, ordered: bool
     solved = 0  # codes of the batches before
     most = 0
     for problem, count in _batches(stage):
-        most = max(most, solved + _batch_bytes(problem, count, residual, exact, ordered))
+        most = max(most, solved + _batch_bytes(problem, count, base, exact, ordered))
         solved += count * problem.rows * problem.columns
     return most
 
@@ -91,25 +91,27 @@ def _batches(stage: list[Solve]) -> list[tuple[Solve, int]]:
     return found
 
 
-def _batch_bytes(problem: Solve, count: int, residual: bool, exact: bool, ordered: bool) -> int:
+def _batch_bytes(problem: Solve, count: int, base: str, exact: bool, ordered: bool) -> int:
     """`gptq.solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
     square, weight = count * problem.square, count * problem.weight
     stacked = square if count > 1 else 0
-    given = weight + stacked + (stacked if residual else 0)
+    given = weight + stacked + (0 if base == "gptq" else stacked)
     steps = [_factor_bytes(problem, exact) + square - problem.square]  # beside the factors that are ready
-    # several factors are stacked, the list of them stays; `_push` works in place of D, or of its permuted copy
+    # several factors are stacked, the list of them stays; `push_of` works in place of D, or of its permuted copy
     factors = square * (2 if count > 1 else 1)
-    if residual:
+    pushed = base == "gptaq"
+    if pushed:
         strips = 2 * count * FLOAT * min(STRIP, problem.columns) * problem.columns
         steps.append(factors + (max(strips + square, 3 * square) if ordered else strips))
     # targets, owed and for a push the values, all transposed weights; codes in order, scattered and as bytes of rows
-    sweep = weight * (3 if residual else 2) + 3 * weight // FLOAT
-    steps.append(factors + (square if residual and ordered else 0) + sweep)
+    sweep = weight * (3 if pushed else 2) + 3 * weight // FLOAT
+    moved = weight if base == "aligned" else 0
+    steps.append(factors + (square if pushed and ordered else 0) + moved + sweep)
     return given + max(steps)
 
 
 def _factor_bytes(problem: Solve, exact: bool) -> int:
-    """`gptq._factor`. exact: on a CPU, H in float64 and its factor in the same place, then in float32; else H in the
-    order of treatment and its factor."""
+    """`factor.find_factor`. exact: on a CPU, H in float64 and its factor in the same place, then in float32; else H in
+    the order of treatment and its factor."""
     strips = FLOAT * 2 * min(STRIP, problem.columns) * problem.columns
     return 2 * problem.square + (max(problem.square, strips) if exact else 0)
