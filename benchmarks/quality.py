@@ -34,10 +34,10 @@ METHODS = {
     "RTN": {"method": "rtn"},
     "GPTQ": {"method": "gptq", "base": "gptq"},
     "GPTAQ": {"method": "gptq", "base": "gptaq"},
-    "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq"},
-    "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq"},
+    "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq", "saliency_scope": "attention"},
+    "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq", "saliency_scope": "attention"},
     "aligned": {"method": "gptq", "base": "aligned"},
-    "VLMQ on aligned": {"method": "vlmq", "base": "aligned"},
+    "VLMQ on aligned": {"method": "vlmq", "base": "aligned", "saliency_scope": "attention"},
     "VLMQ on aligned, all linears": {"method": "vlmq", "base": "aligned", "saliency_scope": "all"},
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-TOKENS = 4096  # of a batch at most, unless a single sample has more
+TOKENS = 2048  # of a batch at most, unless a single sample has more
 
 
 def batched(samples: Iterable[dict], limit: int = TOKENS) -> list[dict]:

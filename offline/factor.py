@@ -46,9 +46,9 @@ def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def aligned(
     weights: torch.Tensor, residual: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """W + alpha W D (U U^T)^-1 for weights [B, O, I]; the factor U has its columns in `order`."""
+    """W + alpha W D (U U^T)^-1 for W and W D [B, O, I]; the factor U has its columns in `order`."""
     places = order[:, None].expand_as(weights)
-    moved = (weights @ residual).gather(2, places)
+    moved = residual.gather(2, places)
     moved = torch.linalg.solve_triangular(factor.mT, moved, upper=False, left=False)
     moved = torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
     return weights.scatter_add(2, places, moved.mul_(alpha))

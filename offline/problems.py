@@ -96,14 +96,24 @@ def solve_all(
         if moments.residual is not None:
             ranks.reduce(moments.residual, owner)
     own = [number for number in range(len(problems)) if ranks.owner(number) == ranks.rank]
+    means = {i: _means(problems[i], layer, solver.aligned) for i in own}
     found: dict[int, Solution] = {}
     for numbers in _alike(problems, own):
         weights = stack([problems[i].stacked(layer) for i in numbers])
-        h, residual = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
-        residuals = None if residual[0] is None else stack(residual)
-        solutions = solve(weights, stack(h), format, problems[numbers[0]].dtype, solver, residuals)
+        h, residuals = zip(*(means[i] for i in numbers), strict=True)
+        residual = None if residuals[0] is None else stack(residuals)
+        solutions = solve(weights, stack(h), format, problems[numbers[0]].dtype, solver, residual)
         found |= dict(zip(numbers, solutions, strict=True))
     return [_exchanged(ranks, i, problem, found.get(i), format) for i, problem in enumerate(problems)]
+
+
+def _means(problem: Problem, layer: torch.nn.Module, aligned: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """H and D of a problem as `gptq.solve` wants them: for `aligned` W D, so that D, as large as H, makes room."""
+    h, residual = problem.moments.mean()
+    if residual is not None and aligned:
+        problem.moments.residual = None
+        residual = problem.stacked(layer) @ residual
+    return h, residual
 
 
 def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
 
-SHARD = 4 << 30  # bytes of unquantised tensors per file
+SHARD = 512 << 20  # bytes of unquantised tensors per file, more only for a tensor that is larger itself
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
@@ -81,14 +81,14 @@ def find_rest(source: Source, targets: list[Target]) -> dict[str, list[str]]:
     """Every other tensor of the source, by unit key, in files of about SHARD bytes."""
     taken = {source.places[f"{target.name}.weight"].tensor for target in targets}
     rest: dict[str, list[str]] = {}
-    size = SHARD + 1
+    size = SHARD
     for name in sorted(source.headers):
         if name not in taken:
-            if size > SHARD:
-                rest[f"rest-{len(rest):05d}"] = []
-                size = 0
-            list(rest.values())[-1].append(name)
             size += stored_bytes(source, name)
+            if size > SHARD:
+                rest[f"rest-{len(rest):05d}"] = own = []
+                size = stored_bytes(source, name)
+            own.append(name)
     return rest
 
 

@@ -224,18 +224,17 @@ def test_other_settings_change_what_they_should(demo_model):
         found = plan(str(demo_model), Settings(**options), options.pop("device", "cpu"), 64)
         return {phase.name: phase.device for phase in found.phases}
 
-    plain, paired = phases(base="gptq"), phases(base="gptaq")
+    plain, paired, aligned = phases(base="gptq"), phases(base="gptaq"), phases(base="aligned")
     # the phase of that name that comes last is down_proj's: one problem of 768 columns
     assert plain["language: solve"]["moments"] == 4 * 768**2
     assert paired["language: solve"]["moments"] == 2 * 4 * 768**2
+    assert aligned["language: collect moments"]["moments"] == 2 * 4 * 768**2
+    assert aligned["language: solve"]["moments"] == 4 * 768**2 + 4 * 256 * 768  # W D instead of D
     streams = phases(method="gptq", base="gptq")["language: solve"]["streams"]
     tokens = 128 * 64
     assert plain["language: solve"]["streams"] - streams == tokens * 256 * 4  # the full-precision stream
-    assert (
-        "streams" not in phases(method="rtn").get("language: round", {})
-        or not phases(method="rtn")["language: round"]["streams"]
-    )
-    vision = phases(vision_bits=4, group_size=64)["vision: solve"]
+    assert phases(method="rtn")["language: round"]["streams"] == 0
+    vision = phases(vision_bits=4, group_size=64, base="gptq")["vision: solve"]
     assert vision["moments"] == 4 * 768**2 and vision["streams"] == tokens * 4 * (192 * 4) + tokens * 4 * 2 * 64 * 4
 
 

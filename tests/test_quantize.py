@@ -14,7 +14,7 @@ from vlmq_vllm.offline import stream
 from vlmq_vllm.offline.data.inputs import model_inputs
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.gptq import solve
+from vlmq_vllm.offline.gptq import Solver, solve
 from vlmq_vllm.offline.models import FAMILIES
 from vlmq_vllm.offline.moments import Moments
 from vlmq_vllm.offline.quantize import quantize
@@ -49,14 +49,10 @@ def test_files_that_a_server_needs_are_there(quantized, demo_model):
 
 
 def test_report_tells_which_tokens_were_weighted(quantized):
-    """Layer 0 has no error to learn from; behind it the attention's four linears are weighted, the MLP's never."""
+    """Layer 0 has no error to learn from; behind it all are weighted."""
     rows = json.loads((quantized / "vlmq_report.json").read_text())["modules"]
-    expected = {}
-    for i in range(4):
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            expected[f"model.layers.{i}.self_attn.{part}"] = "saliency" if i else "no signal"
-        for part in ("gate_proj", "up_proj", "down_proj"):
-            expected[f"model.layers.{i}.mlp.{part}"] = "equal"
+    parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    expected = {f"model.layers.{i}.{part}": "saliency" if i else "no signal" for i in range(4) for part in parts}
     assert {row["module"]: row["tokens"] for row in rows} == expected
     assert all(row["damp"] == 0.01 and row["loss"] > 0 for row in rows)
 
@@ -213,21 +209,28 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
         for folder in (demo_model, tmp_path / "twin")
     )
     layer = original.model.language_model.layers[1]
-    q, down = Moments(256, "cpu"), Moments(768, "cpu")
-    inputs, norms = [], []
+    linears = ("self_attn.q_proj", "mlp.down_proj")
+    batches, norms = [], []
     for sample in samples:
-        full, kwargs, _ = inputs_of_layer_1(original, sample)
-        found, _, behind_gate_and_up = inputs_of_layer_1(twin, sample)
+        full, kwargs, full_behind = inputs_of_layer_1(original, sample)
+        found, _, found_behind = inputs_of_layer_1(twin, sample)
         streams = [stream.Stream(hidden, [((), kwargs)]) for hidden in (full, found)]
-        norms.append(gradient_norms(layer, 0, FAMILIES["qwen2_vl"], *streams, ["self_attn.q_proj"])["self_attn.q_proj"])
-        inputs.append(layer.input_layernorm(found)[0])
-        down.add(behind_gate_and_up)
-    for x, weight in zip(inputs, token_weights(norms, 2, float(torch.cat(norms).mean())), strict=True):
-        q.add(x, weight)
+        norms.append(gradient_norms(layer, 0, FAMILIES["qwen2_vl"], *streams, linears))
+        attention = [layer.input_layernorm(hidden)[0] for hidden in (found, full)]
+        batches.append(dict(zip(linears, (attention, (found_behind, full_behind)), strict=True)))
+    moments = {}
+    for linear, columns in zip(linears, (256, 768), strict=True):
+        g = [found[linear] for found in norms]
+        moments[linear] = Moments(columns, "cpu", residual=True)
+        for batch, weight in zip(batches, token_weights(g, 2, float(torch.cat(g).mean())), strict=True):
+            moments[linear].add(batch[linear][0], weight, batch[linear][1])
     stored = tensors(quantized)
-    for linear, moments in (("self_attn.q_proj", q), ("mlp.down_proj", down)):
+    solver = Solver(aligned=True, alpha=1.0)
+    for linear in linears:
         weight = original.get_submodule(f"model.language_model.layers.1.{linear}").weight
-        expected = solve(weight[None], moments.mean()[0][None], settings.format, torch.bfloat16)[0].weight.codes
+        h, d = moments[linear].mean()
+        given = (weight[None], h[None], settings.format, torch.bfloat16, solver, (weight @ d)[None])
+        expected = solve(*given)[0].weight.codes
         packed = stored[f"model.layers.1.{linear}.weight_packed"]
         # float32 sums in another order; a code may tip over where it lies between two
         assert (unpack(packed, 3, expected.shape[1]) == expected).float().mean() > 0.99

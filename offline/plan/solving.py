@@ -67,6 +67,12 @@ def moments_bytes(stage: list[Solve], residual: bool) -> int:
     return sum(problem.square * (2 if residual else 1) for problem in stage)
 
 
+def held_bytes(stage: list[Solve], base: str) -> int:
+    """What is left of the moments when the solver begins: for "aligned" W D in the place of D."""
+    moved = sum(problem.weight for problem in stage) if base == "aligned" else 0
+    return moments_bytes(stage, base == "gptaq") + moved
+
+
 def working_bytes(stage: list[Solve], base: str, exact: bool, ordered: bool) -> int:
     """Greatest need of `problems.solve_all`: problems of one shape are solved as one batch of at most TOGETHER bytes.
 
@@ -95,7 +101,7 @@ def _batch_bytes(problem: Solve, count: int, base: str, exact: bool, ordered: bo
     """`gptq.solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
     square, weight = count * problem.square, count * problem.weight
     stacked = square if count > 1 else 0
-    given = weight + stacked + (0 if base == "gptq" else stacked)
+    given = weight + stacked + (stacked if base == "gptaq" else 0)
     steps = [_factor_bytes(problem, exact) + square - problem.square]  # beside the factors that are ready
     # several factors are stacked, the list of them stays; `push_of` works in place of D, or of its permuted copy
     factors = square * (2 if count > 1 else 1)
