@@ -1,16 +1,20 @@
-# make demo: the whole product on real input.   make test: the test suite.   Both install what they need into .venv.
+# make demo: the whole product on real input.   make test: the test suite without its slowest parts, make test-all: all
+# of it.   Each installs what it needs into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 PINS := packaging/cpu-constraints.txt packaging/cpu-overrides.txt
 
-.PHONY: demo test lint install train clean
+.PHONY: demo test test-all lint install train clean
 .DELETE_ON_ERROR:
 
 demo: install
 	$(BIN)/python examples/demo_vlm/demo.py
 
 test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
 	$(BIN)/python -m pytest
 
 lint: install

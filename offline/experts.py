@@ -51,7 +51,7 @@ def is_fused(module: nn.Module) -> bool:
 def unfuse(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Put `Experts` in the place of every fused module of `model` (on meta); their names with (experts, inner size).
 
-    Raises ValueError for experts that do more than activation(gate) * up, which the module's forward cannot show.
+    Only for families whose experts are activation(gate) * up: a row of `models.py` is tested for it.
     """
     found = {}
     for name, module in list(model.named_modules()):

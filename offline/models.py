@@ -1,13 +1,13 @@
 """Model families as rows: where a model's parts are. Which linears share an input is seen in its forward (`stages.py`).
 
 Module names are those of transformers in memory; the files' names come from transformers' own renaming rules
-(`source.py`). A family is a row; nothing else knows about it.
+(`places.py`). A family is a row; nothing else knows about it.
 """
 
 import re
 from dataclasses import dataclass, replace
 
-from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.errors import RefusedError
 
 
 @dataclass(frozen=True)
@@ -114,17 +114,17 @@ FAMILIES = {
 
 
 def family_of(config: dict) -> Family:
-    """The row of a model's config.json. Raises QuantizeError for quantised, text-only and unknown models."""
+    """The row of a model's config.json. Raises RefusedError for quantised, text-only and unknown models."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if found := part.get("quantization_config"):
             method = found.get("quant_method") if isinstance(found, dict) else found
-            raise QuantizeError(f"the model is already quantised (quant_method {method!r}); start from its original")
+            raise RefusedError(f"the model is already quantised (quant_method {method!r}); start from its original")
     model_type = config.get("model_type")
     if model_type not in FAMILIES and not any("vision" in key for key in config):
-        raise QuantizeError(
+        raise RefusedError(
             f"model type {model_type!r} is a text-only model (no key of config.json speaks of vision); "
             "vlmq quantises vision-language models, use a text quantiser such as llm-compressor"
         )
     if model_type not in FAMILIES:
-        raise QuantizeError(f"model type {model_type!r} is not supported yet; supported: {', '.join(sorted(FAMILIES))}")
+        raise RefusedError(f"model type {model_type!r} is not supported yet; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

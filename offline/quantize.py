@@ -5,11 +5,13 @@ move behind them by running the layers again, which costs a forward pass instead
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from safetensors import safe_open
 
@@ -20,7 +22,7 @@ from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import Intake, admitted, has_vision, load_processor
-from vlmq_vllm.offline.data.sources import read_chats
+from vlmq_vllm.offline.data.sources import check_exists, read_chats
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.settings import Settings
@@ -28,7 +30,7 @@ from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import Stream, capture, check_replay
 from vlmq_vllm.offline.units import Target, Unit, expected_bytes, find_rest, find_targets, find_units
 from vlmq_vllm.offline.walk import Row, Walk
-from vlmq_vllm.offline.writer import Parts, Writer, check_destination
+from vlmq_vllm.offline.writer import WEIGHTS, Parts, Writer, check_destination
 
 
 def quantize(
@@ -50,7 +52,10 @@ def quantize(
     check_destination(out)
     if settings.method != "rtn" and data is None:
         raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
-    return _Run(Source(find(model)), settings, _device(device), progress or Progress(), stop).run(out, data, resume)
+    if data is not None:
+        check_exists(data)
+    place = _device(device)
+    return _Run(Source(find(model)), settings, place, progress or Progress(), stop).run(out, data, resume)
 
 
 class _Run:
@@ -110,10 +115,11 @@ class _Run:
             samples.append(inputs)
             self.fingerprints.append(fingerprint(chat))
         if not any(has_vision(inputs) for inputs in samples):
-            raise QuantizeError(
-                f"no sample with a picture has at most {options.max_tokens} tokens; raise --max-tokens, or shrink "
-                "pictures with --max-pixels"
+            advice = (
+                "raise --max-tokens, or shrink pictures with --max-pixels" if intake.too_long else "raise --samples"
             )
+            drawn = f"none of the {intake.used} samples drawn, of at most {options.max_tokens} tokens,"
+            raise QuantizeError(f"{drawn} has a picture; {advice}")
         self.progress.samples(intake, options.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
         self.batches = self.ranks.own(batched(samples))
 
@@ -182,14 +188,17 @@ class _Run:
     def _identity(self) -> dict:
         """What decides the bytes of the checkpoint, for a run that is resumed."""
         source = hashlib.sha256(repr(sorted(self.source.headers.items())).encode())
-        for path in sorted({self.source.folder / info.file for info in self.source.headers.values()}):
-            source.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}".encode())
-        source.update(repr(self.source.config).encode())
+        # small files whole: configuration, processor, tokenizer and template decide what the model sees
+        for path in sorted(path for path in self.source.folder.iterdir() if path.is_file()):
+            source.update(f"{path.name} {path.stat().st_size}".encode())
+            source.update(str(path.stat().st_mtime_ns).encode() if path.suffix in WEIGHTS else path.read_bytes())
         return {
             "model": source.hexdigest(),
             "data": hashlib.sha256("".join(self.fingerprints).encode()).hexdigest(),
             "version": vlmq_vllm.__version__,
             "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
             "device": self.device.type,
             "processes": self.ranks.size,
             **self.settings.to_dict(),
@@ -222,8 +231,14 @@ def _parents(name: str):
 
 
 def _device(name: str) -> torch.device:
+    """The device of that name; of several processes on one machine each gets a GPU of its own."""
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        return torch.zeros(1, device=name).device
+        device = torch.zeros(1, device=name).device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # collectives of Python objects use the current one
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise QuantizeError(

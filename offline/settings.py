@@ -37,7 +37,8 @@ class Settings:
 
     bits, group_size, symmetric: the format of every decoder linear. vision_bits, connector_bits: width of the vision
     tower's blocks and of the connector, 16 for leaving them alone.
-    method: "rtn" rounds to nearest; "gptq" compensates with plain second moments; "vlmq" weights tokens by saliency.
+    method: "rtn" rounds to nearest; "gptq" compensates with plain second moments (and base "gptq" unless another is
+    given); "vlmq" weights tokens by saliency.
     base: "gptq" reproduces the layer on the inputs it gets; "gptaq" and "aligned" aim at the full-precision layer's
     outputs with the share `alpha` of the residual, column by column as its authors do, or in closed form beforehand.
     samples, max_tokens: how many calibration samples, and the longest that is used; longer ones are left out whole.
@@ -76,7 +77,8 @@ class Settings:
     force: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in BEST.get(self.bits, {}).items():
+        best = BEST.get(self.bits, {}) | ({"base": "gptq"} if self.method == "gptq" else {})
+        for name, value in best.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.alpha is None:
@@ -90,6 +92,11 @@ class Settings:
         for name in ("saliency_floor", "saliency_cap", "max_pixels"):
             if not getattr(self, name) >= 0:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; it must not be negative (0 is none)")
+        if 0 < self.saliency_cap < self.saliency_floor:
+            raise QuantizeError(
+                f"saliency_cap is {self.saliency_cap}, below saliency_floor ({self.saliency_floor}): every token would "
+                "count the same; make it larger, or 0 for none"
+            )
         if not 0 <= self.alpha <= 1:
             raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1")
         if not 0 < self.damp < 1:
@@ -142,6 +149,7 @@ def settings_from(recipe: dict, options: dict) -> Settings:
         if key not in kinds:
             raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(kinds)}")
         allowed = (int, float) if "float" in str(kinds[key]) else (kinds[key] if kinds[key] in (int, bool) else str)
-        if not isinstance(value, allowed) and value is not None or (type(value) is bool and kinds[key] is not bool):
+        left_open = value is None and "None" in str(kinds[key])
+        if not (isinstance(value, allowed) or left_open) or (type(value) is bool and kinds[key] is not bool):
             raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {kinds[key]}")
     return Settings(**recipe | {key: value for key, value in options.items() if key in kinds})

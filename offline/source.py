@@ -19,7 +19,7 @@ from vlmq_vllm.offline.models import Family, family_of
 from vlmq_vllm.offline.places import Place, find_places
 
 DTYPES = ("F16", "BF16", "F32")
-RESIDENT = 1 << 30  # bytes of float32 up to which a vision tower stays in memory while inputs are captured
+RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memory while inputs are captured
 
 
 class Source:
@@ -101,10 +101,11 @@ class Source:
         """Embeddings, vision tower and connectors in memory; blocks of a large tower only while each of them runs."""
         family = self.family
         tower, blocks = self.model.get_submodule(family.vision), self.model.get_submodule(family.blocks)
-        resident = sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
+        resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
         for name in self._others():
             _place(self.model, name, self.parameter(name).to(device, torch.float32))
+        self._move_buffers(device)
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:
             self.materialise(name, device, quantized=quantized)
@@ -135,6 +136,13 @@ class Source:
             for name, _ in self.model.named_parameters()
             if not name.startswith(tuple(f"{part}." for part in parts))
         ]
+
+    def _move_buffers(self, device: torch.device) -> None:
+        """Buffers outside the decoder's layers, such as its rotary frequencies."""
+        for name, buffer in list(self.model.named_buffers()):
+            if not name.startswith(f"{self.family.layers}."):
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
     def lend(self, name: str, device: torch.device, quantized: bool) -> None:
         """`materialise` as a hook that gives nothing back."""

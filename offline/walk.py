@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest
 from vlmq_vllm.offline.grid import MINMAX, MSE, GridSearch
@@ -31,7 +32,7 @@ class Row:
 
     tokens: "saliency" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no signal" where they
     should have been but all gradients are zero or some not finite (as in the first layer, where both streams are
-    equal), "equal" elsewhere.
+    equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None for "rtn".
     """
 
     module: str
@@ -39,6 +40,7 @@ class Row:
     damp: float | None
     dead: int
     tokens: str
+    base: str | None
 
 
 class Walk:
@@ -77,7 +79,8 @@ class Walk:
                 module = self.source.module_in_files(f"{name}.{linear}")
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
-                rows.append(Row(module, loss, solution.damp, solution.dead, tokens.get(linear, "equal")))
+                base = self._base(stage) if loss is not None else None
+                rows.append(Row(module, loss, solution.damp, solution.dead, tokens.get(linear, "equal"), base))
         self._advance(layer, index, originals)
         self.source.release(name)
         return tensors, rows
@@ -105,7 +108,12 @@ class Walk:
         """The stages of the layer; without data every linear is one."""
         if self.settings.method == "rtn":
             return [[(linear,)] for linear in linears_of(layer)]
-        return self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None) or []
+        found = self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None)
+        if not found:
+            raise QuantizeError(
+                "no calibration sample reaches a part of the model that is to be quantised; add pictures"
+            )
+        return found
 
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
@@ -113,14 +121,17 @@ class Walk:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return
-        # the two streams send different tokens to an expert: there is no residual between them
-        residual = self.settings.residual and len(stage) == 1
+        residual = self._base(stage) != "gptq"
         problems = find_problems(layer, stage, weights, residual, lambda n: self._dtype(name, n), self.device)
         collect(problems, layer, index, self.quantized, self.full, originals)
         solutions = solve_all(problems, layer, self.format, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):
             for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
                 yield self._placed(layer, linear, part)
+
+    def _base(self, stage: list[Group]) -> str:
+        """The two streams send different tokens to an expert: there is no residual between them."""
+        return self.settings.base if len(stage) == 1 else "gptq"
 
     def _placed(self, layer: torch.nn.Module, linear: str, solution: Solution) -> tuple[str, Solution]:
         put(layer, linear, _served(solution.weight))

@@ -24,6 +24,7 @@ SUMS = "SHA256SUMS"
 REPORT = "vlmq_report.json"
 RECIPE = "vlmq_recipe.yaml"
 LOG = ".progress"  # folder of what each unit adds to the report; gone when the checkpoint is finished
+IDENTITY = "identity.json"  # in it
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 OWN = ("config.json", INDEX, SUMS, REPORT, RECIPE)
 
@@ -39,6 +40,10 @@ class Parts:
         """Where a unit's tensors are, or will be."""
         return self.folder / f"model-{self.units.index(unit) + 1:05d}-of-{len(self.units):05d}.safetensors"
 
+    def begun(self) -> bool:
+        """Whether any unit has been written, perhaps by a run with other units."""
+        return any(self.folder.glob("model-*-of-*.safetensors"))
+
     def done(self, unit: str) -> bool:
         """Whether the unit has been written, in this run or in the one that is resumed."""
         return self.file(unit).is_file()
@@ -48,7 +53,8 @@ class Writer(Parts):
     """`with Writer(out, bytes, units) as writer:` then `add` for each unit that is not `done`, then `finish`.
 
     units: names of the units, each of which becomes one file. identity: what decides the bytes; a resumed run must
-    have the same. Raises RefusedError where there is too little room or an unfinished run that must be decided about.
+    have the same. Without one a run cannot be resumed, and what an earlier one left is cleared away. Raises
+    RefusedError where there is too little room or an unfinished run that must be decided about.
     """
 
     def __init__(
@@ -56,8 +62,7 @@ class Writer(Parts):
     ) -> None:
         check_destination(out)
         super().__init__(out, units)
-        self.out = out
-        begun = self.folder.is_dir()
+        self.out, self.identity = out, identity
         self.folder.mkdir(mode=0o700, exist_ok=True)
         self.lock = os.open(self.folder, os.O_RDONLY)
         try:
@@ -66,37 +71,44 @@ class Writer(Parts):
             os.close(self.lock)
             raise RefusedError(f"another process is writing {out}; wait for it or choose another folder") from None
         try:
-            self._begin(begun, needed, identity or {}, resume)
+            self._begin(needed, resume)
         except BaseException:
             self._leave()
             raise
 
-    def _begin(self, begun: bool, needed: int, identity: dict, resume: bool) -> None:
-        path = self.folder / LOG / "identity.json"
-        if begun and any(self.done(unit) for unit in self.units):
-            if not resume:
-                raise RefusedError(
-                    f"{self.out} has an unfinished run ({sum(map(self.done, self.units))} of {len(self.units)} parts); "
-                    f"add --resume to go on with it, or remove {self.folder} to begin anew"
-                )
-            before = json.loads(path.read_text())
-            for key in sorted(identity.keys() | before.keys()):
-                if before.get(key) != identity.get(key):
-                    raise RefusedError(
-                        f"the unfinished run of {self.out} had {key} {before.get(key)!r}, this one has "
-                        f"{identity.get(key)!r}; give the same, or remove {self.folder} to begin anew"
-                    )
+    def _begin(self, needed: int, resume: bool) -> None:
+        if self.identity is not None and self.begun():
+            self._go_on(resume)
         else:
             for stale in self.folder.iterdir():
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+            (self.folder / LOG).mkdir()
+            (self.folder / LOG / IDENTITY).write_text(json.dumps(self.identity))
         there = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
         free = shutil.disk_usage(self.folder).free
         if free < needed - there:
             raise RefusedError(
                 f"{self.folder.parent} has {_size(free)} free, the checkpoint needs {_size(needed - there)}; make room"
             )
-        (self.folder / LOG).mkdir(exist_ok=True)
-        path.write_text(json.dumps(identity))
+
+    def _go_on(self, resume: bool) -> None:
+        """Refuse an unfinished run unless it is to be resumed, and is the same run."""
+        anew = f"remove {self.folder} to begin anew"
+        if not resume:
+            raise RefusedError(
+                f"{self.out} has an unfinished run ({sum(map(self.done, self.units))} of {len(self.units)} parts); "
+                f"add --resume to go on with it, or {anew}"
+            )
+        try:
+            before = json.loads((self.folder / LOG / IDENTITY).read_text())
+        except (OSError, ValueError):
+            raise RefusedError(f"the unfinished run of {self.out} does not say what it was; {anew}") from None
+        for key in sorted(self.identity.keys() | before.keys()):
+            if before.get(key) != self.identity.get(key):
+                raise RefusedError(
+                    f"the unfinished run of {self.out} had {key} {before.get(key)!r}, this one has "
+                    f"{self.identity.get(key)!r}; give the same, or {anew}"
+                )
 
     def __enter__(self) -> "Writer":
         return self
@@ -111,7 +123,7 @@ class Writer(Parts):
 
     def _leave(self, hopeless: bool = False) -> bool:
         """Let go of the hidden folder; it goes away unless a unit has been finished in it."""
-        kept = not hopeless and any(self.done(unit) for unit in self.units)
+        kept = self.identity is not None and not hopeless and self.begun()
         if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)  # renamed away when finished
         os.close(self.lock)
@@ -127,7 +139,7 @@ class Writer(Parts):
             with safe_open(path, "pt") as file:
                 for name, tensor in tensors.items():
                     if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                        raise QuantizeError(f"{name} reads back from {self.folder} with other bits: the disk fails")
+                        raise RefusedError(f"{name} reads back from {self.folder} with other bits: the disk fails")
             (self.folder / LOG / f"{unit}.json").write_text(json.dumps(notes or []))
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -156,9 +168,9 @@ class Writer(Parts):
             (self.folder / RECIPE).write_text(recipe)
         files = sorted(path for path in self.folder.iterdir() if path.is_file() and path.name != SUMS)
         (self.folder / SUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
-        shutil.rmtree(self.folder / LOG)
         self.folder.chmod(0o755)
         self.folder.rename(self.out)
+        shutil.rmtree(self.out / LOG)  # last: until the rename a run may still have to be resumed
 
     def _json(self, name: str, content: dict) -> None:
         (self.folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -59,6 +59,12 @@ def with_config(model, folder, config):
     return folder
 
 
+def recipe(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
 RTN = ("--method", "rtn")
 MISTAKES = {
     "missing folder": (lambda m, t: [t / "none", *RTN], "is not a folder"),
@@ -88,6 +94,22 @@ MISTAKES = {
     "unaligned groups": (lambda m, t: [m, "--group-size", 48], "group_size is 48; with 3 bits groups begin on"),
     "unknown method": (lambda m, t: [m, "--method", "magic"], "method is magic; choose one of rtn, gptq, vlmq"),
     "no data": (lambda m, t: [m], "method 'vlmq' needs calibration data; give --data FILE.jsonl"),
+    "data that is not there": (
+        lambda m, t: [m, "--data", t / "none.jsonl"],
+        "none.jsonl: it does not exist; give a JSONL",
+    ),
+    "cap below floor": (lambda m, t: [m, "--saliency-floor", 2, "--saliency-cap", 1], "saliency_cap is 1.0, below"),
+    "recipe with an unknown key": (
+        lambda m, t: [m, "--recipe", recipe(t, "bit: 3")],
+        "the recipe has the key 'bit'; there are bits, group_size",
+    ),
+    "recipe with a word for a number": (
+        lambda m, t: [m, "--recipe", recipe(t, "bits: three")],
+        "the recipe's bits is 'three'; it must be of type",
+    ),
+    "recipe with nothing for a number": (lambda m, t: [m, "--recipe", recipe(t, "seed:")], "the recipe's seed is None"),
+    "recipe that is a list": (lambda m, t: [m, "--recipe", recipe(t, "- 3")], "holds no settings"),
+    "recipe that is not there": (lambda m, t: [m, "--recipe", t / "r.yaml"], "cannot read the recipe"),
     "data without images": (lambda m, t: [m, "--data", chat_file(t, "hi")], "none of the 1 samples in"),
     "output exists": (lambda m, t: [m, "-o", t], "exists already; remove it or choose another folder"),
     "no place for output": (lambda m, t: [m, "-o", t / "a/b"], "is not a folder; create it"),
@@ -100,9 +122,22 @@ def test_mistakes(arguments, message, vlmq, demo_model, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     out = [] if "-o" in arguments else ["-o", tmp_path / "out"]
     code, said, errors = vlmq("quantize", *arguments, *out)
-    assert code == (4 if "config.json" in message else 2) and said == ""
+    refused = any(words in message for words in ("text-only", "not supported", "already quantised"))
+    assert code == (3 if refused else 4 if "config.json" in message else 2) and said == ""
     assert len(errors) == 1 and errors[0].startswith("vlmq: error: ") and message in errors[0]
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_recipe_gives_the_same_checkpoint_and_options_win(vlmq, demo_model, tmp_path):
+    first, again, other = tmp_path / "first", tmp_path / "again", tmp_path / "other"
+    assert vlmq("quantize", demo_model, "-o", first, *RTN, "--bits", 4, "--group-size", 32, "--symmetric")[0] == 0
+    assert vlmq("quantize", demo_model, "-o", again, "--recipe", first / "vlmq_recipe.yaml")[0] == 0
+    assert (again / "SHA256SUMS").read_text() == (first / "SHA256SUMS").read_text()
+    short = recipe(tmp_path, "method: rtn\ngroup-size: 32\nbits: 4\n")
+    code, said, _ = vlmq("quantize", demo_model, "-o", other, "--recipe", short, "--bits", 2, "--json")
+    assert code == 0
+    settings = json.loads(said)["settings"]
+    assert (settings["bits"], settings["group_size"], settings["method"]) == (2, 32, "rtn")
 
 
 def test_hub_names(vlmq, demo_model, tmp_path, monkeypatch):

@@ -3,7 +3,9 @@
 The replay check, which compares the layer-by-layer forward with the model's own, runs in every one of these.
 """
 
+import functools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from family_models import FAMILIES, build
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.errors import RefusedError, StoppedError
 from vlmq_vllm.format import QuantizedWeight
 from vlmq_vllm.offline import models
 from vlmq_vllm.offline.batches import batched
@@ -21,7 +23,7 @@ from vlmq_vllm.offline.quantize import quantize
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
-from vlmq_vllm.offline.units import find_units
+from vlmq_vllm.offline.units import find_targets, find_units
 from vlmq_vllm.offline.verify import verify
 
 CPU = torch.device("cpu")
@@ -35,10 +37,18 @@ UNSERVED = {
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request, tmp_path_factory):
-    """(name, folder of the model, calibration file) with pictures of two sizes, two at once, none, and a video."""
-    name = request.param
-    folder = tmp_path_factory.mktemp(name)
+def family(request, chats):
+    """(name, folder of the model, calibration file)."""
+    return request.param, *chats(request.param)
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """By name: folder of a model and calibration file with pictures of two sizes, two at once, none, and a video."""
+    return functools.cache(lambda name: _written(name, tmp_path_factory.mktemp(name)))
+
+
+def _written(name, folder):
     build(name, folder / "model")
     lines = []
     for i in range(8):
@@ -51,7 +61,7 @@ def family(request, tmp_path_factory):
         chat = [{"role": "user", "content": asked}, {"role": "assistant", "content": "noise" * (i % 3 + 1)}]
         lines.append(json.dumps({"messages": chat}))
     (folder / "chats.jsonl").write_text("\n".join(lines))
-    return name, folder / "model", folder / "chats.jsonl"
+    return folder / "model", folder / "chats.jsonl"
 
 
 def test_there_is_a_tiny_model_of_every_row():
@@ -109,7 +119,7 @@ def test_what_vllm_has_no_place_for_is_refused_with_the_reason(family, tmp_path)
 
 
 def test_expert_weights_are_those_of_the_fused_tensors(tmp_path):
-    """Eight bits, one scale per 16 columns: what is written for expert e is slice e of the published tensors."""
+    """Four bits, groups of 8: what is written for expert e is slice e of the published tensors."""
     build("qwen3_vl_moe", tmp_path / "model")
     quantize(
         str(tmp_path / "model"), tmp_path / "out", None, Settings(bits=4, group_size=8, method="rtn", symmetric=False)
@@ -179,5 +189,30 @@ def test_deepstack_terms_are_caught_between_the_layers(tmp_path):
 def test_units_of_a_mixture_leave_the_router_alone(tmp_path):
     build("qwen3_vl_moe", tmp_path / "model")
     source = Source(tmp_path / "model")
-    assert len(find_units(source, Settings())) == 3
-    assert not any("mlp.gate." in place.module for name, place in source.places.items() if "experts" in name)
+    units = find_units(source, Settings())
+    assert len(units) == 3
+    names = {target.name for target in find_targets(source, Settings(group_size=32), units)}
+    assert "model.language_model.layers.1.mlp.experts.5.down_proj" in names
+    assert "model.language_model.layers.1.mlp.gate.weight" in source.model.state_dict()
+    assert "model.language_model.layers.1.mlp.gate" not in names
+
+
+@pytest.mark.parametrize(("name", "base", "after"), [("qwen2_vl", "gptaq", 2), ("qwen3_vl_moe", "aligned", 5)])
+def test_a_run_stopped_in_the_tower_or_the_decoder_goes_on_to_the_same_bytes(name, base, after, chats, tmp_path):
+    """Units: three blocks of the tower, the connectors, three layers."""
+    folder, data = chats(name)
+    settings = Settings(bits=3, group_size=32, vision_bits=4, connector_bits=4, base=base, damp=0.1, force=True)
+    quantize(str(folder), tmp_path / "whole", data, settings)
+    asked = []
+
+    def stop():
+        asked.append(1)
+        return len(asked) > after
+
+    with pytest.raises(StoppedError):
+        quantize(str(folder), tmp_path / "parts", data, settings, stop=stop)
+    assert len(list((tmp_path / ".parts.partial").glob("*.safetensors"))) == after
+    with pytest.raises(RefusedError, match="vision_bits 4, this one has 16"):
+        quantize(str(folder), tmp_path / "parts", data, replace(settings, vision_bits=16), resume=True)
+    quantize(str(folder), tmp_path / "parts", data, settings, resume=True)
+    assert (tmp_path / "parts/SHA256SUMS").read_text() == (tmp_path / "whole/SHA256SUMS").read_text()

@@ -36,14 +36,13 @@ def test_two_processes_write_what_one_writes(quantized, demo_model, calibration,
     verify(tmp_path / "out")
     one, two = codes(quantized), codes(tmp_path / "out")
     assert one.keys() == two.keys()
-    # Sums over samples in another order differ by float32 rounding. The first linears, which nothing has been moved
-    # before, take the same codes but where a value lies between two; a code that tips over is made good by the columns
-    # behind it and moves all that follows, so that further on only the quality is the same. Losses differed by up to
-    # 6 % for a linear (450 tokens for 768 columns know them poorly), their sum by 0.3 %.
-    same = {module: float((one[module] == two[module]).float().mean()) for module in one}
-    assert (
-        min(share for module, share in same.items() if re.search(r"layers\.0\.self_attn\.[qkv]_proj", module)) > 0.995
-    )
+    # Sums over samples in another order differ by float32 rounding. In the first layer the attention's linears still
+    # take the same codes but where a value lies between two; with one rank's residual left out 26 % of o_proj's differ.
+    # A code that tips over is made good by the columns behind it and moves all that follows, so that further on only
+    # the quality is the same: losses differed by up to 6 % for a linear (450 tokens for 768 columns know them poorly),
+    # their sum by 0.3 %.
+    first = [float((one[m] == two[m]).float().mean()) for m in one if re.search(r"layers\.0\.self_attn", m)]
+    assert len(first) == 4 and min(first) > 0.995
     ours, theirs = losses(quantized), losses(tmp_path / "out")
     assert sum(theirs.values()) == pytest.approx(sum(ours.values()), rel=0.02)
     assert theirs == pytest.approx(ours, rel=0.2)

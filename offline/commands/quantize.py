@@ -51,6 +51,7 @@ def quantize(
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
+    from vlmq_vllm.offline.memory import give_back_large_blocks
     from vlmq_vllm.offline.settings import read_recipe, settings_from
 
     given = {name: value for name, value in context.params.items() if _is_given(context, name)}
@@ -61,6 +62,7 @@ def quantize(
     from vlmq_vllm.offline import quantize as run
     from vlmq_vllm.offline.progress import Progress
 
+    give_back_large_blocks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first = os.environ.get("RANK", "0") == "0"
     progress = Progress(Console(stderr=True)) if first else Progress()

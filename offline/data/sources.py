@@ -25,6 +25,15 @@ def read_chats(source: str | Path, seed: int) -> list[dict]:
     return chats
 
 
+def check_exists(source: str | Path) -> None:
+    """Raises QuantizeError where `source` names a file or folder that is not there; a data set is not asked for."""
+    if not str(source).startswith(PREFIX) and not Path(source).exists():
+        raise QuantizeError(
+            f"cannot read calibration data {source}: it does not exist; give a JSONL file of chats, a folder of "
+            f"pictures or {PREFIX}NAME"
+        )
+
+
 def read_all(source: str | Path) -> list[dict]:
     """All chats of `source` in its own order, with or without pictures. Raises QuantizeError."""
     if str(source).startswith(PREFIX):

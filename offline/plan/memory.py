@@ -37,11 +37,11 @@ class Phase:
 def find_phases(
     source: Source, settings: Settings, units: list[Unit], rest: dict[str, list[str]], load: Load, exact: bool
 ) -> list[Phase]:
-    """The phases of a run. `exact`: the solver factorises in float64, as on a CPU."""
+    """The phases of a run. `exact`: the device is a CPU: factors in float64."""
     phases = []
     if load.samples:
         moved = any(unit.component != "language" for unit in units)
-        phases += [_prepare(load), _capture(source, settings, load, moved), _replay(source, load)]
+        phases += [_prepare(load), _capture(source, settings, load, moved, exact), _replay(source, load, exact)]
     for component in ("vision", "connector", "language"):
         own = [unit for unit in units if unit.component == component]
         if own:
@@ -56,12 +56,12 @@ def _prepare(load: Load) -> Phase:
     return Phase("prepare samples", {"pixels of samples and batches": 2 * load.total * load.pixels})
 
 
-def _front(source: Source, load: Load) -> Phase:
+def _front(source: Source, load: Load, exact: bool) -> Phase:
     """`Source.front` with one batch in the tower: embeddings, tower (block by block if it is large), connectors."""
     family, model = source.family, source.model
     tower, blocks = model.get_submodule(family.vision), list(model.get_submodule(family.blocks))
     resident = FLOAT * _numel(tower)
-    if resident > RESIDENT:
+    if exact and resident > RESIDENT:
         resident -= FLOAT * (sum(map(_numel, blocks)) - max(map(_numel, blocks)))
     outside = [name for name in family.connectors if not name.startswith(family.vision + ".")]
     resident += sum(FLOAT * _numel(model.get_submodule(name)) for name in outside)
@@ -82,19 +82,19 @@ def _embeddings(source: Source, load: Load) -> int:
     return min(stored_bytes(source, name), load.total * AROUND)
 
 
-def _capture(source: Source, settings: Settings, load: Load, moved: bool) -> Phase:
+def _capture(source: Source, settings: Settings, load: Load, moved: bool, exact: bool) -> Phase:
     """`_Run._walk` for the decoder: the front, and the streams that have been caught. Both streams are one set of
     tensors until a layer has run, unless the tower has been quantised and the front runs twice (`moved`)."""
-    phase = _front(source, load)
+    phase = _front(source, load, exact)
     count = 2 if moved and _paired(settings, "language") else 1
     phase.name = "capture inputs"
     phase.device["streams"] = count * load.total * (_hidden(source) * FLOAT * (1 + load.terms) + load.kept)
     return phase
 
 
-def _replay(source: Source, load: Load) -> Phase:
+def _replay(source: Source, load: Load, exact: bool) -> Phase:
     """`check_replay`: the front, one decoder layer, and the activations of one batch twice."""
-    phase = _front(source, load)
+    phase = _front(source, load, exact)
     layer = max(source.layers(), key=_numel)
     inner, width = _widths(source, "language", layer, load)
     phase.name = "check the replay"

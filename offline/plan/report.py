@@ -3,9 +3,7 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmq_vllm.checkpoint import read_config
-from vlmq_vllm.errors import QuantizeError, RefusedError
-from vlmq_vllm.offline.models import family_of
+from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.plan.load import Load, load_of
 from vlmq_vllm.offline.plan.memory import LIBRARIES, Phase, find_phases
 from vlmq_vllm.offline.plan.parts import Part, find_parts, packed_bits
@@ -99,11 +97,6 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
     if tokens is not None and not 1 <= tokens <= settings.max_tokens:
         raise QuantizeError(f"tokens is {tokens}; samples have 1 to {settings.max_tokens} (--max-tokens)")
     folder = find(model)
-    config = read_config(folder)
-    try:
-        family_of(config)
-    except QuantizeError as error:
-        raise RefusedError(str(error)) from None
     source = Source(folder)
     units = find_units(source, settings)
     targets = find_targets(source, settings, units)
@@ -111,7 +104,7 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
     parts, linears = find_parts(source, targets), find_linears(source, targets)
     return Plan(
         folder=folder,
-        model_type=config["model_type"],
+        model_type=source.config["model_type"],
         settings=settings,
         device=kind,
         load=load,

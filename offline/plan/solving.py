@@ -63,7 +63,7 @@ def stages_of(shapes: dict[str, tuple[int, int]], weighted: set[str]) -> list[St
 
 
 def moments_bytes(stage: list[Solve], residual: bool) -> int:
-    """`Moments.h`, and `Moments.residual` where base gptaq asks for it, of all problems of a stage."""
+    """`Moments.h`, and `Moments.residual` where the base asks for it, of all problems of a stage."""
     return sum(problem.square * (2 if residual else 1) for problem in stage)
 
 

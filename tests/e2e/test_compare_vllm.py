@@ -18,6 +18,7 @@ LOGARITHM = 0.125
 COUNT = 7
 
 
+@pytest.mark.slow
 def test_figures_agree_with_those_of_transformers(demo_model, quantized, tmp_path):
     from data import write
 

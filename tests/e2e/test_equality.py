@@ -21,7 +21,7 @@ TOLERANCE = 0.02
 TIES = {"demo": 0.0, "tiny": 2 * TOLERANCE}
 
 
-@pytest.fixture(scope="module", params=TIES)
+@pytest.fixture(scope="module", params=[pytest.param("demo", marks=pytest.mark.slow), "tiny"])
 def model(request, tmp_path_factory) -> tuple[Path, list[Answer], float]:
     """A quantised folder, the answers of its twin in bfloat16, and what counts as a tie."""
     root = tmp_path_factory.mktemp(request.param)
