@@ -10,7 +10,7 @@ import torch
 
 from vlmq_vllm.format import WeightFormat
 
-CHUNK = 1 << 20  # weights per slice of the search, so that its temporaries stay in the cache
+CHUNK = 1 << 18  # weights per slice of the search, so that its temporaries stay in the cache
 
 
 @dataclass(frozen=True)

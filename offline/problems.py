@@ -28,7 +28,7 @@ class Problem:
     linears: Group
     rows: list[int]
     dtype: torch.dtype
-    moments: Moments
+    moments: Moments | None
     weights: list[torch.Tensor] | None
 
     @property
@@ -46,20 +46,30 @@ def find_problems(
     layer: torch.nn.Module,
     stage: list[Group],
     weights: dict[str, list[torch.Tensor]],
-    residual: bool,
+    base: str,
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
 ) -> list[Problem]:
-    """The problems of a stage: a linear with token weights is one of its own, the rest of its group another."""
+    """The problems of a stage: a linear with token weights is one of its own, the rest of its group another.
+
+    base: as in the settings; it decides whether and how the moments keep a residual.
+    """
     problems = []
     for group in stage:
         columns = layer.get_submodule(group[0]).in_features
         plain = tuple(linear for linear in group if linear not in weights)
         for linears in [*((linear,) for linear in group if linear in weights), *([plain] if plain else [])]:
             rows = [layer.get_submodule(linear).out_features for linear in linears]
-            moments = Moments(columns, device, residual)
-            problems.append(Problem(linears, rows, dtype_of(linears[0]), moments, weights.get(linears[0])))
+            problem = Problem(linears, rows, dtype_of(linears[0]), None, weights.get(linears[0]))
+            known = problem.stacked(layer) if base == "aligned" and is_flat(sum(rows), columns) else None
+            problem.moments = Moments(columns, device, base != "gptq", known)
+            problems.append(problem)
     return problems
+
+
+def is_flat(rows: int, columns: int) -> bool:
+    """Whether W D is better summed than made of D: from I/2 rows on the sum costs more multiplications."""
+    return 2 * rows <= columns
 
 
 def collect(
@@ -110,7 +120,7 @@ def solve_all(
 def _means(problem: Problem, layer: torch.nn.Module, aligned: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """H and D of a problem as `gptq.solve` wants them: for `aligned` W D, so that D, as large as H, makes room."""
     h, residual = problem.moments.mean()
-    if residual is not None and aligned:
+    if residual is not None and aligned and problem.moments.weight is None:
         problem.moments.residual = None
         residual = problem.stacked(layer) @ residual
     return h, residual

@@ -59,7 +59,7 @@ def quantize(
 
 
 class _Run:
-    """One run; `batches` are this process's share of the calibration samples."""
+    """One run; `batches` are this process's share of the samples, `probe` is the shortest sample with a picture."""
 
     def __init__(
         self, source: Source, settings: Settings, device: torch.device, progress: Progress, stop: Callable[[], bool]
@@ -70,6 +70,7 @@ class _Run:
         self.targets = find_targets(source, settings, self.units)
         self.rest = find_rest(source, self.targets)
         self.batches: list[dict] = []
+        self.probe: dict | None = None
         self.fingerprints: list[str] = []
 
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
@@ -102,7 +103,7 @@ class _Run:
             units = [unit for unit in self.units if unit.component == component]
             if not all(parts.done(unit.key) for unit in units):
                 for walk, unit in self._walks(component, units):
-                    self._unit(unit, walk, parts, writer)
+                    self._unit(unit, walk, parts, writer, last=unit.module == units[-1].module)
 
     def _prepare(self, data: str | Path) -> None:
         """Read the calibration samples and put them into batches."""
@@ -114,19 +115,20 @@ class _Run:
         for chat, inputs in admitted(chats, processor, options.samples, options.max_tokens, pixels, intake):
             samples.append(inputs)
             self.fingerprints.append(fingerprint(chat))
-        if not any(has_vision(inputs) for inputs in samples):
+        pictured = [inputs for inputs in samples if has_vision(inputs)]
+        if not pictured:
             advice = (
                 "raise --max-tokens, or shrink pictures with --max-pixels" if intake.too_long else "raise --samples"
             )
             drawn = f"none of the {intake.used} samples drawn, of at most {options.max_tokens} tokens,"
             raise QuantizeError(f"{drawn} has a picture; {advice}")
         self.progress.samples(intake, options.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
+        self.probe = min(pictured, key=lambda inputs: inputs["input_ids"].shape[1])
         self.batches = self.ranks.own(batched(samples))
 
     def _check_replay(self) -> None:
-        pictured = next((batch for batch in self.batches if has_vision(batch)), None)
-        if pictured is not None:
-            check_replay(self.source, pictured, self.device)
+        if self.probe is not None:
+            check_replay(self.source, self.probe, self.device)
 
     def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[Walk, Unit]]:
         """Each unit of a component with the walk that stands in front of it."""
@@ -166,13 +168,13 @@ class _Run:
             weighted,
         )
 
-    def _unit(self, unit: Unit, walk: Walk, parts: Parts, writer: Writer | None) -> None:
+    def _unit(self, unit: Unit, walk: Walk, parts: Parts, writer: Writer | None, last: bool) -> None:
         if parts.done(unit.key):
             walk.replay(unit.module, unit.index)
             return
         if self.ranks.any(self.stop()):
             raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
-        tensors, rows = walk.layer(unit.module, unit.index)
+        tensors, rows = walk.layer(unit.module, unit.index, last)
         if writer:
             writer.add(unit.key, tensors, [asdict(row) for row in rows])
         self.ranks.wait()

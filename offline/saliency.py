@@ -13,6 +13,7 @@ the loss that this layer's own rounded weights cause.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -38,7 +39,7 @@ def rounded_norms(
     family: Family,
     stream: Stream,
     linears: list[str],
-    rounding: Callable[[], torch.nn.Module],
+    rounding: Callable[[], AbstractContextManager],
 ) -> dict[str, torch.Tensor]:
     """The same where both streams are equal: the error is that of the layer with rounded weights, into which the
     context manager `rounding()` puts it for a while."""

@@ -67,7 +67,7 @@ def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[
         format = settings.format_of(unit.component)
         module = source.model.get_submodule(unit.module)
         for linear in linears_of(module):
-            name = f"{unit.module}.{linear}" if linear else unit.module
+            name = f"{unit.module}.{linear}"
             rows, columns = module.get_submodule(linear).weight.shape
             _check_served(source, settings, unit, name, (rows, columns))
             targets.append(Target(name, source.module_in_files(name), unit.component, rows, columns, format))

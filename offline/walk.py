@@ -5,6 +5,7 @@ needs it). Within a layer the stages are quantised in the order of the forward p
 collected after the stages before it have been replaced. One layer's weights are in memory at a time.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -64,8 +65,11 @@ class Walk:
         self.solver = Solver(search, static, settings.damp, settings.alpha, settings.base == "aligned")
 
     @torch.no_grad()
-    def layer(self, name: str, index: int) -> tuple[dict[str, torch.Tensor], list[Row]]:
-        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows."""
+    def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
+        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows.
+
+        last: nothing comes behind it, so that the streams need not move on.
+        """
         layer = self.source.materialise(name, self.device)
         originals = weights_of(layer)
         weights, tokens = {}, {}
@@ -81,7 +85,8 @@ class Walk:
                 loss = None if solution.loss is None else float(solution.loss.mean())
                 base = self._base(stage) if loss is not None else None
                 rows.append(Row(module, loss, solution.damp, solution.dead, tokens.get(linear, "equal"), base))
-        self._advance(layer, index, originals)
+        if not last:
+            self._advance(layer, index, originals)
         self.source.release(name)
         return tensors, rows
 
@@ -121,8 +126,8 @@ class Walk:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return
-        residual = self._base(stage) != "gptq"
-        problems = find_problems(layer, stage, weights, residual, lambda n: self._dtype(name, n), self.device)
+        dtype_of = functools.partial(self._dtype, name)
+        problems = find_problems(layer, stage, weights, self._base(stage), dtype_of, self.device)
         collect(problems, layer, index, self.quantized, self.full, originals)
         solutions = solve_all(problems, layer, self.format, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):

@@ -45,7 +45,10 @@ class Weighing:
         options = self.settings
         linears = weighted_linears(self.family, linears_of(layer), options.saliency_scope)
         pairs = list(zip(full, quantized, strict=True))
-        norms = [gradient_norms(layer, index, self.family, f, q, linears) for f, q in pairs]
+        if all(f.hidden is q.hidden for f, q in pairs):  # nothing has been quantised yet: no error, no gradient
+            norms: Norms = [dict.fromkeys(linears, f.hidden.new_zeros(f.hidden.shape[:-1].numel())) for f, _ in pairs]
+        else:
+            norms = [gradient_norms(layer, index, self.family, f, q, linears) for f, q in pairs]
         means = self._means(norms, linears)
         silent = [linear for linear in linears if means[linear] is None]
         found = {linear: "no signal" if linear in silent else "saliency" for linear in linears}

@@ -1,10 +1,13 @@
 """The column solver against slow references in float64, and the properties that make it GPTQ, GPTAQ and VLMQ."""
 
+import functools
+
 import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline import factor
+from vlmq_vllm.offline import moments as moments_of
 from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest, solve
 from vlmq_vllm.offline.grid import MSE, find_grid, to_codes
 from vlmq_vllm.offline.moments import Moments
@@ -191,6 +194,24 @@ def test_equal_weights_give_the_plain_method_and_their_size_changes_nothing(base
     assert torch.equal(codes(None), codes(torch.ones(500)))
     assert torch.equal(codes(lam), codes(1024 * lam))
     assert not torch.equal(codes(None), codes(lam))
+
+
+@pytest.mark.parametrize("columns", [64, 100])
+def test_sums_in_blocks_and_with_a_weight_known_beforehand_are_the_plain_ones(columns, monkeypatch):
+    monkeypatch.setattr(moments_of, "BLOCK", 32)
+    weight, inputs, full = torch.randn(8, columns), correlated(200, columns), correlated(200, columns)
+    lam = torch.rand(200)
+    plain, known = Moments(columns, "cpu", residual=True), Moments(columns, "cpu", residual=True, weight=weight)
+    for collected in (plain, known):
+        collected.add(inputs[:150], lam[:150], full[:150])
+        collected.add(inputs[150:], lam[150:], full[150:])
+    (h, d), (same, moved) = plain.mean(), known.mean()
+    x, f, lam = inputs.double(), full.double(), lam.double()[:, None]
+    close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-4)  # sums of 200 products in float32
+    close(h.double(), (lam * x).T @ x / 200)
+    close(d.double(), (lam * (f - x)).T @ x / 200)
+    close(moved, weight @ d)
+    assert torch.equal(h, same)
 
 
 def test_a_token_of_weight_two_is_the_token_twice_and_one_of_weight_zero_is_none():

@@ -5,7 +5,7 @@ A phase gives what lies in the host's memory whatever the device is (pixel value
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -93,14 +93,15 @@ def _capture(source: Source, settings: Settings, load: Load, moved: bool, exact:
 
 
 def _replay(source: Source, load: Load, exact: bool) -> Phase:
-    """`check_replay`: the front, one decoder layer, and the activations of one batch twice."""
-    phase = _front(source, load, exact)
+    """`check_replay` on one sample: the front, one decoder layer, and the activations twice."""
+    phase = _front(source, replace(load, samples=1), exact)
+    phase.host["pixels of batches"] = load.total * load.pixels
     layer = max(source.layers(), key=_numel)
     inner, width = _widths(source, "language", layer, load)
     phase.name = "check the replay"
     phase.device |= {
         "layer in float32": FLOAT * _numel(layer),
-        "activations of a batch": load.batch * FLOAT * (2 * (1 + load.terms) * width + MLP * inner),
+        "activations of a sample": load.tokens * FLOAT * (2 * (1 + load.terms) * width + MLP * inner),
     }
     return phase
 
@@ -128,12 +129,12 @@ def _walk(source: Source, settings: Settings, unit: Unit, load: Load, exact: boo
     replaced = 0  # originals stay until both streams have moved on
     for stage in stages_of(shapes, weighted):
         moved = settings.residual and not stage.several  # no residual between the streams of several experts
-        now = held | {"originals": replaced, "moments": moments_bytes(stage.problems, moved)}
+        base = settings.base if moved else "gptq"
+        now = held | {"originals": replaced, "moments": moments_bytes(stage.problems, base)}
         columns = max(problem.columns for problem in stage.problems)
         # beside the layer's own: weighted inputs, and for a residual the other stream's inputs and the difference
         copies = (1 if weighted else 0) + (2 if moved else 0)
         activations = batch * FLOAT * (MLP * inner + width + copies * columns)
-        base = settings.base if moved else "gptq"
         solving = {
             "moments": held_bytes(stage.problems, base),
             "solver": working_bytes(stage.problems, base, exact, settings.act_order == "static"),

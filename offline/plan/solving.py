@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from vlmq_vllm.offline.factor import STRIP
 from vlmq_vllm.offline.plan.load import FLOAT
-from vlmq_vllm.offline.problems import TOGETHER
+from vlmq_vllm.offline.problems import TOGETHER, is_flat
 
 SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # read one input: without weights, one problem
 
@@ -62,15 +62,20 @@ def stages_of(shapes: dict[str, tuple[int, int]], weighted: set[str]) -> list[St
     return list(stages.values())
 
 
-def moments_bytes(stage: list[Solve], residual: bool) -> int:
+def moments_bytes(stage: list[Solve], base: str) -> int:
     """`Moments.h`, and `Moments.residual` where the base asks for it, of all problems of a stage."""
-    return sum(problem.square * (2 if residual else 1) for problem in stage)
+    total = sum(problem.square for problem in stage)
+    if base == "gptq":
+        return total
+    flat = [base == "aligned" and is_flat(problem.rows, problem.columns) for problem in stage]
+    return total + sum(p.weight if is_small else p.square for p, is_small in zip(stage, flat, strict=True))
 
 
 def held_bytes(stage: list[Solve], base: str) -> int:
     """What is left of the moments when the solver begins: for "aligned" W D in the place of D."""
-    moved = sum(problem.weight for problem in stage) if base == "aligned" else 0
-    return moments_bytes(stage, base == "gptaq") + moved
+    if base == "aligned":
+        return sum(problem.square + problem.weight for problem in stage)
+    return moments_bytes(stage, base)
 
 
 def working_bytes(stage: list[Solve], base: str, exact: bool, ordered: bool) -> int:
