@@ -12,9 +12,9 @@ KEPT = 16  # bits of what is left alone
 COMPONENTS = ("language", "vision", "connector")
 # What measured best on the demo model at each width (NOTES.md has the table); a setting that is given wins.
 BEST = {
-    2: {"act_order": "none", "grid": "mse", "base": "aligned", "damp": 0.01},
-    3: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01},
-    4: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01},
+    2: {"act_order": "none", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "all"},
+    3: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
+    4: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
 }
 ALPHA = {"gptaq": 0.25, "aligned": 1.0}  # the first is its authors', the second measured best
 CHOICES = {
@@ -70,7 +70,7 @@ class Settings:
     act_order: str | None = None
     grid: str | None = None
     saliency_power: int = 2
-    saliency_scope: str = "all"
+    saliency_scope: str | None = None
     saliency_fallback: str = "ones"
     saliency_floor: float = 0.0
     saliency_cap: float = 0.0

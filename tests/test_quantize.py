@@ -49,10 +49,12 @@ def test_files_that_a_server_needs_are_there(quantized, demo_model):
 
 
 def test_report_tells_which_tokens_were_weighted(quantized):
-    """Layer 0 has no error to learn from; behind it all are weighted."""
+    """Layer 0 has no error to learn from; behind it the attention's four are weighted, the MLP's only where asked."""
     rows = json.loads((quantized / "vlmq_report.json").read_text())["modules"]
-    parts = [f"self_attn.{part}_proj" for part in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    expected = {f"model.layers.{i}.{part}": "saliency" if i else "no signal" for i in range(4) for part in parts}
+    attention = {f"self_attn.{part}_proj": "saliency" for part in "qkvo"}
+    parts = attention | {f"mlp.{part}_proj": "equal" for part in ("gate", "up", "down")}
+    expected = {f"model.layers.{i}.{part}": tokens for i in range(4) for part, tokens in parts.items()}
+    expected |= {f"model.layers.0.{part}": "no signal" for part in attention}
     assert {row["module"]: row["tokens"] for row in rows} == expected
     assert all(row["damp"] == 0.01 and row["loss"] > 0 for row in rows)
 
@@ -205,7 +207,7 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
         for folder in (demo_model, tmp_path / "twin")
     )
     layer = original.model.language_model.layers[1]
-    linears = ("self_attn.q_proj", "mlp.down_proj")
+    linears = ("self_attn.q_proj", "mlp.down_proj")  # with token weights, and without
     batches, norms = [], []
     for sample in samples:
         full, kwargs, full_behind = inputs_of_layer_1(original, sample)
@@ -219,6 +221,7 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
         g = [found[linear] for found in norms]
         moments[linear] = Moments(columns, "cpu", residual=True)
         for batch, weight in zip(batches, token_weights(g, 2, float(torch.cat(g).mean())), strict=True):
+            weight = weight if linear == "self_attn.q_proj" else None
             moments[linear].add(batch[linear][0], weight, batch[linear][1])
     stored = tensors(quantized)
     solver = Solver(aligned=True, alpha=1.0)

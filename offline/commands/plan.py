@@ -19,7 +19,9 @@ def plan(
     connector_bits: Annotated[int, typer.Option(help="Of the connector: 2, 3, 4, 8, or 16 as it is.")] = 16,
     method: Annotated[str, typer.Option(help="vlmq, gptq or rtn.")] = "vlmq",
     base: Annotated[str, typer.Option(help="gptq, gptaq or aligned; default: what measured best for the width.")] = "",
-    saliency_scope: Annotated[str, typer.Option(help="attention, or all for gate, up and down too.")] = "all",
+    saliency_scope: Annotated[
+        str, typer.Option(help="attention, or all for gate, up and down too; default: by width.")
+    ] = "",
     samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Leave out longer samples.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Shrink larger pictures; 0: leave them.")] = 0,

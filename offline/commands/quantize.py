@@ -35,7 +35,7 @@ def quantize(
     max_tokens: Annotated[int, typer.Option(help="Leave out longer samples.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Shrink larger pictures; 0: leave them.")] = 0,
     saliency_power: Annotated[int, typer.Option(help="p in the token weight g^p: 2 or 1.")] = 2,
-    saliency_scope: Annotated[str, typer.Option(help="attention, or all for gate, up and down too.")] = "all",
+    saliency_scope: Annotated[str, typer.Option(help=f"attention, or all for gate, up and down too; {BEST}")] = "",
     saliency_fallback: Annotated[str, typer.Option(help="Without a signal: ones or rtn.")] = "ones",
     saliency_floor: Annotated[float, typer.Option(help="Least g / mean g.")] = 0.0,
     saliency_cap: Annotated[float, typer.Option(help="Greatest g / mean g; 0: none.")] = 0.0,
