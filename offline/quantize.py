@@ -21,7 +21,7 @@ from vlmq_vllm.errors import QuantizeError, StoppedError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.fingerprint import fingerprint
-from vlmq_vllm.offline.data.inputs import Intake, admitted, has_vision, load_processor
+from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import check_exists, read_chats
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.ranks import Ranks
@@ -112,18 +112,11 @@ class _Run:
         processor = load_processor(self.source.folder)
         pixels = options.max_pixels or None
         samples = []
-        for chat, inputs in admitted(chats, processor, options.samples, options.max_tokens, pixels, intake):
+        for chat, inputs in model_inputs(chats, processor, options.samples, options.max_tokens, pixels, intake):
             samples.append(inputs)
             self.fingerprints.append(fingerprint(chat))
-        pictured = [inputs for inputs in samples if has_vision(inputs)]
-        if not pictured:
-            advice = (
-                "raise --max-tokens, or shrink pictures with --max-pixels" if intake.too_long else "raise --samples"
-            )
-            drawn = f"none of the {intake.used} samples drawn, of at most {options.max_tokens} tokens,"
-            raise QuantizeError(f"{drawn} has a picture; {advice}")
         self.progress.samples(intake, options.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
-        self.probe = min(pictured, key=lambda inputs: inputs["input_ids"].shape[1])
+        self.probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1])
         self.batches = self.ranks.own(batched(samples))
 
     def _check_replay(self) -> None:

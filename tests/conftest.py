@@ -1,6 +1,7 @@
 """What every test gets: Triton's interpreter where there is no GPU, a device, a seed."""
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +22,24 @@ def device() -> torch.device:
 def seed() -> None:
     """The same random numbers for a test whichever others run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def vlmq(monkeypatch, capsys):
+    """Run `vlmq ARGS` in this process: (exit code, standard output, lines of standard error)."""
+    from vlmq_vllm.offline import cli
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, args)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()
+
+    return run
 
 
 @pytest.fixture(scope="session")

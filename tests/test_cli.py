@@ -11,25 +11,6 @@ from collections import namedtuple
 
 import pytest
 
-from vlmq_vllm.offline import cli
-
-
-@pytest.fixture
-def vlmq(monkeypatch, capsys):
-    """Run `vlmq ARGS` in this process: (exit code, standard output, lines of standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.splitlines()
-
-    return run
-
 
 def test_quantize_verify_dequantize(vlmq, demo_model, tmp_path):
     out = tmp_path / "w4"

@@ -1,14 +1,13 @@
 """`vlmq compare` on the trained demo model through transformers: figures, cache, warnings and mistakes."""
 
+import functools
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-from vlmq_vllm.offline import cli
 from vlmq_vllm.offline.compare import hf
 from vlmq_vllm.offline.compare.engine import reason
 from vlmq_vllm.offline.compare.run import compare
@@ -209,20 +208,9 @@ TEXT = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "ass
 
 
 @pytest.fixture
-def vlmq(monkeypatch, capsys):
-    """Run `vlmq compare ARGS` in this process: (exit code, standard output, lines of standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vlmq", "compare", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.splitlines()
-
-    return run
+def vlmq(vlmq):
+    """`vlmq compare ARGS`."""
+    return functools.partial(vlmq, "compare")
 
 
 def test_table_and_json(vlmq, demo_model, rounded, evaluation, tmp_path):

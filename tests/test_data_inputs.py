@@ -47,7 +47,7 @@ def frames(count) -> dict:
 def test_frames_of_a_video(chats, processor):
     """Four frames of 112 x 84 are 2 x 3 x 4 tokens; their pixels are those of the frames, two by two."""
     [chat] = chats([frames(4)])
-    [inputs] = model_inputs([chat], processor, 1, 100)
+    [(_, inputs)] = model_inputs([chat], processor, 1, 100)
     ids = inputs["input_ids"][0]
     assert (ids == processor.video_token_id).sum() == 24 and (ids == processor.image_token_id).sum() == 0
     assert inputs["video_grid_thw"].tolist() == [[2, 6, 8]]
@@ -61,7 +61,7 @@ def test_frames_of_a_video(chats, processor):
 
 def test_pictures_and_videos_of_one_sample(chats, processor):
     [chat] = chats([frames(2), WIDE, frames(3)])
-    [inputs] = model_inputs([chat], processor, 1, 200)
+    [(_, inputs)] = model_inputs([chat], processor, 1, 200)
     assert inputs["video_grid_thw"].tolist() == [[1, 6, 8], [2, 6, 8]]  # the third frame is doubled
     assert inputs["image_grid_thw"].tolist() == [[1, 12, 24]]
     assert (inputs["input_ids"] == processor.video_token_id).sum() == 12 + 24
@@ -85,7 +85,7 @@ def test_video_file(video_file, chats, processor):
     expected = np.linspace(0, 39, 32).astype(int)
     assert list(metadata.frames_indices) == expected.tolist() and metadata.fps == 10
     assert [frame.getpixel((9, 9))[0] for frame in found] == pytest.approx((6 * expected).tolist(), abs=2)
-    [inputs] = model_inputs(chats([{"type": "video", "video": "clip.avi"}]), processor, 1, 200)
+    [(_, inputs)] = model_inputs(chats([{"type": "video", "video": "clip.avi"}]), processor, 1, 200)
     assert inputs["video_grid_thw"].tolist() == [[16, 4, 4]]  # 64 x 48 is brought to 56 x 56
 
 
@@ -158,14 +158,14 @@ def test_shrinking_makes_fewer_tokens(chats, processor):
     for limit in (None, 168 * 84):
         intake = Intake()
         drawn = model_inputs(samples, processor, 2, 200, max_pixels=limit, intake=intake)
-        counts[limit] = [int((inputs["input_ids"] == processor.image_token_id).sum()) for inputs in drawn]
+        counts[limit] = [int((inputs["input_ids"] == processor.image_token_id).sum()) for _, inputs in drawn]
         assert intake.shrunk == (limit is not None) and intake.used == 2
     assert counts == {None: [72, 0], 168 * 84: [18, 0]}
 
 
 def test_frames_are_shrunk_too(chats, processor):
     intake = Intake()
-    [inputs] = model_inputs(chats([frames(4)]), processor, 1, 200, max_pixels=56 * 42, intake=intake)
+    [(_, inputs)] = model_inputs(chats([frames(4)]), processor, 1, 200, max_pixels=56 * 42, intake=intake)
     assert inputs["video_grid_thw"].tolist() == [[2, 4, 4]] and intake.shrunk == 4
 
 
@@ -189,7 +189,7 @@ def test_what_is_dropped_is_counted(chats, processor):
 def test_no_cut_inside_a_picture(limit, chats, processor):
     """Whatever the limit, every sample has as many placeholders as features: four patches each."""
     samples = chats([frames(2)], [WIDE], [WIDE, frames(4)], [WIDE, WIDE])
-    for inputs in model_inputs(samples, processor, 4, limit):
+    for _, inputs in model_inputs(samples, processor, 4, limit):
         ids = inputs["input_ids"][0]
         assert len(ids) <= limit
         for token, pixels in (

@@ -1,13 +1,12 @@
 """Fingerprints by content, and `vlmq data inspect`: its counts against numbers worked out by hand."""
 
 import base64
+import functools
 import json
-import sys
 
 import pytest
 from PIL import Image
 
-from vlmq_vllm.offline import cli
 from vlmq_vllm.offline.data.fingerprint import fingerprint, overlap, picture_fingerprints
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.kinds import count_kinds, vision_ids
@@ -112,20 +111,9 @@ def test_overlap(folder):
 
 
 @pytest.fixture
-def inspect(monkeypatch, capsys):
-    """Run `vlmq data inspect ARGS` in this process: (exit code, standard output, lines of standard error)."""
-
-    def run(*args):
-        monkeypatch.setattr(sys, "argv", ["vlmq", "data", "inspect", *map(str, args)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = end.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err.splitlines()
-
-    return run
+def inspect(vlmq):
+    """`vlmq data inspect ARGS`."""
+    return functools.partial(vlmq, "data", "inspect")
 
 
 @pytest.fixture

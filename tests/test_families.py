@@ -155,7 +155,7 @@ def test_skeletons_buffers_are_those_of_the_loaded_model(family):
 def test_batches_of_equal_length_give_what_single_samples_give(family):
     _, model, data = family
     source = Source(model)
-    inputs = list(model_inputs(read_chats(data, 0), load_processor(model), 8, 2048))
+    inputs = [inputs for _, inputs in model_inputs(read_chats(data, 0), load_processor(model), 8, 2048)]
     batches = batched(inputs)
     assert len(batches) < len(inputs) and sum(len(batch["input_ids"]) for batch in batches) == len(inputs)
     together = capture(source, source.family.layers, batches, CPU)
@@ -178,7 +178,7 @@ def test_deepstack_terms_are_caught_between_the_layers(tmp_path):
     part = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "What?"}]
     (tmp_path / "c.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": part}]}))
     source = Source(tmp_path / "model")
-    (inputs,) = model_inputs(read_chats(tmp_path / "c.jsonl", 0), load_processor(tmp_path / "model"), 1, 2048)
+    ((_, inputs),) = model_inputs(read_chats(tmp_path / "c.jsonl", 0), load_processor(tmp_path / "model"), 1, 2048)
     (stream,) = capture(source, source.family.layers, [inputs], CPU)
     assert set(stream.terms) == {0, 1}
     pictured = inputs["input_ids"][0] == source.config["image_token_id"]

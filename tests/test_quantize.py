@@ -201,7 +201,9 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
     dequantize(quantized, tmp_path / "twin")
     processor = AutoProcessor.from_pretrained(demo_model)
     settings = Settings(bits=3, group_size=64)
-    samples = list(model_inputs(read_chats(calibration, settings.seed), processor, settings.samples, 2048))
+    samples = [
+        inputs for _, inputs in model_inputs(read_chats(calibration, settings.seed), processor, settings.samples, 2048)
+    ]
     original, twin = (
         Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
         for folder in (demo_model, tmp_path / "twin")

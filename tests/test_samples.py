@@ -51,7 +51,7 @@ SHAPES = {
 def test_every_accepted_shape_gives_the_same_inputs(chat, write, demo_model):
     processor = AutoProcessor.from_pretrained(demo_model)
     [chat] = read_chats(write(chat), seed=0)
-    [inputs] = model_inputs([chat], processor, 1, 100)
+    [(_, inputs)] = model_inputs([chat], processor, 1, 100)
     text = processor.tokenizer.decode(inputs["input_ids"][0])
     assert text.count("<|image_pad|>") == 36
     assert text.startswith("<|im_start|>user\n<|vision_start|>")
@@ -89,8 +89,10 @@ def test_long_samples_are_left_out_whole(write, demo_model):
     image = {"type": "image", "image": "a.png"}
     chats = read_chats(write(user(image, TEXT), user(image, {"type": "text", "text": "word " * 300})), seed=0)
     kept = list(model_inputs(chats, processor, 10, 100))
-    assert len(kept) == 1 and (kept[0]["input_ids"] == processor.image_token_id).sum() == 36
-    with pytest.raises(QuantizeError, match="no sample with an image has at most 20 tokens"):
+    assert len(kept) == 1 and (kept[0][1]["input_ids"] == processor.image_token_id).sum() == 36
+    with pytest.raises(
+        QuantizeError, match="none of the 0 samples drawn, of at most 20 tokens, has a picture; raise --max-tokens"
+    ):
         list(model_inputs(chats, processor, 10, 20))
 
 
@@ -99,7 +101,9 @@ def test_samples_with_images_must_remain(write, demo_model):
     processor = AutoProcessor.from_pretrained(demo_model)
     picture = user({"type": "image", "image": "a.png"}, {"type": "text", "text": "word " * 300})
     chats = read_chats(write(picture, user(TEXT)), seed=0)
-    with pytest.raises(QuantizeError, match="no sample with an image has at most 100 tokens"):
+    with pytest.raises(
+        QuantizeError, match="none of the 1 samples drawn, of at most 100 tokens, has a picture; raise --max-tokens"
+    ):
         list(model_inputs(chats, processor, 10, 100))
 
 

@@ -48,20 +48,20 @@ def model_inputs(
     max_tokens: int,
     max_pixels: int | None = None,
     intake: Intake | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs of at most `limit` chats that have at most `max_tokens` tokens, as the processor makes them.
+) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
+    """(chat, its inputs as the processor makes them) for at most `limit` chats that have at most `max_tokens` tokens.
 
     Pictures and frames of more than `max_pixels` pixels are shrunk first; `intake` counts what happens. Raises
-    QuantizeError for a chat that the processor refuses, and when no chat with a picture is short enough.
+    QuantizeError for a chat that the processor refuses, and when no chat with a picture is among them.
     """
-    pictured = False
-    for _, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
+    pictured, intake = False, intake or Intake()
+    for chat, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
         pictured = pictured or has_vision(inputs)
-        yield inputs
+        yield chat, inputs
     if not pictured:
-        raise QuantizeError(
-            f"no sample with an image has at most {max_tokens} tokens; raise --max-tokens or use smaller pictures"
-        )
+        drawn = f"none of the {intake.used} samples drawn, of at most {max_tokens} tokens, has a picture"
+        advice = "raise --max-tokens, or shrink pictures with --max-pixels" if intake.too_long else "raise --samples"
+        raise QuantizeError(f"{drawn}; {advice}")
 
 
 def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
@@ -77,7 +77,7 @@ def admitted(
     max_pixels: int | None = None,
     intake: Intake | None = None,
 ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
-    """(chat, its inputs) for what `model_inputs` gives out; no chat at all is no error here."""
+    """The same without pictures being asked for; no chat at all is no error."""
     for name, value in (("samples", limit), ("max_tokens", max_tokens), ("max_pixels", max_pixels)):
         if value is not None and value < 1:
             raise QuantizeError(f"{name} is {value}; it must be at least 1")
