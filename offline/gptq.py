@@ -108,8 +108,8 @@ def solve(
     """Quantise weights [B, O, I] float32 with moments H [B, I, I]; scales are stored in `dtype`.
 
     residual: D [B, I, I], or where the solver is `aligned` W D [B, O, I], which may be much smaller; overwritten. The
-    B problems are independent and treated at once. An H that stays singular under eight
-    dampings gives plain rounding and `damp` None: the caller must say so.
+    B problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding
+    and `damp` None: the caller must say so.
     """
     importance = h.diagonal(dim1=1, dim2=2)
     if solver.act_order:
