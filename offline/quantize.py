@@ -4,33 +4,30 @@ A run that was stopped goes on where it was (`resume`): finished units are read 
 move behind them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
-from safetensors import safe_open
 
 import vlmq_vllm
 from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.errors import QuantizeError, StoppedError
-from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import check_exists, read_chats
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.resume import identity, reader
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import Stream, capture, check_replay
-from vlmq_vllm.offline.units import Target, Unit, expected_bytes, find_rest, find_targets, find_units
+from vlmq_vllm.offline.units import Unit, expected_bytes, find_rest, find_targets, find_units
 from vlmq_vllm.offline.walk import Row, Walk
-from vlmq_vllm.offline.writer import WEIGHTS, Parts, Writer, check_destination
+from vlmq_vllm.offline.writer import Parts, Writer, check_destination
 
 
 def quantize(
@@ -81,7 +78,13 @@ class _Run:
             self.ranks.wait()  # for the writer
             self._solve(Parts(out, keys), None)
             return []
-        with Writer(out, expected_bytes(self.source, self.targets), keys, self._identity(), resume) as writer:
+        with Writer(
+            out,
+            expected_bytes(self.source, self.targets),
+            keys,
+            identity(self.source, self.settings, self.fingerprints, self.device, self.ranks),
+            resume,
+        ) as writer:
             self.ranks.wait()
             self._solve(writer, writer)
             for key, names in self.rest.items():
@@ -97,7 +100,7 @@ class _Run:
         """Everything that all processes do; only the one with a writer writes."""
         if all(parts.done(unit.key) for unit in self.units):
             return
-        self.source.quantized = _reader(parts, self.targets, self.units)
+        self.source.quantized = reader(parts, self.targets, self.units)
         self._check_replay()
         for component in ("vision", "connector", "language"):
             units = [unit for unit in self.units if unit.component == component]
@@ -179,50 +182,6 @@ class _Run:
         overrides = {target.module: target.format for target in self.targets if target.format != default}
         tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
         return QuantizationSpec(default, overrides).to_dict(tool)
-
-    def _identity(self) -> dict:
-        """What decides the bytes of the checkpoint, for a run that is resumed."""
-        source = hashlib.sha256(repr(sorted(self.source.headers.items())).encode())
-        # small files whole: configuration, processor, tokenizer and template decide what the model sees
-        for path in sorted(path for path in self.source.folder.iterdir() if path.is_file()):
-            source.update(f"{path.name} {path.stat().st_size}".encode())
-            source.update(str(path.stat().st_mtime_ns).encode() if path.suffix in WEIGHTS else path.read_bytes())
-        return {
-            "model": source.hexdigest(),
-            "data": hashlib.sha256("".join(self.fingerprints).encode()).hexdigest(),
-            "version": vlmq_vllm.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "threads": torch.get_num_threads(),
-            "device": self.device.type,
-            "processes": self.ranks.size,
-            **self.settings.to_dict(),
-        }
-
-
-def _reader(parts: Parts, targets: list[Target], units: list[Unit]) -> Callable[[str], torch.Tensor | None]:
-    """The weight that a linear (by its name in the files) has been given, as it is served; None before that."""
-    keys = {unit.module: unit.key for unit in units}
-    owner = {t.module: next(keys[m] for m in _parents(t.name) if m in keys) for t in targets}
-    formats = {target.module: target.format for target in targets}
-
-    def read(module: str) -> torch.Tensor | None:
-        if module not in owner or not parts.done(owner[module]):
-            return None
-        with safe_open(parts.file(owner[module]), "pt") as file:
-            names = set(file.keys())
-            found = {part: file.get_tensor(name) for part in PARTS if (name := f"{module}.{part}") in names}
-        weight = QuantizedWeight.from_tensors(formats[module], found)
-        return weight.dequantize(weight.scale.dtype)
-
-    return read
-
-
-def _parents(name: str):
-    """The name itself and the modules around it, from the inside."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]
 
 
 def _device(name: str) -> torch.device:

@@ -17,6 +17,7 @@ from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.offline.experts import unfuse
 from vlmq_vllm.offline.models import Family, family_of
 from vlmq_vllm.offline.places import Place, find_places
+from vlmq_vllm.offline.skeleton import build_skeleton
 
 DTYPES = ("F16", "BF16", "F32")
 RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memory while inputs are captured
@@ -34,7 +35,7 @@ class Source:
         self.config = read_config(folder)
         self.family: Family = family_of(self.config)
         self.headers: dict[str, TensorInfo] = read_headers(folder)
-        self.model = _skeleton(folder)
+        self.model = build_skeleton(folder)
         self.places: dict[str, Place] = find_places(self.model, self.headers, unfuse)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
         self._check_complete()
@@ -207,35 +208,3 @@ def _tied(model: torch.nn.Module) -> set[str]:
     config = model.config
     tied = getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", 0)
     return {"lm_head.weight"} if tied else set()
-
-
-def _skeleton(folder: Path) -> torch.nn.Module:
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    except Exception as error:  # whatever a damaged config.json makes of transformers
-        reason = str(error).partition("\n")[0]
-        raise QuantizeError(
-            f"transformers cannot build the model that {folder}/config.json describes ({reason})"
-        ) from error
-    _fill_buffers(model)
-    return model.eval()
-
-
-def _fill_buffers(model: torch.nn.Module) -> None:
-    """Buffers that are in no file, such as rotary frequencies, as the class that each module belongs to makes them."""
-    from transformers import PreTrainedModel
-
-    owners = {}
-    for owner in model.modules():  # from the outside to the inside
-        if isinstance(owner, PreTrainedModel):
-            owners |= dict.fromkeys(owner.modules(), owner)
-    for module, owner in owners.items():
-        lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        if lost:
-            for name in lost:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-            owner._init_weights(module)

@@ -1,0 +1,63 @@
+"""What a run needs to go on where another was stopped: proof that both are the same run, and what it has written."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+import torch
+import transformers
+from safetensors import safe_open
+
+import vlmq_vllm
+from vlmq_vllm.format import PARTS, QuantizedWeight
+from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.units import Target, Unit
+from vlmq_vllm.offline.writer import WEIGHTS, Parts
+
+
+def identity(
+    source: Source, settings: Settings, fingerprints: list[str], device: torch.device, ranks: Ranks
+) -> dict[str, object]:
+    """What decides the bytes of the checkpoint. `fingerprints`: of the calibration samples."""
+    model = hashlib.sha256(repr(sorted(source.headers.items())).encode())
+    # small files whole: configuration, processor, tokenizer and template decide what the model sees
+    for path in sorted(path for path in source.folder.iterdir() if path.is_file()):
+        model.update(f"{path.name} {path.stat().st_size}".encode())
+        model.update(str(path.stat().st_mtime_ns).encode() if path.suffix in WEIGHTS else path.read_bytes())
+    return {
+        "model": model.hexdigest(),
+        "data": hashlib.sha256("".join(fingerprints).encode()).hexdigest(),
+        "version": vlmq_vllm.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "processes": ranks.size,
+        **settings.to_dict(),
+    }
+
+
+def reader(parts: Parts, targets: list[Target], units: list[Unit]) -> Callable[[str], torch.Tensor | None]:
+    """The weight that a linear (by its name in the files) has been given, as it is served; None before that."""
+    keys = {unit.module: unit.key for unit in units}
+    owner = {t.module: next(keys[m] for m in _parents(t.name) if m in keys) for t in targets}
+    formats = {target.module: target.format for target in targets}
+
+    def read(module: str) -> torch.Tensor | None:
+        if module not in owner or not parts.done(owner[module]):
+            return None
+        with safe_open(parts.file(owner[module]), "pt") as file:
+            names = set(file.keys())
+            found = {part: file.get_tensor(name) for part in PARTS if (name := f"{module}.{part}") in names}
+        weight = QuantizedWeight.from_tensors(formats[module], found)
+        return weight.dequantize(weight.scale.dtype)
+
+    return read
+
+
+def _parents(name: str) -> Iterator[str]:
+    """The name itself and the modules around it, from the inside."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
