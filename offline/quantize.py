@@ -78,13 +78,8 @@ class _Run:
             self.ranks.wait()  # for the writer
             self._solve(Parts(out, keys), None)
             return []
-        with Writer(
-            out,
-            expected_bytes(self.source, self.targets),
-            keys,
-            identity(self.source, self.settings, self.fingerprints, self.device, self.ranks),
-            resume,
-        ) as writer:
+        same = identity(self.source, self.settings, self.fingerprints, self.device, self.ranks)
+        with Writer(out, expected_bytes(self.source, self.targets), keys, same, resume) as writer:
             self.ranks.wait()
             self._solve(writer, writer)
             for key, names in self.rest.items():
