@@ -46,12 +46,17 @@ def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def aligned(
     weights: torch.Tensor, residual: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, alpha: float
 ) -> torch.Tensor:
-    """W + alpha W D (U U^T)^-1 for W and W D [B, O, I]; the factor U has its columns in `order`."""
-    places = order[:, None].expand_as(weights)
-    moved = residual.gather(2, places)
-    moved = torch.linalg.solve_triangular(factor.mT, moved, upper=False, left=False)
+    """W + alpha W D (U U^T)^-1 for weights [B, O, I]; the factor U has its columns in `order`.
+
+    residual: D [B, I, I], or W D [B, O, I] with O < I: the systems are solved for as few rows as there are.
+    """
+    places = order[:, None].expand_as(residual)
+    moved = torch.linalg.solve_triangular(factor.mT, residual.gather(2, places), upper=False, left=False)
     moved = torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
-    return weights.scatter_add(2, places, moved.mul_(alpha))
+    moved = torch.empty_like(moved).scatter_(2, places, moved)
+    if residual.shape[1] == residual.shape[2]:
+        moved = weights @ moved
+    return weights + moved.mul_(alpha)
 
 
 def push_of(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:

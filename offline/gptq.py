@@ -107,8 +107,8 @@ def solve(
 ) -> list[Solution]:
     """Quantise weights [B, O, I] float32 with moments H [B, I, I]; scales are stored in `dtype`.
 
-    residual: D [B, I, I], or where the solver is `aligned` W D [B, O, I], which may be much smaller; overwritten. The
-    B problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding
+    residual: D [B, I, I], or where the solver is `aligned` and O < I perhaps W D [B, O, I]; overwritten. The B
+    problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding
     and `damp` None: the caller must say so.
     """
     importance = h.diagonal(dim1=1, dim2=2)

@@ -68,7 +68,7 @@ def find_problems(
 
 
 def is_flat(rows: int, columns: int) -> bool:
-    """Whether W D is better summed than made of D: from I/2 rows on the sum costs more multiplications."""
+    """Whether W D is better summed than D: it is smaller, and up to I/2 rows the sum costs fewer multiplications."""
     return 2 * rows <= columns
 
 
@@ -106,24 +106,14 @@ def solve_all(
         if moments.residual is not None:
             ranks.reduce(moments.residual, owner)
     own = [number for number in range(len(problems)) if ranks.owner(number) == ranks.rank]
-    means = {i: _means(problems[i], layer, solver.aligned) for i in own}
     found: dict[int, Solution] = {}
     for numbers in _alike(problems, own):
         weights = stack([problems[i].stacked(layer) for i in numbers])
-        h, residuals = zip(*(means[i] for i in numbers), strict=True)
+        h, residuals = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
         residual = None if residuals[0] is None else stack(residuals)
         solutions = solve(weights, stack(h), format, problems[numbers[0]].dtype, solver, residual)
         found |= dict(zip(numbers, solutions, strict=True))
     return [_exchanged(ranks, i, problem, found.get(i), format) for i, problem in enumerate(problems)]
-
-
-def _means(problem: Problem, layer: torch.nn.Module, aligned: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """H and D of a problem as `gptq.solve` wants them: for `aligned` W D, so that D, as large as H, makes room."""
-    h, residual = problem.moments.mean()
-    if residual is not None and aligned and problem.moments.weight is None:
-        problem.moments.residual = None
-        residual = problem.stacked(layer) @ residual
-    return h, residual
 
 
 def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:

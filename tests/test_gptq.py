@@ -27,8 +27,7 @@ def moments(inputs: torch.Tensor, weights: torch.Tensor | None = None) -> torch.
 
 
 def solve_one(weight, h, format=FORMAT, residual=None, **options) -> Solution:
-    if residual is not None:
-        residual = weight[None] @ residual if options.get("aligned") else residual[None]
+    residual = None if residual is None else residual[None]
     return solve(weight[None], h[None], format, torch.bfloat16, Solver(**options), residual)[0]
 
 
@@ -125,11 +124,11 @@ def test_aligned_rounds_the_least_squares_weight():
     root = lam.double().sqrt()[:, None]
     best = torch.linalg.lstsq(root * inputs.double(), root * (full @ weight.T).double()).solution.T.float()
     order, damp = torch.randperm(96), 1e-7
-    found = factor.aligned(
-        weight[None], weight[None] @ residual, factor.find_factor(h, order, damp)[0][None], order[None], 1.0
-    )
-    # H has a condition of 3e4 and is summed in float32 (6e-8); the weights move by up to 2
-    torch.testing.assert_close(found[0], best, rtol=0, atol=4e-3)
+    triangle = factor.find_factor(h, order, damp)[0][None]
+    for given in (residual[None], (weight @ residual)[None]):
+        found = factor.aligned(weight[None], given, triangle, order[None], 1.0)
+        # H has a condition of 3e4 and is summed in float32 (6e-8); the weights move by up to 2
+        torch.testing.assert_close(found[0], best, rtol=0, atol=4e-3)
     for alpha, target in ((1.0, best), (0.5, (best + weight) / 2)):
         for act_order in (True, False):
             options = {"damp": damp, "act_order": act_order}

@@ -11,7 +11,7 @@ import torch
 
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.plan.load import FLOAT, Load
-from vlmq_vllm.offline.plan.solving import held_bytes, moments_bytes, stages_of, working_bytes
+from vlmq_vllm.offline.plan.solving import moments_bytes, stages_of, working_bytes
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import RESIDENT, Source
 from vlmq_vllm.offline.units import Unit, stored_bytes
@@ -135,10 +135,7 @@ def _walk(source: Source, settings: Settings, unit: Unit, load: Load, exact: boo
         # beside the layer's own: weighted inputs, and for a residual the other stream's inputs and the difference
         copies = (1 if weighted else 0) + (2 if moved else 0)
         activations = batch * FLOAT * (MLP * inner + width + copies * columns)
-        solving = {
-            "moments": held_bytes(stage.problems, base),
-            "solver": working_bytes(stage.problems, base, exact, settings.act_order == "static"),
-        }
+        solving = {"solver": working_bytes(stage.problems, base, exact, settings.act_order == "static")}
         phases += [
             Phase(f"{component}: collect moments", host, now | {"activations of a batch": activations}),
             Phase(f"{component}: solve", host, now | solving),

@@ -71,13 +71,6 @@ def moments_bytes(stage: list[Solve], base: str) -> int:
     return total + sum(p.weight if is_small else p.square for p, is_small in zip(stage, flat, strict=True))
 
 
-def held_bytes(stage: list[Solve], base: str) -> int:
-    """What is left of the moments when the solver begins: for "aligned" W D in the place of D."""
-    if base == "aligned":
-        return sum(problem.square + problem.weight for problem in stage)
-    return moments_bytes(stage, base)
-
-
 def working_bytes(stage: list[Solve], base: str, exact: bool, ordered: bool) -> int:
     """Greatest need of `problems.solve_all`: problems of one shape are solved as one batch of at most TOGETHER bytes.
 
@@ -106,7 +99,8 @@ def _batch_bytes(problem: Solve, count: int, base: str, exact: bool, ordered: bo
     """`gptq.solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
     square, weight = count * problem.square, count * problem.weight
     stacked = square if count > 1 else 0
-    given = weight + stacked + (stacked if base == "gptaq" else 0)
+    drift = weight if is_flat(problem.rows, problem.columns) else square  # of "aligned"
+    given = weight + stacked + ({"gptaq": square, "aligned": drift}.get(base, 0) if count > 1 else 0)
     steps = [_factor_bytes(problem, exact) + square - problem.square]  # beside the factors that are ready
     # several factors are stacked, the list of them stays; `push_of` works in place of D, or of its permuted copy
     factors = square * (2 if count > 1 else 1)
@@ -117,6 +111,8 @@ def _batch_bytes(problem: Solve, count: int, base: str, exact: bool, ordered: bo
     # targets, owed and for a push the values, all transposed weights; codes in order, scattered and as bytes of rows
     sweep = weight * (3 if pushed else 2) + 3 * weight // FLOAT
     moved = weight if base == "aligned" else 0
+    if moved:
+        steps.append(factors + 3 * drift + 2 * weight)
     steps.append(factors + (square if pushed and ordered else 0) + moved + sweep)
     return given + max(steps)
 
