@@ -243,7 +243,7 @@ def test_other_settings_change_what_they_should(demo_model):
 MEASURE = """
 import sys
 from pathlib import Path
-from vlmq_vllm.offline.memory import give_back_large_blocks
+from vlmq_vllm.offline.malloc import give_back_large_blocks
 from vlmq_vllm.offline.quantize import quantize
 from vlmq_vllm.offline.settings import Settings
 model, data, out = sys.argv[1:]

@@ -51,7 +51,7 @@ def quantize(
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
-    from vlmq_vllm.offline.memory import give_back_large_blocks
+    from vlmq_vllm.offline.malloc import give_back_large_blocks
     from vlmq_vllm.offline.settings import read_recipe, settings_from
 
     given = {name: value for name, value in context.params.items() if _is_given(context, name)}
