@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
-from answers import Answer, answers, difference
+from answers import answers, difference
 
 from vlmq_vllm.offline.dequantize import dequantize
 
@@ -22,8 +22,8 @@ TIES = {"demo": 0.0, "tiny": 2 * TOLERANCE}
 
 
 @pytest.fixture(scope="module", params=[pytest.param("demo", marks=pytest.mark.slow), "tiny"])
-def model(request, tmp_path_factory) -> tuple[Path, list[Answer], float]:
-    """A quantised folder, the answers of its twin in bfloat16, and what counts as a tie."""
+def model(request, tmp_path_factory) -> tuple[Path, Path, float]:
+    """A quantised folder, its twin in bfloat16, and what counts as a tie."""
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "demo":
         quantized = request.getfixturevalue("quantized")
@@ -32,11 +32,12 @@ def model(request, tmp_path_factory) -> tuple[Path, list[Answer], float]:
         tiny_model.build(root / "source")
         tiny_model.quantize(root / "source", quantized)
     dequantize(quantized, root / "twin")
-    return quantized, answers(root / "twin"), TIES[request.param]
+    return quantized, root / "twin", TIES[request.param]
 
 
 def test_eager_and_reloaded_answers_equal_the_twins(model):
-    quantized, expected, tie = model
+    quantized, twin, tie = model
+    expected = answers(twin)
     found = answers(quantized, "reload")
     before, after = found[: len(expected)], found[len(expected) :]
     assert difference(before, expected, tie) < TOLERANCE
@@ -44,5 +45,6 @@ def test_eager_and_reloaded_answers_equal_the_twins(model):
 
 
 def test_compiled_answers_equal_the_twins(model):
-    quantized, expected, tie = model
-    assert difference(answers(quantized, "compiled"), expected, tie) < TOLERANCE
+    """The twin is compiled, too: where the compiler fuses, it rounds less often than the eager model does."""
+    quantized, twin, tie = model
+    assert difference(answers(quantized, "compiled"), answers(twin, "compiled"), tie) < TOLERANCE
