@@ -23,7 +23,7 @@ from peers.install import environments, python_of
 from peers.runner import MARK
 from quantize_report import markdown, result_file
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).absolute().parent
 DEMO = HERE.parent / "examples/demo_vlm"
 
 
@@ -115,6 +115,7 @@ class Bench:
         return subprocess.run(
             list(map(str, command)),
             env=os.environ | more,
+            cwd=self.work,  # GPTQModel writes logs wherever it is started
             capture_output=True,
             text=True,
             errors="replace",
@@ -174,7 +175,7 @@ def main() -> None:
     shapes = args.shape or ["demo", "7b-layer"]
     threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory(prefix="vlmq-bench-", dir=args.work) as work:
-        bench = Bench(args.peers, Path(work), threads, args.limit, args.symmetric)
+        bench = Bench(args.peers.absolute(), Path(work).absolute(), threads, args.limit, args.symmetric)
         chosen = {shape: args.tool or list(PROBLEMS[shape].tools) for shape in shapes}
         warm_up(bench, [tool for tool in TOOLS if any(tool in tools for tools in chosen.values())])
         results = {}
