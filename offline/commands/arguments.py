@@ -11,4 +11,15 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Folder to create.")]
 Data = Annotated[
     str | None, typer.Option(help="Calibration data: JSONL of chats, a folder of pictures with captions, or hf:NAME.")
 ]
+Bits = Annotated[int, typer.Option(help="2, 3 or 4.")]
+GroupSize = Annotated[int, typer.Option(help="Columns that share a scale, usually 32, 64 or 128; -1: all.")]
+Symmetric = Annotated[bool, typer.Option(help="Without zero points, or with one per group.")]
+VisionBits = Annotated[int, typer.Option(help="Of the vision tower's blocks: 2, 3, 4, 8, or 16 as they are.")]
+ConnectorBits = Annotated[int, typer.Option(help="Of the connector: 2, 3, 4, 8, or 16 as it is.")]
+Method = Annotated[str, typer.Option(help="vlmq, gptq or rtn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def given(context: typer.Context) -> dict:
+    """The options that stand on the command line; the others leave the word to a recipe and to measured defaults."""
+    return {n: v for n, v in context.params.items() if context.get_parameter_source(n).name == "COMMANDLINE"}

@@ -6,18 +6,28 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Json, Model
+from vlmq_vllm.offline.commands.arguments import (
+    Bits,
+    ConnectorBits,
+    GroupSize,
+    Json,
+    Method,
+    Model,
+    Symmetric,
+    VisionBits,
+    given,
+)
 
 
 def plan(
     context: typer.Context,
     model: Model,
-    bits: Annotated[int, typer.Option(help="2, 3 or 4.")] = 3,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, usually 32, 64 or 128; -1: all.")] = 128,
-    symmetric: Annotated[bool, typer.Option(help="Without zero points, or with one per group.")] = False,
-    vision_bits: Annotated[int, typer.Option(help="Of the vision tower's blocks: 2, 3, 4, 8, or 16 as they are.")] = 16,
-    connector_bits: Annotated[int, typer.Option(help="Of the connector: 2, 3, 4, 8, or 16 as it is.")] = 16,
-    method: Annotated[str, typer.Option(help="vlmq, gptq or rtn.")] = "vlmq",
+    bits: Bits = 3,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = False,
+    vision_bits: VisionBits = 16,
+    connector_bits: ConnectorBits = 16,
+    method: Method = "vlmq",
     base: Annotated[str, typer.Option(help="gptq, gptaq or aligned; default: what measured best for the width.")] = "",
     saliency_scope: Annotated[
         str, typer.Option(help="attention, or all for gate, up and down too; default: by width.")
@@ -34,8 +44,7 @@ def plan(
     """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""
     from vlmq_vllm.offline.settings import read_recipe, settings_from
 
-    given = {n: v for n, v in context.params.items() if context.get_parameter_source(n).name == "COMMANDLINE"}
-    settings = settings_from(read_recipe(recipe) if recipe else {}, given)
+    settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
     import torch
 
     from vlmq_vllm.offline.plan.report import plan as make

@@ -10,7 +10,19 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Data, Json, Model, Out
+from vlmq_vllm.offline.commands.arguments import (
+    Bits,
+    ConnectorBits,
+    Data,
+    GroupSize,
+    Json,
+    Method,
+    Model,
+    Out,
+    Symmetric,
+    VisionBits,
+    given,
+)
 
 STOPPED = 75  # EX_TEMPFAIL: try the same again
 BEST = "default: what measured best for the width."
@@ -21,12 +33,12 @@ def quantize(
     model: Model,
     out: Out,
     data: Data = None,
-    bits: Annotated[int, typer.Option(help="2, 3 or 4.")] = 3,
-    group_size: Annotated[int, typer.Option(help="Columns that share a scale, usually 32, 64 or 128; -1: all.")] = 128,
-    symmetric: Annotated[bool, typer.Option(help="Without zero points, or with one per group.")] = False,
-    vision_bits: Annotated[int, typer.Option(help="Of the vision tower's blocks: 2, 3, 4, 8, or 16 as they are.")] = 16,
-    connector_bits: Annotated[int, typer.Option(help="Of the connector: 2, 3, 4, 8, or 16 as it is.")] = 16,
-    method: Annotated[str, typer.Option(help="vlmq, gptq or rtn.")] = "vlmq",
+    bits: Bits = 3,
+    group_size: GroupSize = 128,
+    symmetric: Symmetric = False,
+    vision_bits: VisionBits = 16,
+    connector_bits: ConnectorBits = 16,
+    method: Method = "vlmq",
     base: Annotated[str, typer.Option(help=f"gptq, gptaq or aligned; {BEST}")] = "",
     alpha: Annotated[
         float | None, typer.Option(help="Share of the residual that gptaq (0.25) and aligned (1) use.")
@@ -54,8 +66,7 @@ def quantize(
     from vlmq_vllm.offline.malloc import give_back_large_blocks
     from vlmq_vllm.offline.settings import read_recipe, settings_from
 
-    given = {name: value for name, value in context.params.items() if _is_given(context, name)}
-    settings = settings_from(read_recipe(recipe) if recipe else {}, given)
+    settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
     import torch
     from rich.console import Console
 
@@ -80,10 +91,6 @@ def quantize(
             f"{out}: {len(rows)} linears quantised, the decoder's at {settings.bits} bits. "
             f"Serve it: vllm serve {out} --quantization vlmq"
         )
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    return context.get_parameter_source(name).name == "COMMANDLINE"
 
 
 def _stop_on_sigterm():
