@@ -1,113 +1,133 @@
-"""out [M, N] = x [M, K] W^T + bias in Triton, W in the runtime layout of `layout.py`, every width from one source.
+"""x W^T + bias by one launch: the kernel for every width and every number of tokens up to the crossover.
 
-Each program owns a tile of the output and walks along K. Codes minus zero point are small integers, exact in float16
-and bfloat16, and meet x on the tensor cores; the scale of the step's group multiplies the float32 sums afterwards. So
-the weight itself is never rounded, and x against the identity gives scale * (code - zero) rounded once.
+A program computes a tile of `walk.py`, over all of K or over one of `splits` parts of it. With parts, each program
+leaves its float32 sums in a workspace and counts itself at the tile's counter; the last to arrive adds the parts in
+their order, so the result does not depend on who was last, and sets the counter back to 0 for the next launch. No
+second launch and no atomic addition of floats.
 
-The choice of tiles belongs to `tiles.py`, the torch operator to `op.py`, the same product in plain torch to
-`reference.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
+What is launched for how many tokens is decided in `tiles.py`, buffers come from `workspace.py`, the choice between this
+and dequantising is made in `product.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before
+this module's import.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from vlmq_vllm.kernels.layout import DTYPES, RuntimeWeight
-from vlmq_vllm.kernels.tiles import pick_tile
+from vlmq_vllm.kernels import hardware, tiles, workspace
+from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight
+from vlmq_vllm.kernels.walk import walk
 
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def load_codes(p_words, n_words, stride, m_n, BITS: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr):
-    """Codes [BK, BN] int32 of BK columns from whole blocks on; p_words [BN] points at their first words.
+def write(b_acc, p_bias, p_out, o_n, o_m, N, M, stride_out, HAS_BIAS: tl.constexpr):
+    """The tile [BN, BM], plus bias, into out [M, N]."""
+    m_n = o_n < N
+    if HAS_BIAS:
+        b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    p_tile = p_out + o_m.to(tl.int64)[None, :] * stride_out + o_n[:, None]
+    tl.store(p_tile, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_m < M)[None, :])
 
-    `n_words` words are left in the weight below p_words; codes beyond them are 0.
+
+@triton.jit
+def meet(b_acc, partials, p_counter, i_tile, i_split, splits):
+    """Leave this part's sums, and return (all parts' sums, True) in the last program to arrive.
+
+    The barrier makes the stores of all threads precede the count of one, whose release and acquire order them before
+    the loads of the last program; `.cg` keeps these from a stale line of the first-level cache.
     """
-    BLOCKS: tl.constexpr = BK // 32
-    if BITS == 3:
-        # A code may lie across two words, so it is cut from 64 bits: words 0 and 1 for codes 0-15, 1 and 2 for 16-31.
-        o_word = tl.arange(0, BLOCKS)[:, None] * 3
-        m_word = (o_word < n_words) & m_n[None, :]  # blocks are whole: the first word stands for all three
-        p_block = p_words[None, :] + o_word.to(tl.int64) * stride
-        b_word0 = tl.load(p_block, mask=m_word, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)  # [BLOCKS, BN]
-        b_word1 = tl.load(p_block + stride, mask=m_word, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-        b_word2 = tl.load(p_block + 2 * stride, mask=m_word, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
-        b_low = b_word0 | (b_word1 << 32)
-        b_high = b_word1 | (b_word2 << 32)
-        i_code = tl.arange(0, 32)[None, :, None]
-        b_pair = tl.where(i_code < 16, b_low[:, None, :], b_high[:, None, :])  # [BLOCKS, 32, BN]
-        b_shift = tl.where(i_code < 16, i_code * 3, i_code * 3 - 32)
-        b_codes = (b_pair >> b_shift.to(tl.uint64)).to(tl.int32) & 7
-    else:
-        FIELDS: tl.constexpr = 32 // BITS
-        o_word = tl.arange(0, BLOCKS * BITS)[:, None]
-        m_word = (o_word < n_words) & m_n[None, :]
-        b_words = tl.load(p_words[None, :] + o_word.to(tl.int64) * stride, mask=m_word, other=0)
-        b_shift = tl.arange(0, FIELDS)[None, :, None] * BITS
-        # An arithmetic shift drags the sign in from above; the mask cuts it off.
-        b_codes = (b_words[:, None, :] >> b_shift) & ((1 << BITS) - 1)  # [BLOCKS * BITS, FIELDS, BN]
-    return tl.reshape(b_codes, (BK, BN))
+    BN: tl.constexpr = b_acc.shape[0]
+    BM: tl.constexpr = b_acc.shape[1]
+    o_part = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+    p_tile = partials + i_tile.to(tl.int64) * splits * (BN * BM) + o_part
+    tl.store(p_tile + i_split * (BN * BM), b_acc)
+    tl.debug_barrier()
+    n_before = tl.atomic_add(p_counter, 1, sem="acq_rel")
+    is_last = n_before == splits - 1
+    if is_last:
+        b_acc = tl.load(p_tile, cache_modifier=".cg")
+        for i_part in range(1, splits):
+            b_acc += tl.load(p_tile + i_part * (BN * BM), cache_modifier=".cg")
+        tl.store(p_counter, 0)
+    return b_acc, is_last
 
 
-@triton.jit(do_not_specialize=["M"])
+# Not specialised: a launch compiles nothing that the warm-up with other numbers of tokens has not compiled.
+@triton.jit(do_not_specialize=["M", "K", "n_tiles", "n_spans", "splits"])
 def gemm_kernel(
     x,  # [M, K], rows `stride_x` apart
-    packed,  # [ceil(K / 32) * BITS, N] int32
-    scales,  # [G, N]
-    zeros,  # [G, N] uint8, read if HAS_ZERO
+    words,  # [n_tiles, n_spans, P * W, 64] int16
+    scales,  # [groups, n_tiles * 64]
+    zeros,  # the same, uint8, read if HAS_ZERO
     bias,  # [N], read if HAS_BIAS
     out,  # [M, N], rows `stride_out` apart
+    partials,  # float32, read and written if SPLIT
+    counters,  # int32, one per tile of the output, all zero between launches
     M,
     N,
     K,
     stride_x,
     stride_out,
+    n_tiles,
+    n_spans,
+    splits,
     BITS: tl.constexpr,
-    GROUP: tl.constexpr,  # -1: one group per row; else a multiple of BK
+    W: tl.constexpr,
+    GROUP: tl.constexpr,
     HAS_ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    BM: tl.constexpr,
+    SCALED: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SPLIT: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
-    INTERP: tl.constexpr,
+    BM: tl.constexpr,
+    PTX: tl.constexpr,
 ):
+    i_program = tl.program_id(0)
+    i_split = i_program % splits if SPLIT else 0
+    i_tile = i_program // splits if SPLIT else i_program
     # Token tiles are neighbours in launch order: they read the same part of the weight at about the same time.
-    i_tile = tl.program_id(0).to(tl.int64)
     n_m = tl.cdiv(M, BM)
-    o_m = (i_tile % n_m) * BM + tl.arange(0, BM)
-    o_n = (i_tile // n_m) * BN + tl.arange(0, BN)
-    o_k = tl.arange(0, BK)
-    m_m = o_m < M
-    m_n = o_n < N
-    n_words = tl.cdiv(K, 32) * BITS
-    stride_n = tl.cast(N, tl.int64)
-    p_x = x + o_m[:, None] * stride_x + o_k[None, :]  # [BM, BK]
-    p_words = packed + o_n  # [BN]
-    b_acc = tl.zeros((BM, BN), dtype=tl.float32)
-
-    for i_k in range(0, K, BK):
-        i_word = i_k // 32 * BITS
-        b_codes = load_codes(p_words + i_word * stride_n, n_words - i_word, stride_n, m_n, BITS, BK, BN)
-        b_x = tl.load(p_x + i_k, mask=m_m[:, None] & (o_k[None, :] < K - i_k), other=0.0)
-        o_scale = o_n
-        if GROUP > 0:
-            o_scale += i_k // GROUP * stride_n
-        b_scale = tl.load(scales + o_scale, mask=m_n, other=0.0).to(tl.float32)
-        if HAS_ZERO:
-            b_codes -= tl.load(zeros + o_scale, mask=m_n, other=0).to(tl.int32)[None, :]
-        else:
-            b_codes -= 1 << (BITS - 1)
-        if INTERP:  # the interpreter multiplies the bit patterns of bfloat16
-            b_dot = tl.dot(b_x.to(tl.float32), b_codes.to(tl.float32))
-        else:
-            b_dot = tl.dot(b_x, b_codes.to(b_x.dtype), input_precision="ieee")
-        b_acc += b_dot * b_scale[None, :]
-
-    if HAS_BIAS:
-        b_acc += tl.load(bias + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    p_out = out + o_m[:, None] * stride_out + o_n[None, :]
-    tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
+    i_m = i_tile % n_m
+    i_n = i_tile // n_m
+    o_m = i_m * BM + tl.arange(0, BM)
+    o_n = i_n * BN + tl.arange(0, BN)
+    if SPLIT:
+        n_part = tl.cdiv(n_spans, splits)
+        i_start = i_split * n_part
+        i_stop = tl.minimum(i_start + n_part, n_spans)
+    else:
+        i_start = 0
+        i_stop = n_spans
+    b_acc = walk(
+        words,
+        scales,
+        zeros,
+        x + o_m.to(tl.int64) * stride_x,
+        o_m < M,
+        i_n,
+        i_start,
+        i_stop,
+        n_tiles,
+        n_spans,
+        K,
+        BITS,
+        W,
+        GROUP,
+        HAS_ZERO,
+        SCALED,
+        RAGGED,
+        BN,
+        PTX,
+    )
+    if SPLIT:
+        b_acc, is_last = meet(b_acc, partials, counters + i_tile, i_tile, i_split, splits)
+        if is_last:
+            write(b_acc, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
+    else:
+        write(b_acc, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
 
 
 def gemm(
@@ -115,47 +135,93 @@ def gemm(
     weight: RuntimeWeight,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    plan: tiles.Plan | None = None,
 ) -> torch.Tensor:
-    """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype."""
-    weight.check_input(x, bias)
-    if x.ndim != 2 or (x.stride(1) != 1 and weight.columns > 1):
-        raise ValueError(f"x has shape {list(x.shape)} and strides {x.stride()}; it must be [M, K] with dense rows")
-    if not (x.is_cuda or INTERPRETED):
-        raise ValueError(f"x is on {x.device}; Triton needs a GPU, or TRITON_INTERPRET=1 before the first import")
-    shape = (x.shape[0], weight.rows)
-    if out is None:
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    elif out.shape != shape or out.dtype not in DTYPES or out.device != x.device or not out.is_contiguous():
-        raise ValueError(
-            f"out is {out.dtype} {list(out.shape)} on {out.device}; it must be a contiguous float tensor "
-            f"{list(shape)} on {x.device}"
-        )
+    """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype.
+
+    x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan`.
+    """
+    geometry = weight.geometry
+    out = check(x, weight, bias, out)
     if out.numel() == 0:
         return out
-    tile = pick_tile(x.shape[0], weight.group_size)
-    programs = triton.cdiv(shape[0], tile.tokens) * triton.cdiv(shape[1], tile.rows)
+    machine = hardware.of(x.device)
+    plan = plan or tiles.plan(len(x), geometry, machine)
+    reason = tiles.why_not(plan, len(x), geometry, machine)
+    if reason:
+        raise ValueError(reason)
+    programs = tiles.programs_of(len(x), geometry, plan.tile) * plan.splits
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
-        gemm_kernel[(programs,)](
-            x=x,
-            packed=weight.packed,
-            scales=weight.scales,
-            zeros=weight.zeros,
-            bias=bias,
-            out=out,
-            M=x.shape[0],
-            N=weight.rows,
-            K=weight.columns,
-            stride_x=x.stride(0),
-            stride_out=out.stride(0),
-            BITS=weight.bits,
-            GROUP=weight.group_size,
-            HAS_ZERO=weight.zeros is not None,
-            HAS_BIAS=bias is not None,
-            BM=tile.tokens,
-            BN=tile.rows,
-            BK=tile.columns,
-            INTERP=INTERPRETED,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
+        gemm_kernel[(programs,)](**arguments(x, weight, bias, out, plan, machine))
+    return out
+
+
+def arguments(
+    x: torch.Tensor,
+    weight: RuntimeWeight,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: tiles.Plan,
+    machine: hardware.Hardware,
+) -> dict:
+    """What the kernel is called with."""
+    geometry, tile = weight.geometry, plan.tile
+    scratch = workspace.of_current_stream(x.device) if plan.splits > 1 else None
+    return dict(
+        x=x,
+        words=weight.packed,
+        scales=weight.scales,
+        zeros=weight.zeros,
+        bias=bias,
+        out=out,
+        partials=scratch.partials if scratch else None,
+        counters=scratch.counters if scratch else None,
+        M=len(x),
+        N=geometry.rows,
+        K=geometry.columns,
+        stride_x=geometry.columns,  # x is contiguous; torch says anything of the stride of a single row
+        stride_out=out.stride(0),
+        n_tiles=geometry.tiles,
+        n_spans=geometry.spans,
+        splits=plan.splits,
+        HAS_BIAS=bias is not None,
+        SPLIT=plan.splits > 1,
+        BM=tile.tokens,
+        **walk_arguments(weight, tile, x.dtype, machine),
+    )
+
+
+def walk_arguments(weight, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware) -> dict:
+    """What all kernels that walk are compiled for, besides tokens; weight is a RuntimeWeight or Experts."""
+    geometry = weight.geometry
+    return dict(
+        BITS=geometry.bits,
+        W=geometry.slice,
+        GROUP=geometry.group,
+        HAS_ZERO=weight.zeros is not None,
+        SCALED=tile.scaled and geometry.group != -1 and weight.scales.dtype == dtype,
+        RAGGED=geometry.columns % geometry.span != 0,
+        BN=tile.rows,
+        PTX=machine.ptx,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+
+
+def check(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    """The output, made if there is none. Raises ValueError for what a launch cannot take."""
+    weight.check_input(x, bias)
+    if x.ndim != 2 or not x.is_contiguous():
+        raise ValueError(f"x has shape {list(x.shape)} and strides {x.stride()}; it must be [M, K] and contiguous")
+    if not (x.is_cuda or INTERPRETED):
+        raise ValueError(f"x is on {x.device}; Triton needs a GPU, or TRITON_INTERPRET=1 before the first import")
+    shape = (len(x), weight.geometry.rows)
+    if out is None:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    dense = out.ndim == 2 and (out.stride(1) == 1 or out.shape[1] == 1)
+    if out.shape != shape or out.dtype not in FLOATS or out.device != x.device or not dense:
+        raise ValueError(
+            f"out is {out.dtype} {list(out.shape)} on {out.device}; it must be float {list(shape)} with dense rows "
+            f"on {x.device}"
         )
     return out

@@ -1,33 +1,45 @@
 """The runtime layout of a quantised weight: what the kernels read, and the one statement of what they can read.
 
-A checkpoint stores codes row by row (`format.py`); here the words of a row lie one below the other, so that
-neighbouring rows lie side by side and a kernel's load along N is coalesced. With N rows, K columns and G groups:
+A checkpoint stores codes row by row (`format.py`); here 64 rows lie side by side in 16-bit words, and a word holds
+codes that lie W columns apart, so that unpacking a block of words gives slices of W neighbouring columns without moving
+anything between threads. For N rows and K columns at `bits`, with F codes and P words a field set (`FIELDS`, `PLANES`):
 
-    packed  int32 [ceil(K / 32) * bits, N]   32 codes of a row are a block of `bits` words; code k of row n takes the
-                                             bits (k % 32) * bits and up of the words from k // 32 * bits on of column
-                                             n; the last block is filled up with zeros
-    scales  float16, bfloat16 or float32 [G, N], in the checkpoint's dtype
-    zeros   uint8 [G, N], or None for a symmetric weight, whose zero point is 2^(bits - 1)
+    span    F * W columns; K is filled up to whole spans, N to whole tiles of 64 rows, with zeros
+    packed  int16 [tiles, spans, P * W, 64]; code F' of word w of span s belongs to column s * span + F' * W + w
+            2, 4 and 8 bits: code j takes the bits j * bits and up of the word
+            3 bits: 16 codes in three words, code j < 15 at bit 3 * (j % 5) of word j // 5, code 15 in the top bits of
+            the three (lowest in word 0), so that a weight takes exactly 3 bits
+    scales  float16, bfloat16 or float32 [groups, tiles * 64], in the checkpoint's dtype; 0 where filled up
+    zeros   uint8, the same shape, or None for a symmetric weight, whose zero point is 2^(bits - 1)
 
-    W[n, k] = scales[k // group_size, n] * (code[n, k] - zeros[k // group_size, n])
+    W[n, k] = scales[k // group, n] * (code[n, k] - zeros[k // group, n])
 
-A block holds whole codes for every width and never crosses a group, which is why groups are multiples of 32. The layout
-is private to `kernels/` and may change between releases: it is made after loading and sharding, never stored.
+Groups are those of the checkpoint where these fit into a span or are made of whole ones; else scales are repeated for
+the largest group that does (`Geometry.group`). The layout is private to `kernels/` and may change between releases: it
+is made after loading and sharding (`repack.py`), never stored.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from vlmq_vllm.format import WORD, QuantizedWeight, WeightFormat, pack
+from vlmq_vllm.format import WORD, WeightFormat
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ACTIVATIONS = (torch.float16, torch.bfloat16)
+FLOATS = (*ACTIVATIONS, torch.float32)
+TILE = 64
+MOST = 1 << 24  # rows and columns: a tile's words and a row of tokens are counted in 32 bits
+FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
+PLANES = {2: 1, 3: 3, 4: 1, 8: 1}
+SLICES = {2: (32, 16, 64), 3: (32, 16), 4: (64, 32), 8: (64, 32)}  # widths W the kernels take, the usual one first
 
 
 def why_not(format: WeightFormat, rows: int, columns: int) -> str | None:
     """Why the kernels cannot read a weight [rows, columns] of this format, or None when they can."""
-    if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
-        return f"the weight is {rows} x {columns}; the kernels take 1 to {(1 << 31) - 1} rows and columns"
+    if not (0 < rows <= MOST and 0 < columns <= MOST):
+        return f"the weight is {rows} x {columns}; the kernels take 1 to {MOST} rows and columns"
     if format.group_size != -1 and format.group_size % WORD:
         return (
             f"group_size is {format.group_size}; the kernels take multiples of {WORD}, or -1 for one group per row; "
@@ -36,64 +48,111 @@ def why_not(format: WeightFormat, rows: int, columns: int) -> str | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class RuntimeWeight:
-    """A weight [rows, columns] in the layout above. Raises ValueError for tensors that do not fit each other."""
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a weight in the layout above; `slice` is W. Raises ValueError for what the kernels cannot read."""
 
-    packed: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    bits: int
-    group_size: int
+    format: WeightFormat
+    rows: int
     columns: int
+    slice: int
 
     def __post_init__(self) -> None:
         reason = why_not(self.format, self.rows, self.columns)
         if reason:
             raise ValueError(reason)
-        groups = self.format.groups(self.columns)
-        _check("packed", self.packed, (-(-self.columns // WORD) * self.bits, self.rows), (torch.int32,), self.packed)
-        _check("scales", self.scales, (groups, self.rows), DTYPES, self.packed)
+        if self.slice not in _slices(self.format):
+            allowed = " or ".join(str(width) for width in _slices(self.format))
+            raise ValueError(
+                f"slice is {self.slice}; at {self.format.bits} bits with group_size {self.format.group_size} "
+                f"it must be {allowed}"
+            )
+
+    @classmethod
+    def of(cls, format: WeightFormat, rows: int, columns: int) -> "Geometry":
+        """The usual slice, or a narrower one where that saves more than a 32nd of the bytes by filling up less."""
+        reason = why_not(format, rows, columns)
+        if reason:
+            raise ValueError(reason)
+        filled = {width: -(-columns // (FIELDS[format.bits] * width)) * width for width in _slices(format)}
+        least = min(filled.values())
+        return cls(format, rows, columns, next(width for width in filled if filled[width] * 32 <= least * 33))
+
+    @property
+    def bits(self) -> int:
+        return self.format.bits
+
+    @property
+    def span(self) -> int:
+        """Columns of a span."""
+        return FIELDS[self.bits] * self.slice
+
+    @property
+    def spans(self) -> int:
+        return -(-self.columns // self.span)
+
+    @property
+    def tiles(self) -> int:
+        return -(-self.rows // TILE)
+
+    @cached_property
+    def group(self) -> int:
+        """Columns that share a scale: -1 (all), a divisor of the span or a multiple of it."""
+        size = self.format.group_size
+        return size if size == -1 or size % self.span == 0 else math.gcd(size, self.span)
+
+    @property
+    def groups(self) -> int:
+        """Rows of `scales`."""
+        if self.group == -1:
+            return 1
+        return self.spans * self.span // self.group if self.group < self.span else -(-self.columns // self.group)
+
+    @property
+    def packed_shape(self) -> tuple[int, int, int, int]:
+        return (self.tiles, self.spans, PLANES[self.bits] * self.slice, TILE)
+
+    @property
+    def scales_shape(self) -> tuple[int, int]:
+        return (self.groups, self.tiles * TILE)
+
+
+def _slices(format: WeightFormat) -> tuple[int, ...]:
+    """Slice widths whose fields do not cross a group."""
+    return tuple(w for w in SLICES[format.bits] if format.group_size == -1 or format.group_size % w == 0)
+
+
+@dataclass(frozen=True, eq=False)
+class RuntimeWeight:
+    """A weight in the layout above. Raises ValueError for tensors that do not fit each other."""
+
+    geometry: Geometry
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        _check("packed", self.packed, self.geometry.packed_shape, (torch.int16,), self.packed)
+        _check("scales", self.scales, self.geometry.scales_shape, FLOATS, self.packed)
+        if (self.zeros is None) != self.geometry.format.symmetric:
+            raise ValueError("a symmetric weight has no zeros, an asymmetric one needs them")
         if self.zeros is not None:
-            _check("zeros", self.zeros, (groups, self.rows), (torch.uint8,), self.packed)
+            _check("zeros", self.zeros, self.geometry.scales_shape, (torch.uint8,), self.packed)
 
     @property
-    def format(self) -> WeightFormat:
-        return WeightFormat(self.bits, self.group_size, self.zeros is None)
-
-    @property
-    def rows(self) -> int:
-        return self.packed.shape[-1]
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (self.packed, self.scales, self.zeros) if tensor is not None)
 
     def check_input(self, x: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Raises ValueError unless x [..., columns] and bias [rows] fit this weight."""
-        if x.ndim == 0 or x.shape[-1] != self.columns:
-            raise ValueError(f"x has shape {list(x.shape)}; its last dimension must be the weight's {self.columns}")
-        _check("x", x, tuple(x.shape), DTYPES, self.packed, contiguous=False)
+        """Raises ValueError unless x [..., columns] and bias [rows], of one dtype, fit this weight."""
+        if x.ndim == 0 or x.shape[-1] != self.geometry.columns:
+            raise ValueError(
+                f"x has shape {list(x.shape)}; its last dimension must be the weight's {self.geometry.columns}"
+            )
+        _check("x", x, tuple(x.shape), ACTIVATIONS, self.packed, contiguous=False)
         if bias is not None:
-            _check("bias", bias, (self.rows,), DTYPES, self.packed)
-
-
-def prepare(weight: QuantizedWeight, dtype: torch.dtype) -> RuntimeWeight:
-    """The runtime layout of a weight, on its device, for activations of `dtype`.
-
-    `dtype` is only checked: scales multiply float32 sums and keep the precision that the checkpoint gave them.
-    """
-    if dtype not in DTYPES:
-        raise ValueError(f"activations of {dtype} are not supported; the kernels take {_names(DTYPES)}")
-    rows, columns = weight.codes.shape
-    reason = why_not(weight.format, rows, columns)
-    if reason:
-        raise ValueError(reason)
-    blocks = torch.nn.functional.pad(weight.codes, (0, -columns % WORD))
-    return RuntimeWeight(
-        packed=pack(blocks, weight.format.bits).T.contiguous(),
-        scales=weight.scale.T.contiguous(),
-        zeros=None if weight.zero is None else weight.zero.T.contiguous(),
-        bits=weight.format.bits,
-        group_size=weight.format.group_size,
-        columns=columns,
-    )
+            _check("bias", bias, (self.geometry.rows,), (x.dtype,), self.packed)
 
 
 def _check(
@@ -107,12 +166,9 @@ def _check(
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; this weight needs {list(shape)}")
     if tensor.dtype not in dtypes:
-        raise ValueError(f"{name} is {tensor.dtype}; it must be {_names(dtypes)}")
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise ValueError(f"{name} is {tensor.dtype}; it must be {names}")
     if tensor.device != beside.device:
         raise ValueError(f"{name} is on {tensor.device}, the weight on {beside.device}; move it there")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

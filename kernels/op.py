@@ -1,55 +1,72 @@
-"""The torch operator vlmq::gemm_v1, through which the plugin and torch.compile reach the kernels.
+"""The torch operators of the namespace vlmq, through which the plugin and torch.compile reach the kernels.
 
-    gemm_v1(x [..., columns], packed, scales, zeros | None, bias [N] | None, bits, group_size, columns) -> [..., N]
+    linear_v1(x [..., K], packed[], scales[], zeros[], bias | None, bits[], group_sizes[], rows[], columns,
+              batch_invariant)
+        -> [..., sum of rows]
 
-The tensors of the weight are those of `layout.RuntimeWeight`. CUDA and ROCm tensors go to the Triton kernel, which is
-imported at the first call; CPU tensors go to the plain-torch twin. The name carries a version because compiled graphs
-are cached by it: a change of layout or arguments is a new operator.
+x times the weights of a layer that lie below each other, which may differ in width, group and grid; entry i of every
+list belongs to weight i, whose tensors are those of `layout.RuntimeWeight` (zeros[i] None when symmetric). CUDA and
+ROCm tensors go to the Triton kernels, which are imported at the first call; CPU tensors go to the plain-torch twin. The
+names carry a version because compiled graphs are cached by them: a change of layout or arguments is a new operator.
 """
+
+from functools import cache
 
 import torch
 
+from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.kernels import reference
-from vlmq_vllm.kernels.layout import RuntimeWeight
+from vlmq_vllm.kernels.layout import PLANES, Geometry, RuntimeWeight
 
 # The types of the three functions below, which torch holds them to.
 SCHEMA = (
-    "gemm_v1(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, "
-    "int bits, int group_size, int columns) -> Tensor"
+    "linear_v1(Tensor x, Tensor[] packed, Tensor[] scales, Tensor?[] zeros, Tensor? bias, "
+    "int[] bits, int[] group_sizes, int[] rows, int columns, bool batch_invariant) -> Tensor"
 )
 
 
-def on_gpu(x, packed, scales, zeros, bias, bits, group_size, columns):
-    """The Triton kernel, for x of any leading dimensions and strides."""
-    from vlmq_vllm.kernels.gemm import gemm
+def on_gpu(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+    """The Triton kernels and cuBLAS, for x of any leading dimensions and strides."""
+    from vlmq_vllm.kernels.product import multiply
 
-    weight = RuntimeWeight(packed, scales, zeros, bits, group_size, columns)
-    weight.check_input(x, bias)
-    tokens = x.reshape(-1, columns)
-    if tokens.stride(1) != 1:
-        tokens = tokens.contiguous()
-    return gemm(tokens, weight, bias).view(*x.shape[:-1], weight.rows)
+    return multiply(x, _weights(packed, scales, zeros, bits, group_sizes, rows, columns), bias, batch_invariant)
 
 
-def on_cpu(x, packed, scales, zeros, bias, bits, group_size, columns):
-    """The twin."""
-    return reference.gemm(x, RuntimeWeight(packed, scales, zeros, bits, group_size, columns), bias)
+def on_cpu(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+    """The twin; a processor's products do not depend on the batch beyond what torch's own do."""
+    weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
+    parts = [None] * len(rows) if bias is None else bias.split(rows)
+    return torch.cat([reference.gemm(x, *part) for part in zip(weights, parts, strict=True)], dim=-1)
 
 
-def fake(x, packed, scales, zeros, bias, bits, group_size, columns):
+def fake(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
     """Shape and dtype of the result, for tracing."""
-    return x.new_empty((*x.shape[:-1], packed.shape[1]))
+    return x.new_empty((*x.shape[:-1], sum(rows)))
+
+
+def _weights(packed, scales, zeros, bits, group_sizes, rows, columns) -> list[RuntimeWeight]:
+    weights = []
+    for parts in zip(packed, scales, zeros, bits, group_sizes, rows, strict=True):
+        words, scale, zero, width, group_size, count = parts
+        geometry = _geometry(width, group_size, zero is None, count, columns, words.shape[2] // PLANES[width])
+        weights.append(RuntimeWeight(geometry, words, scale, zero))
+    return weights
+
+
+@cache
+def _geometry(bits: int, group_size: int, symmetric: bool, rows: int, columns: int, slice: int) -> Geometry:
+    return Geometry(WeightFormat(bits, group_size, symmetric), rows, columns, slice)
 
 
 def _define() -> torch.library.Library:
     library = torch.library.Library("vlmq", "FRAGMENT")
     library.define(SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("gemm_v1", on_gpu, "CUDA")
-    library.impl("gemm_v1", on_cpu, "CPU")
-    torch.library.register_fake("vlmq::gemm_v1", fake, lib=library)
+    library.impl("linear_v1", on_gpu, "CUDA")
+    library.impl("linear_v1", on_cpu, "CPU")
+    torch.library.register_fake("vlmq::linear_v1", fake, lib=library)
     return library
 
 
-# The operator lives as long as this object. A second import, by another name or a reload, finds it and leaves it alone.
-if not hasattr(torch.ops.vlmq, "gemm_v1"):
+# The operators live as long as this object. A second import, by another name or a reload, finds them and leaves them.
+if not hasattr(torch.ops.vlmq, "linear_v1"):
     _LIBRARY = _define()

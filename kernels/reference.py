@@ -1,21 +1,62 @@
 """The plain-torch twin of the kernels: the oracle of their tests and what runs on a CPU.
 
-It reads the runtime layout (`layout.py`), widens the whole weight to float32 in every call and leaves speed to
-`gemm.py`. Any device, float32 sums, no Triton.
+It writes and reads the runtime layout (`layout.py`), widens the whole weight to float32 in every call and leaves speed
+to the Triton kernels. Any device, float32 sums, no Triton.
 """
 
-import torch
+from collections.abc import Iterator
 
-from vlmq_vllm.format import dequantize as dequantize_codes
-from vlmq_vllm.format import unpack
-from vlmq_vllm.kernels.layout import RuntimeWeight
+import torch
+from torch.nn.functional import pad
+
+from vlmq_vllm.kernels.layout import FIELDS, PLANES, TILE, Geometry, RuntimeWeight
+
+
+def places(bits: int, field: int) -> Iterator[tuple[int, int, int, int]]:
+    """Where a field's codes lie, in pieces: (plane, lowest bit in the word, lowest bit in the code, number of bits)."""
+    if bits == 3 and field == 15:
+        yield from ((plane, 15, plane, 1) for plane in range(3))
+    elif bits == 3:
+        yield field // 5, 3 * (field % 5), 0, 3
+    else:
+        yield 0, bits * field, 0, bits
+
+
+def to_words(codes: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Words int16 [tiles, spans, P * W, 64] of codes [rows, columns] uint8."""
+    below, right = geometry.tiles * TILE - len(codes), geometry.spans * geometry.span - codes.shape[1]
+    blocks = pad(codes, (0, right, 0, below)).view(-1, TILE, geometry.spans, FIELDS[geometry.bits], geometry.slice)
+    blocks = blocks.permute(3, 0, 2, 4, 1).to(torch.int32)  # [fields, tiles, spans, W, 64]
+    planes = [torch.zeros_like(blocks[0]) for _ in range(PLANES[geometry.bits])]
+    for field, block in enumerate(blocks):
+        for plane, place, low, count in places(geometry.bits, field):
+            planes[plane] |= (block >> low & (1 << count) - 1) << place
+    return torch.cat(planes, dim=2).to(torch.int16)
+
+
+def from_words(words: torch.Tensor, geometry: Geometry) -> torch.Tensor:
+    """Codes [rows, columns] uint8 of words int16 [tiles, spans, P * W, 64]."""
+    planes = words.to(torch.int32).split(geometry.slice, dim=2)
+    fields = []
+    for field in range(FIELDS[geometry.bits]):
+        codes = torch.zeros_like(planes[0])
+        for plane, place, low, count in places(geometry.bits, field):
+            codes |= (planes[plane] >> place & (1 << count) - 1) << low
+        fields.append(codes.to(torch.uint8))
+    codes = torch.stack(fields, dim=2)  # [tiles, spans, fields, W, 64]
+    return codes.permute(0, 4, 1, 2, 3).reshape(-1, geometry.spans * geometry.span)[: geometry.rows, : geometry.columns]
 
 
 def dequantize(weight: RuntimeWeight) -> torch.Tensor:
     """The weight [N, K] in float32."""
-    codes = unpack(weight.packed.T, weight.bits, weight.columns)
-    zero = None if weight.zeros is None else weight.zeros.T
-    return dequantize_codes(weight.format, codes, weight.scales.T, zero)
+    geometry = weight.geometry
+    codes = from_words(weight.packed, geometry)
+    group = torch.arange(geometry.columns, device=codes.device) // (
+        geometry.columns if geometry.group == -1 else geometry.group
+    )
+    scale = weight.scales.T[: geometry.rows, group].float()
+    zero = geometry.format.middle if weight.zeros is None else weight.zeros.T[: geometry.rows, group].float()
+    return scale * (codes.float() - zero)
 
 
 def gemm(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,42 +1,191 @@
-"""Which tile of the output one program computes: a static choice, without tuning and without asking the device."""
+"""Which tile and how many parts a launch takes: data where there is some, else a small model; never tried at run time.
 
+`tuned/ARCH.json` holds, for every width, the tile of each bucket of tokens, and plans that were measured for single
+shapes. Architectures without a file take that of the one with as much shared memory. VLMQ_TUNED names a folder whose
+files come first. How many parts K is divided into follows from the waves that the programs make, unless measured.
+"""
+
+import json
 import math
+import os
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
-from vlmq_vllm.format import WORD
+from vlmq_vllm.kernels.hardware import Hardware
+from vlmq_vllm.kernels.layout import FIELDS, PLANES, TILE, Geometry
+from vlmq_vllm.kernels.workspace import COUNTERS, PARTIALS
+
+BUCKETS = (8, 16, 32, 64, 128)  # tokens up to which a tile is used; the last also above
+TUNED = Path(__file__).parent / "tuned"
+# Bytes that must be on their way to a multiprocessor for it to get its share of the bandwidth: latency times share,
+# 0.75 us * 4.3 TB/s / 132 on an H200, with room.
+IN_FLIGHT = 32 << 10
+# What a part costs besides its spans: filling the pipeline, storing and adding its sums. Not measured.
+PART_SPANS = 0.5
+MAX_SPLITS = 16
+INVARIANT_BUCKET = 32  # its tile serves every number of tokens when results may not depend on it
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's part: `tokens` x `rows` of the output, `columns` of the weight per step of its loop."""
+    """A program's part: `rows` of the weight for `tokens`; `scaled`: scales multiply the weight instead of the sums."""
 
-    tokens: int
     rows: int
-    columns: int
+    tokens: int
     warps: int
     stages: int
-
-    def __post_init__(self) -> None:
-        for field in ("tokens", "rows", "columns", "warps"):
-            size = getattr(self, field)
-            assert size > 0 and size & (size - 1) == 0, f"{field} is {size}; Triton's blocks are powers of two"
-        assert self.tokens >= 16 and self.rows >= 16, "a tensor core instruction takes 16 x 16 at least"
-        assert self.columns >= WORD, "codes are unpacked in blocks of 32"
+    scaled: bool = False
 
 
-# Ascending in tokens. Few tokens: narrow tiles, so that many programs share the reading of the weight, and long steps,
-# so that each has many bytes in flight. Many tokens: wide tiles, so that an unpacked weight meets many tokens.
-TILES = (
-    Tile(tokens=16, rows=32, columns=128, warps=4, stages=4),
-    Tile(tokens=32, rows=32, columns=128, warps=4, stages=3),
-    Tile(tokens=64, rows=64, columns=64, warps=4, stages=3),
-    Tile(tokens=128, rows=64, columns=64, warps=8, stages=3),
-)
+@dataclass(frozen=True)
+class Plan:
+    """A launch: its tile, and into how many parts the spans of K are divided."""
+
+    tile: Tile
+    splits: int = 1
 
 
-def pick_tile(m: int, group_size: int) -> Tile:
-    """The tile for `m` tokens, its step shortened until it divides a group, so that a step has one scale per row."""
-    tile = next((tile for tile in TILES if m <= tile.tokens), TILES[-1])
-    if group_size == -1:
-        return tile
-    return replace(tile, columns=math.gcd(tile.columns, group_size))
+def why_not(plan: Plan, m: int, geometry: Geometry, hardware: Hardware) -> str | None:
+    """Why this plan cannot run for m tokens, or None when it can."""
+    tile = plan.tile
+    if tile.rows not in (TILE, 2 * TILE):
+        return f"rows is {tile.rows}; a tile has {TILE} or {2 * TILE}, as the layout stores them"
+    if tile.tokens < hardware.least_tokens or tile.tokens & (tile.tokens - 1):
+        return f"tokens is {tile.tokens}; a tile has a power of two from {hardware.least_tokens} on"
+    if tile.warps not in (1, 2, 4, 8) or tile.stages < 1:
+        return f"{tile.warps} warps and {tile.stages} stages; a tile has 1, 2, 4 or 8 and at least 1"
+    needed = shared_bytes(tile, geometry, hardware)
+    if needed > hardware.shared:
+        return f"{tile.stages} stages keep {needed} bytes in shared memory; {hardware.arch} has {hardware.shared}"
+    if not 1 <= plan.splits <= geometry.spans:
+        return f"splits is {plan.splits}; K has {geometry.spans} spans"
+    if math.ceil(geometry.spans / math.ceil(geometry.spans / plan.splits)) != plan.splits:
+        return f"{plan.splits} parts of {geometry.spans} spans would leave one empty"
+    programs = programs_of(m, geometry, tile)
+    if plan.splits > 1 and (programs > COUNTERS or programs * plan.splits * tile.rows * tile.tokens > PARTIALS):
+        return f"{programs} tiles in {plan.splits} parts do not fit into the workspace"
+    return None
+
+
+def plan(m: int, geometry: Geometry, hardware: Hardware) -> Plan:
+    """What to launch for m tokens."""
+    bucket = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
+    return _plan(bucket, -(-m // bucket) if bucket == BUCKETS[-1] else 1, geometry, hardware)
+
+
+def invariant_plan(geometry: Geometry, hardware: Hardware) -> Plan:
+    """What to launch for every number of tokens when a token's result may not depend on it."""
+    return _plan(INVARIANT_BUCKET, 1, geometry, hardware)
+
+
+def tokens_at_once(plan: Plan, geometry: Geometry) -> int:
+    """The most tokens, in whole tiles, whose parts fit into the workspace."""
+    if plan.splits == 1:
+        return 1 << 30
+    programs = programs_of(1, geometry, plan.tile)
+    room = PARTIALS // (programs * plan.splits * plan.tile.rows * plan.tile.tokens)
+    return min(room, COUNTERS // programs) * plan.tile.tokens
+
+
+def dequantise_from(hardware: Hardware) -> int:
+    """The number of tokens from which dequantising and cuBLAS take over."""
+    return _table(hardware)["dequantise_from"]
+
+
+@cache
+def _plan(bucket: int, wide: int, geometry: Geometry, hardware: Hardware) -> Plan:
+    m = bucket * wide
+    table = _table(hardware)
+    measured = table.get("measured", {}).get(_key(geometry, bucket)) if wide == 1 else None
+    if measured:
+        chosen = Plan(Tile(**measured["tile"]), measured["splits"])
+    else:
+        tile = _fit(Tile(**table["tiles"][str(geometry.bits)][str(bucket)]), geometry, hardware)
+        chosen = Plan(tile, _splits(m, geometry, tile, hardware))
+    if geometry.group == -1:  # one scale per row multiplies the sums at the end
+        chosen = replace(chosen, tile=replace(chosen.tile, scaled=False))
+    reason = why_not(chosen, m, geometry, hardware)
+    assert reason is None, reason
+    return chosen
+
+
+def programs_of(m: int, geometry: Geometry, tile: Tile) -> int:
+    """Tiles of the output."""
+    return -(-m // tile.tokens) * -(-geometry.tiles * TILE // tile.rows)
+
+
+def shared_bytes(tile: Tile, geometry: Geometry, hardware: Hardware) -> int:
+    """Shared memory of a program: a buffer of words and of x for every stage but the one at work.
+
+    wgmma reads x from shared memory while later loads are on their way, which takes one buffer more.
+    """
+    words = tile.rows * PLANES[geometry.bits] * geometry.slice * 2
+    x = tile.tokens * geometry.span * 2
+    asynchronous = hardware.arch.startswith(("sm_9", "sm_10")) and tile.warps >= 4
+    return (tile.stages - 1) * (words + x) + (x if asynchronous else 0)
+
+
+def _splits(m: int, geometry: Geometry, tile: Tile, hardware: Hardware) -> int:
+    """The number of parts with the shortest time in a model of waves.
+
+    A multiprocessor shares its bandwidth among its programs, so its time is the spans of all of them, longer where so
+    few are there that too few bytes are on their way.
+    """
+    programs = programs_of(m, geometry, tile)
+    bytes_ahead = max(1, tile.stages - 1) * tile.rows * PLANES[geometry.bits] * geometry.slice * 2
+
+    def time(splits: int) -> float:
+        share = programs * splits / hardware.multiprocessors
+        busy = min(1.0, max(share, 1.0) * bytes_ahead / IN_FLIGHT)
+        spans = math.ceil(geometry.spans / splits) + (PART_SPANS if splits > 1 else 0)
+        return math.ceil(share) * spans / busy
+
+    options = [
+        splits
+        for splits in range(1, min(geometry.spans, MAX_SPLITS) + 1)
+        if why_not(Plan(tile, splits), m, geometry, hardware) is None
+    ]
+    return min(options, key=time, default=1)
+
+
+def _fit(tile: Tile, geometry: Geometry, hardware: Hardware) -> Tile:
+    """The tile, with fewer stages and then fewer tokens where its file's architecture has more shared memory."""
+    while shared_bytes(tile, geometry, hardware) > hardware.shared:
+        smaller = {"stages": tile.stages - 1} if tile.stages > 2 else {"tokens": tile.tokens // 2}
+        tile = replace(tile, **smaller)
+    return tile
+
+
+def _key(geometry: Geometry, bucket: int) -> str:
+    """How a measured plan is filed: bits, group, grid, rows x columns, bucket."""
+    grid = "symmetric" if geometry.format.symmetric else "asymmetric"
+    return f"{geometry.bits} {geometry.format.group_size} {grid} {geometry.rows}x{geometry.columns} {bucket}"
+
+
+@cache
+def _table(hardware: Hardware) -> dict:
+    """The tiles of an architecture; raises ValueError for a file that is not what it should be."""
+    name = f"{hardware.arch}.json"
+    folders = [Path(folder) for folder in (os.environ.get("VLMQ_TUNED"),) if folder] + [TUNED]
+    path = next((folder / name for folder in folders if (folder / name).is_file()), TUNED / f"{_like(hardware)}.json")
+    try:
+        table = json.loads(path.read_text())
+        for bits in map(str, FIELDS):
+            for bucket in map(str, BUCKETS):
+                Tile(**table["tiles"][bits][bucket])
+        for entry in table.get("measured", {}).values():
+            Plan(Tile(**entry["tile"]), int(entry["splits"]))
+        int(table["dequantise_from"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of tiles ({error!r}); remove it, or tune anew") from None
+    return table
+
+
+def _like(hardware: Hardware) -> str:
+    """The architecture with a file that comes closest."""
+    if not hardware.arch.startswith("sm_"):
+        return "gfx942" if hardware.arch.startswith("gfx") else "sm_90"
+    if hardware.shared < 128 << 10:
+        return "sm_89"
+    return "sm_80" if hardware.shared < 200 << 10 else "sm_90"

@@ -17,16 +17,27 @@ def make_weight(bits, symmetric, rows, columns, group, dtype=FP16, device="cpu")
     return QuantizedWeight(format, codes, scale.to(dtype), zero)
 
 
+def exact(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The product in float64."""
+    out = x.double() @ weight.dequantize().double().T
+    return out if bias is None else out + bias.double()
+
+
+def empty(*shape: int, dtype=FP16, device="cpu") -> torch.Tensor:
+    """Memory full of NaN, in which an output that is never written shows."""
+    return torch.full(shape, torch.nan, dtype=dtype, device=device)
+
+
 def rel_rms(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """RMS of the difference over RMS of what is expected; NaN where either holds one."""
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def bound(dtype: torch.dtype, columns: int) -> float:
+def bound(dtype: torch.dtype, columns: int, rounded_weight: bool = False) -> float:
     """How far a product rounded to `dtype` may lie from the exact one, as relative RMS.
 
     Rounding the result moves no element by more than half a step, eps / 2. Before it, each of `columns` float32 sums
     loses up to 2^-23 (tensor cores cut instead of rounding); losses of random sign add up like sqrt(columns), and the
-    factor 2 is the room for them not being quite so.
+    factor 2 is the room for them not being quite so. A weight that was rounded before loses eps / 2 once more.
     """
-    return torch.finfo(dtype).eps / 2 + 2 * columns**0.5 * 2**-23
+    return torch.finfo(dtype).eps / 2 * (1 + rounded_weight) + 2 * columns**0.5 * 2**-23

@@ -94,15 +94,23 @@ def test_missing_kernel_falls_back_to_dense(ranks, monkeypatch):
     assert layer.vlmq_launches[0].kind == "dense"
 
 
-@pytest.mark.parametrize("formats", [(W4, W3, W8), (W4, None, FORMATS[5])], ids=["widths", "k at 16 bits"])
-def test_launches_of_the_gpu_kernels(ranks, monkeypatch, formats):
-    """The operator's plain-torch twin runs on the CPU: same layout, same launches, same slices of outputs."""
+@pytest.mark.parametrize(
+    ("formats", "parts"),
+    [((W4, W3, W8), [3]), ((W4, W2, W2), [2]), ((W4, None, FORMATS[5]), [1, 0, 1])],
+    ids=["widths", "k and v alike", "k at 16 bits"],
+)
+def test_launches_of_the_gpu_kernels(ranks, monkeypatch, formats, parts):
+    """The operator's plain-torch twin runs on the CPU: same layout, same launches, same slices of outputs.
+
+    Neighbours are one launch of so many weights; those of one format are one weight.
+    """
     monkeypatch.setattr(launch.Piece, "device", torch.device("cuda"))
     weights = qkv_weights(formats)
     layer = qkv_layer(config_of(weights))
     dense = load_qkv(layer, weights)
     check(finish(layer), dense, torch.randn(256, dtype=torch.bfloat16))
-    assert [step.kind for step in layer.vlmq_launches] == ["triton" if format else "dense" for format in formats]
+    assert [len(step.parts) for step in layer.vlmq_launches] == parts
+    assert [step.kind for step in layer.vlmq_launches] == ["triton" if count else "dense" for count in parts]
 
 
 def test_widened_codes_are_exact():

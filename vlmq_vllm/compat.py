@@ -1,6 +1,7 @@
 """What differs between the vLLM releases that are served, 0.26 to 0.32; every other file is written for the newest."""
 
 import inspect
+import os
 
 import torch
 from vllm import _custom_ops as ops
@@ -13,6 +14,11 @@ _CODES_PER_WORD = 8
 def map_name(mapper, name: str) -> str | None:
     """A tensor name through a WeightsMapper; 0.26 has only the private spelling."""
     return getattr(mapper, "map_name", mapper._map_name)(name)
+
+
+def batch_invariant() -> bool:
+    """Whether results may not depend on the batch, by the variable that every release reads."""
+    return bool(int(os.environ.get("VLLM_BATCH_INVARIANT", "0")))
 
 
 def int4_gemm(

@@ -1,11 +1,11 @@
 """What a loaded layer runs: a list of launches, each a matrix product that gives a slice of the layer's outputs.
 
-    triton  one segment through `kernels/`                        tensors packed, scales, zeros
+    triton  neighbouring segments through `kernels/`              tensors packed0, scales0, zeros0, packed1, ...
     int4    neighbouring segments widened for vLLM's CPU kernel   tensors packed, scales, zeros (`cpu.py`)
     dense   a weight at 16 bits, kept so or dequantised once      tensor weight
 
-The caller keeps the tensors; a Launch itself holds numbers only. Which kind a weight gets is decided here, and a
-weight that has to be dequantised is named in the log with the reason.
+The caller keeps the tensors; a Launch itself holds numbers and their names only. Which kind a weight gets is decided
+here, and a weight that has to be dequantised is named in the log with the reason.
 """
 
 from collections.abc import Mapping
@@ -16,68 +16,87 @@ import torch
 from vllm.logger import init_logger
 
 from vlmq_vllm import cpu
-from vlmq_vllm.format import QuantizedWeight
+from vlmq_vllm.compat import batch_invariant
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 logger = init_logger(f"vllm.{__name__}")
 
-Tensors = Mapping[str, torch.Tensor | None]
+Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A segment's weight after loading: quantised or a dense tensor [O, I], with its checkpoint name."""
+    """A segment after loading: checkpoint name, format (None: a dense `weight`) and its tensors by part name."""
 
     name: str
-    weight: QuantizedWeight | torch.Tensor
+    format: WeightFormat | None
+    tensors: Tensors
 
     @property
     def device(self) -> torch.device:
-        return (self.weight.codes if isinstance(self.weight, QuantizedWeight) else self.weight).device
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.tensors["weight"].shape if self.format is None else self.tensors["weight_shape"].tolist()
+        return tuple(shape)
+
+    def codes(self) -> QuantizedWeight:
+        """The weight with every code in a byte."""
+        return QuantizedWeight.from_tensors(self.format, self.tensors)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One product of `rows` outputs; bits, group_size and columns only for "triton", isa only for "int4"."""
+    """One product of `rows` outputs from the tensors `names`.
+
+    `isa` belongs to "int4". To "triton" belong `columns` and `parts`, (bits, group_size, rows) of the weights in it.
+    """
 
     kind: str
     rows: int
-    bits: int = 0
-    group_size: int = 0
-    columns: int = 0
+    names: tuple[str, ...]
     isa: str = ""
+    parts: tuple[tuple[int, int, int], ...] = ()
+    columns: int = 0
+    batch_invariant: bool = False
 
     def run(self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [M, columns] times the weight, plus bias [rows]: [M, rows]."""
+        """x [M, columns] times the weights, plus bias [rows]: [M, rows]."""
         if self.kind == "dense":
             return torch.nn.functional.linear(x, tensors["weight"], bias)
-        packed, scales, zeros = tensors["packed"], tensors["scales"], tensors["zeros"]
         if self.kind == "int4":
+            packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
             return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
-        return torch.ops.vlmq.gemm_v1(x, packed, scales, zeros, bias, self.bits, self.group_size, self.columns)
+        lists = [[tensors.get(f"{name}{i}") for i in range(len(self.parts))] for name in ("packed", "scales", "zeros")]
+        bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.parts, strict=True))
+        return torch.ops.vlmq.linear_v1(x, *lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
 
 
-def prepare(pieces: list[Piece], dtype: torch.dtype) -> list[tuple[Launch, Tensors]]:
-    """The launches of a layer and their tensors for activations of `dtype`."""
+def prepare(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> list[tuple[Launch, Tensors]]:
+    """The launches of a layer and their tensors for activations of `dtype`; `with_bias`: it may be given a bias."""
     launches = []
     for kind, group in groupby(pieces, key=lambda piece: _kind(piece, dtype)):
         members = list(group)
         if kind == "int4":
-            launches.append(_int4([piece.weight for piece in members], dtype))
+            launches.append(_int4(members, dtype))
+        elif kind == "triton":
+            launches.append(_triton(members, dtype, with_bias))
         else:
-            launches += [(_triton if kind == "triton" else _dense)(piece.weight, dtype) for piece in members]
+            launches += [_dense(piece, dtype) for piece in members]
     return launches
 
 
 def _kind(piece: Piece, dtype: torch.dtype) -> str:
-    if not isinstance(piece.weight, QuantizedWeight):
+    if piece.format is None:
         return "dense"
     fast, reason = "int4", None
     if piece.device.type == "cpu":
-        reason = cpu.why_not_int4(piece.weight.format, dtype)
+        reason = cpu.why_not_int4(piece.format, dtype)
     else:
         from vlmq_vllm.kernels.layout import why_not
 
-        fast, reason = "triton", why_not(piece.weight.format, *piece.weight.codes.shape)
+        fast, reason = "triton", why_not(piece.format, *piece.shape)
     if reason is None:
         return fast
     logger.warning_once("Weights are dequantised to %s at load and take its full memory: %s", dtype, reason)
@@ -85,19 +104,42 @@ def _kind(piece: Piece, dtype: torch.dtype) -> str:
     return "dense"
 
 
-def _dense(weight: QuantizedWeight | torch.Tensor, dtype: torch.dtype) -> tuple[Launch, Tensors]:
-    dense = weight.dequantize(dtype) if isinstance(weight, QuantizedWeight) else weight.clone()
-    return Launch("dense", len(dense)), {"weight": dense}
+def _dense(piece: Piece, dtype: torch.dtype) -> tuple[Launch, Tensors]:
+    dense = piece.tensors["weight"].clone() if piece.format is None else piece.codes().dequantize(dtype)
+    return Launch("dense", len(dense), ("weight",)), {"weight": dense}
 
 
-def _int4(weights: list[QuantizedWeight], dtype: torch.dtype) -> tuple[Launch, Tensors]:
-    rows = sum(len(weight.codes) for weight in weights)
-    return Launch("int4", rows, isa=cpu.isa(dtype)), cpu.widen(weights, dtype)
+def _int4(pieces: list[Piece], dtype: torch.dtype) -> tuple[Launch, Tensors]:
+    tensors = {name: x for name, x in cpu.widen([p.codes() for p in pieces], dtype).items() if x is not None}
+    rows = sum(piece.shape[0] for piece in pieces)
+    return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype)), tensors
 
 
-def _triton(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Launch, Tensors]:
-    from vlmq_vllm.kernels import layout, op  # noqa: F401, importing op defines torch.ops.vlmq
+def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> tuple[Launch, Tensors]:
+    """Neighbours of one format become one weight."""
+    from vlmq_vllm.kernels import op  # noqa: F401, defines torch.ops.vlmq
+    from vlmq_vllm.kernels.repack import repack
 
-    ready = layout.prepare(weight, dtype)
-    launch = Launch("triton", ready.rows, ready.bits, ready.group_size, ready.columns)
-    return launch, {"packed": ready.packed, "scales": ready.scales, "zeros": ready.zeros}
+    groups = groupby(pieces, key=lambda piece: piece.format)
+    weights = [repack(format, [piece.tensors for piece in members]) for format, members in groups]
+    invariant = batch_invariant()
+    if weights[0].packed.is_cuda:
+        from vlmq_vllm.kernels.warm import warm
+
+        warm(weights, dtype, with_bias, invariant)
+    tensors = {}
+    for i, weight in enumerate(weights):
+        tensors |= {f"packed{i}": weight.packed, f"scales{i}": weight.scales}
+        if weight.zeros is not None:
+            tensors[f"zeros{i}"] = weight.zeros
+    shapes = [weight.geometry for weight in weights]
+    parts = tuple((shape.bits, shape.format.group_size, shape.rows) for shape in shapes)
+    launch = Launch(
+        "triton",
+        sum(shape.rows for shape in shapes),
+        tuple(tensors),
+        parts=parts,
+        columns=shapes[0].columns,
+        batch_invariant=invariant,
+    )
+    return launch, tensors

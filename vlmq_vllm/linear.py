@@ -20,12 +20,11 @@ from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from vlmq_vllm.checkpoint import ModuleInfo
-from vlmq_vllm.format import PARTS, QuantizedWeight
+from vlmq_vllm.format import PARTS
 from vlmq_vllm.launch import Piece, prepare
 from vlmq_vllm.segments import DENSE, Segment, plan
 
 QKV = {"q": 0, "k": 1, "v": 2}
-TENSORS = ("packed", "scales", "zeros", "weight")
 
 
 class VLMQLinearMethod(LinearMethodBase):
@@ -66,14 +65,15 @@ class VLMQLinearMethod(LinearMethodBase):
         self.config.check_complete()
         if not layer.vlmq_dummy:
             _check_arrived(layer)
-        launches = prepare([_piece(layer, i) for i in range(len(layer.vlmq_segments))], layer.vlmq_dtype)
+        pieces = [_piece(layer, i) for i in range(len(layer.vlmq_segments))]
+        with_bias = getattr(layer, "bias", None) is not None
+        launches = prepare(pieces, layer.vlmq_dtype, with_bias)
         _register(layer, "weight_packed", layer.weight_packed.new_empty(0))
         for part in (*PARTS[1:], DENSE):
             layer._parameters.pop(part, None)
         for i, (_, tensors) in enumerate(launches):
             for name, tensor in tensors.items():
-                if tensor is not None:
-                    _register(layer, f"vlmq_{i}_{name}", tensor)
+                _register(layer, f"vlmq_{i}_{name}", tensor)
         layer.vlmq_launches = tuple(launch for launch, _ in launches)
         layer.vlmq_arrived.clear()
 
@@ -82,7 +82,7 @@ class VLMQLinearMethod(LinearMethodBase):
         flat = x.reshape(-1, x.shape[-1])
         outputs, start = [], 0
         for i, launch in enumerate(layer.vlmq_launches):
-            tensors = {name: getattr(layer, f"vlmq_{i}_{name}", None) for name in TENSORS}
+            tensors = {name: getattr(layer, f"vlmq_{i}_{name}") for name in launch.names}
             stop = start + launch.rows
             outputs.append(launch.run(tensors, flat, None if bias is None else bias[start:stop]))
             start = stop
@@ -160,9 +160,9 @@ def _piece(layer: torch.nn.Module, index: int) -> Piece:
             "--dtype if the checkpoint was made in one of wider range, else quantise anew"
         )
     if segment.format is None:
-        return Piece(segment.name, tensors[DENSE])
+        return Piece(segment.name, None, tensors)
     tensors["weight_shape"] = torch.tensor(segment.shape)  # what arrived is the shape before it was cut
-    return Piece(segment.name, QuantizedWeight.from_tensors(segment.format, tensors))
+    return Piece(segment.name, segment.format, tensors)
 
 
 def _register(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:

@@ -1,0 +1,57 @@
+"""x times the weights of a layer that lie below each other: for every number of tokens the way that should be fastest.
+
+    up to the crossover   the fused kernel (`gemm.py`), planned in `tiles.py`
+    above                 dequantise and cuBLAS (`dequantise.py`)
+
+A fused layer may hold several weights (of different widths); each writes its columns of the one result. The crossover
+is data (`tuned/`), like the tiles. Batch-invariant products use one tile and one division of K for every number of
+tokens, so that what a token gets does not depend on its company.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vlmq_vllm.kernels import dequantise, gemm, hardware, tiles
+from vlmq_vllm.kernels.layout import RuntimeWeight
+
+
+def multiply(
+    x: torch.Tensor,
+    weights: Sequence[RuntimeWeight],
+    bias: torch.Tensor | None = None,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """x [..., K] times all weights plus bias: [..., sum of their rows] in x's dtype."""
+    for weight in weights:
+        weight.check_input(x, None)
+    rows = [weight.geometry.rows for weight in weights]
+    tokens = _dense(x)
+    out = torch.empty(len(tokens), sum(rows), dtype=x.dtype, device=x.device)
+    start = 0
+    for weight, count in zip(weights, rows, strict=True):
+        part = slice(start, start + count)
+        _into(out[:, part], tokens, weight, None if bias is None else bias[part], batch_invariant)
+        start += count
+    return out.view(*x.shape[:-1], start)
+
+
+def _into(
+    out: torch.Tensor, x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None, batch_invariant: bool
+) -> None:
+    machine = hardware.of(x.device)
+    if batch_invariant:
+        plan = tiles.invariant_plan(weight.geometry, machine)
+        step = tiles.tokens_at_once(plan, weight.geometry)
+        for i in range(0, len(x), step):
+            gemm.gemm(x[i : i + step], weight, bias, out[i : i + step], plan)
+    elif len(x) >= tiles.dequantise_from(machine):
+        dequantise.gemm(x, weight, bias, out)
+    else:
+        gemm.gemm(x, weight, bias, out)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """x as [M, K], contiguous and aligned as all of torch's own memory is: kernels are compiled for that."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    return tokens if tokens.data_ptr() % 16 == 0 else tokens.clone()

@@ -1,0 +1,45 @@
+"""Everything that a layer can launch, launched once when it has been loaded.
+
+Triton compiles a kernel at its first launch with new properties of the arguments, and loads it into the GPU then. Both
+must have happened before a CUDA graph is captured and before requests wait for it; vLLM's `--jit-monitor-mode=error`
+holds us to that. Properties follow from a layer's sizes and from the way that a number of tokens takes, so a launch for
+every way is enough; layers of the same sizes share it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from vlmq_vllm.kernels import hardware, tiles, workspace
+from vlmq_vllm.kernels.layout import RuntimeWeight
+from vlmq_vllm.kernels.product import multiply
+
+_done: set[tuple] = set()
+
+
+def warm(weights: Sequence[RuntimeWeight], dtype: torch.dtype, with_bias: bool, batch_invariant: bool = False) -> None:
+    """Launch whatever `multiply` may take for a layer of these weights, with bias also without (ranks differ)."""
+    device = weights[0].packed.device
+    key = (
+        device,
+        tuple((weight.geometry, weight.scales.dtype) for weight in weights),
+        dtype,
+        with_bias,
+        batch_invariant,
+    )
+    if key in _done:
+        return
+    workspace.reserve(device)
+    rows = sum(weight.geometry.rows for weight in weights)
+    biases = (None, torch.zeros(rows, dtype=dtype, device=device)) if with_bias else (None,)
+    for m in tokens(hardware.of(device)):
+        x = torch.zeros(m, weights[0].geometry.columns, dtype=dtype, device=device)
+        for bias in biases:
+            multiply(x, weights, bias, batch_invariant)
+    _done.add(key)
+
+
+def tokens(machine: hardware.Hardware) -> list[int]:
+    """Numbers of tokens that between them take every way."""
+    last, many = tiles.BUCKETS[-1], tiles.dequantise_from(machine)
+    return sorted({*(m for m in tiles.BUCKETS if m < many), *range(2 * last, many, last), many})
