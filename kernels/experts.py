@@ -8,60 +8,14 @@ only; the product is the walk of `walk.py`. Weights of all experts lie behind ea
 fill a GPU. All on the device, without waiting for it, so that CUDA graphs can hold it.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles
 from vlmq_vllm.kernels.gemm import walk_arguments
-from vlmq_vllm.kernels.layout import ACTIVATIONS, TILE, Geometry, RuntimeWeight
+from vlmq_vllm.kernels.layout import TILE, ExpertWeights
 from vlmq_vllm.kernels.walk import walk
-
-
-@dataclass(frozen=True, eq=False)
-class Experts:
-    """The weights of all experts, which share sizes and format: `RuntimeWeight`'s tensors, stacked [experts, ...]."""
-
-    geometry: Geometry
-    packed: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-
-    @classmethod
-    def stack(cls, weights: list[RuntimeWeight]) -> "Experts":
-        """From one weight for every expert. Raises ValueError when they differ in sizes or format."""
-        geometry = weights[0].geometry
-        for i, weight in enumerate(weights):
-            if weight.geometry != geometry:
-                raise ValueError(f"expert {i} is {weight.geometry}, expert 0 {geometry}; they must be alike")
-        zeros = None if weights[0].zeros is None else torch.stack([weight.zeros for weight in weights])
-        packed, scales = (torch.stack([getattr(weight, part) for weight in weights]) for part in ("packed", "scales"))
-        return cls(geometry, packed, scales, zeros)
-
-    def __getitem__(self, expert: int) -> RuntimeWeight:
-        """The weight of one expert."""
-        zeros = None if self.zeros is None else self.zeros[expert]
-        return RuntimeWeight(self.geometry, self.packed[expert], self.scales[expert], zeros)
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def check(self, x, ids, bias, router) -> None:
-        """Raises ValueError unless the arguments of `multiply` fit."""
-        columns, entries = self.geometry.columns, tuple(ids.shape)
-        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}; it must be int32 or int64 [tokens, experts each]")
-        if tuple(x.shape) not in ((len(ids), columns), (*entries, columns)):
-            raise ValueError(f"x has shape {list(x.shape)}; it must be {[len(ids), columns]} or {[*entries, columns]}")
-        if x.dtype not in ACTIVATIONS or x.device != self.packed.device:
-            raise ValueError(f"x is {x.dtype} on {x.device}; it must be float16 or bfloat16 on {self.packed.device}")
-        rows = (len(self), self.geometry.rows)
-        if bias is not None and (tuple(bias.shape) != rows or bias.dtype != x.dtype):
-            raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; it must be {x.dtype} {list(rows)}")
-        if router is not None and tuple(router.shape) != entries:
-            raise ValueError(f"router has shape {list(router.shape)}; it must be {list(entries)}")
 
 
 @triton.jit(do_not_specialize=["n_entries", "n_each", "K", "n_tiles", "n_spans"])
@@ -161,7 +115,7 @@ def routing(ids: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, 
 
 def multiply(
     x: torch.Tensor,
-    experts: Experts,
+    experts: ExpertWeights,
     ids: torch.Tensor,
     bias: torch.Tensor | None = None,
     router: torch.Tensor | None = None,
@@ -172,7 +126,7 @@ def multiply(
     x is [tokens, K], or [tokens, experts each, K] where every entry has its own input; ids [tokens, experts each], of
     which those that are no expert of here give zeros; bias [experts, N]; router [tokens, experts each].
     """
-    experts.check(x, ids, bias, router)
+    experts.check_input(x, ids, bias, router)
     geometry, machine = experts.geometry, hardware.of(x.device)
     out = torch.empty(*ids.shape, geometry.rows, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
@@ -189,7 +143,7 @@ def multiply(
     return out
 
 
-def arguments(x, experts: Experts, ids, bias, router, out, entries, owners, tile, machine) -> dict:
+def arguments(x, experts: ExpertWeights, ids, bias, router, out, entries, owners, tile, machine) -> dict:
     """What the kernel is called with."""
     geometry = experts.geometry
     return dict(

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from vlmq_vllm.kernels.layout import FIELDS, PLANES, TILE, Geometry, RuntimeWeight
+from vlmq_vllm.kernels.layout import FIELDS, PLANES, TILE, ExpertWeights, Geometry, RuntimeWeight
 
 
 def places(bits: int, field: int) -> Iterator[tuple[int, int, int, int]]:
@@ -66,3 +66,21 @@ def gemm(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = Non
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)
+
+
+def experts(
+    x: torch.Tensor,
+    weights: ExpertWeights,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    router: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """router * (x W[ids]^T + bias[ids]): [T, E, N] from x [T, K] or [T, E, K], ids and router [T, E]."""
+    weights.check_input(x, ids, bias, router)
+    inputs = (x if x.ndim == 3 else x[:, None]).expand(*ids.shape, -1).float()
+    out = torch.zeros(*ids.shape, weights.geometry.rows, device=x.device)
+    for expert in ids.unique().tolist():
+        if 0 <= expert < len(weights):
+            product = inputs[ids == expert] @ dequantize(weights[expert]).T
+            out[ids == expert] = product if bias is None else product + bias[expert].float()
+    return (out if router is None else out * router[..., None].float()).to(x.dtype)

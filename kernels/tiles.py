@@ -90,19 +90,19 @@ def tokens_at_once(plan: Plan, geometry: Geometry) -> int:
 
 def dequantise_from(hardware: Hardware) -> int:
     """The number of tokens from which dequantising and cuBLAS take over."""
-    return _table(hardware)["dequantise_from"]
+    return table_of(hardware)["dequantise_from"]
 
 
 @cache
 def _plan(bucket: int, wide: int, geometry: Geometry, hardware: Hardware) -> Plan:
     m = bucket * wide
-    table = _table(hardware)
-    measured = table.get("measured", {}).get(_key(geometry, bucket)) if wide == 1 else None
+    table = table_of(hardware)
+    measured = table.get("measured", {}).get(key_of(geometry, bucket)) if wide == 1 else None
     if measured:
         chosen = Plan(Tile(**measured["tile"]), measured["splits"])
     else:
         tile = _fit(Tile(**table["tiles"][str(geometry.bits)][str(bucket)]), geometry, hardware)
-        chosen = Plan(tile, _splits(m, geometry, tile, hardware))
+        chosen = Plan(tile, splits_of(m, geometry, tile, hardware))
     if geometry.group == -1:  # one scale per row multiplies the sums at the end
         chosen = replace(chosen, tile=replace(chosen.tile, scaled=False))
     reason = why_not(chosen, m, geometry, hardware)
@@ -126,7 +126,7 @@ def shared_bytes(tile: Tile, geometry: Geometry, hardware: Hardware) -> int:
     return (tile.stages - 1) * (words + x) + (x if asynchronous else 0)
 
 
-def _splits(m: int, geometry: Geometry, tile: Tile, hardware: Hardware) -> int:
+def splits_of(m: int, geometry: Geometry, tile: Tile, hardware: Hardware) -> int:
     """The number of parts with the shortest time in a model of waves.
 
     A multiprocessor shares its bandwidth among its programs, so its time is the spans of all of them, longer where so
@@ -157,14 +157,14 @@ def _fit(tile: Tile, geometry: Geometry, hardware: Hardware) -> Tile:
     return tile
 
 
-def _key(geometry: Geometry, bucket: int) -> str:
+def key_of(geometry: Geometry, bucket: int) -> str:
     """How a measured plan is filed: bits, group, grid, rows x columns, bucket."""
     grid = "symmetric" if geometry.format.symmetric else "asymmetric"
     return f"{geometry.bits} {geometry.format.group_size} {grid} {geometry.rows}x{geometry.columns} {bucket}"
 
 
 @cache
-def _table(hardware: Hardware) -> dict:
+def table_of(hardware: Hardware) -> dict:
     """The tiles of an architecture; raises ValueError for a file that is not what it should be."""
     name = f"{hardware.arch}.json"
     folders = [Path(folder) for folder in (os.environ.get("VLMQ_TUNED"),) if folder] + [TUNED]

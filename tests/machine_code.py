@@ -40,26 +40,22 @@ def launch(
     """(kernel, arguments, weights that a thread takes in a step) of the launch for this many tokens."""
     from vlmq_vllm.format import WeightFormat
     from vlmq_vllm.kernels import dequantise, experts, gemm, tiles
-    from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
+    from vlmq_vllm.kernels.layout import ExpertWeights, Geometry, RuntimeWeight
 
     format = WeightFormat(bits, group, symmetric)
     shape = Geometry.of(format, rows, columns) if slice is None else Geometry(format, rows, columns, slice)
     plan = tiles.plan(tokens, shape, machine(arch))
     with torch.device("meta"):
         dtype = getattr(torch, dtype)
-        packed, scales = (
-            torch.empty(shape.packed_shape, dtype=torch.int16),
-            torch.empty(shape.scales_shape, dtype=dtype),
-        )
+        packed = torch.empty(shape.packed_shape, dtype=torch.int16)
+        scales = torch.empty(shape.scales_shape, dtype=dtype)
         zeros = None if symmetric else torch.empty(shape.scales_shape, dtype=torch.uint8)
         x, out = torch.empty(tokens, columns, dtype=dtype), torch.empty(tokens, rows, dtype=dtype)
         if kind == "gemm":
             weight, bias = RuntimeWeight(shape, packed, scales, zeros), torch.empty(rows, dtype=dtype)
             kernel, arguments = gemm.gemm_kernel, gemm.arguments(x, weight, bias, out, plan, machine(arch))
         elif kind == "experts":
-            stacked = experts.Experts(
-                shape, *(None if part is None else part[None] for part in (packed, scales, zeros))
-            )
+            stacked = ExpertWeights(shape, *(part if part is None else part[None] for part in (packed, scales, zeros)))
             ids, router = torch.empty(tokens, 1, dtype=torch.int32), torch.empty(tokens, 1)
             kernel = experts.experts_kernel
             arguments = experts.arguments(x, stacked, ids, None, router, out, ids, ids, plan.tile, machine(arch))

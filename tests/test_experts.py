@@ -4,7 +4,9 @@ import pytest
 import torch
 from kernel_problems import BF16, FP16, bound, make_weight, rel_rms
 
-from vlmq_vllm.kernels.experts import Experts, multiply, routing
+from vlmq_vllm.kernels import op
+from vlmq_vllm.kernels.experts import multiply, routing
+from vlmq_vllm.kernels.layout import ExpertWeights
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import Tile
 
@@ -26,7 +28,7 @@ def expected(x, weights, ids, bias, router):
 def test_multiply(bits, symmetric, device):
     """Experts with many tokens, few and none, ids that are no expert of here, odd sizes, bias and router weights."""
     weights = [make_weight(bits, symmetric, 70, 200, 64, device=device) for _ in range(5)]
-    experts = Experts.stack([prepare(weight, FP16) for weight in weights])
+    experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights])
     ids = torch.randint(-1, 4, (21, 3), device=device, dtype=torch.int32)
     ids[0, 0] = 5  # beyond the last
     assert 4 not in ids
@@ -41,12 +43,24 @@ def test_multiply(bits, symmetric, device):
 def test_own_inputs(device):
     """The second product of an expert: every entry brings its own input."""
     weights = [make_weight(4, True, 40, 96, 32, device=device) for _ in range(3)]
-    experts = Experts.stack([prepare(weight, FP16) for weight in weights])
+    experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights])
     ids, x = torch.randint(0, 3, (7, 2), device=device), torch.randn(7, 2, 96, device=device).to(FP16)
     out = multiply(x, experts, ids)
     assert rel_rms(out, expected(x, weights, ids, None, None)) <= bound(FP16, 96)
     assert multiply(x[:0], experts, ids[:0]).shape == (0, 2, 40)
     assert torch.equal(experts[1].packed, prepare(weights[1], FP16).packed)
+
+
+@pytest.mark.parametrize("call", [torch.ops.vlmq.experts_v1, op.experts_on_gpu, op.experts_on_cpu])
+def test_op(call, device):
+    weights = [make_weight(2, False, 40, 96, 32, device=device) for _ in range(3)]
+    experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights])
+    ids, x = torch.randint(-1, 4, (7, 2), device=device), torch.randn(7, 96, device=device).to(FP16)
+    bias, router = torch.randn(3, 40, device=device).to(FP16), torch.rand(7, 2, device=device)
+    given = (x, experts.packed, experts.scales, experts.zeros, ids, bias, router, 2, 32, 40, 96)
+    assert rel_rms(call(*given), expected(x, weights, ids, bias, router)) <= bound(FP16, 96)
+    if call is torch.ops.vlmq.experts_v1:
+        torch.library.opcheck(call.default, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("block", [8, 16])
@@ -74,16 +88,18 @@ def test_routing(tokens, each, experts, block):
         ({"ids": torch.zeros(4, 2)}, "ids is torch.float32"),
         ({"x": torch.ones(3, 96).half()}, "x has shape \\[3, 96\\]; it must be \\[4, 96\\] or \\[4, 2, 96\\]"),
         ({"x": torch.ones(4, 96)}, "x is torch.float32"),
-        ({"bias": torch.ones(40).half()}, "bias is torch.float16 \\[40\\]; it must be torch.float16 \\[2, 40\\]"),
+        ({"bias": torch.ones(40).half()}, "bias has shape \\[40\\]; this weight needs \\[2, 40\\]"),
         ({"router": torch.ones(4)}, "router has shape \\[4\\]"),
         ({"tile": Tile(96, 16, 4, 2)}, "rows is 96"),
     ],
 )
 def test_refused(change, message, device):
-    experts = Experts.stack([prepare(make_weight(4, True, 40, 96, 32, device=device), FP16) for _ in range(2)])
+    experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device), FP16) for _ in range(2)])
     given = {"x": torch.ones(4, 96).half(), "ids": torch.zeros(4, 2, dtype=torch.int32)} | change
     with pytest.raises(ValueError, match=message):
         multiply(experts=experts, **{name: x.to(device) if hasattr(x, "to") else x for name, x in given.items()})
+    with pytest.raises(ValueError, match="scales is of 1 experts, packed of 2"):
+        ExpertWeights(experts.geometry, experts.packed, experts.scales[:1], None)
     other = prepare(make_weight(3, True, 40, 96, 32, BF16, device=device), BF16)
     with pytest.raises(ValueError, match="expert 1 is .* they must be alike"):
-        Experts.stack([experts[0], other])
+        ExpertWeights.stack([experts[0], other])

@@ -34,11 +34,11 @@ def geometry(bits=4, rows=3584, columns=3584, group=128, symmetric=True) -> Geom
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """A folder of tables that comes before ours."""
-    for cached in (tiles._table, tiles._plan):
+    for cached in (tiles.table_of, tiles._plan):
         cached.cache_clear()
     monkeypatch.setenv("VLMQ_TUNED", str(tmp_path))
     yield tmp_path
-    for cached in (tiles._table, tiles._plan):
+    for cached in (tiles.table_of, tiles._plan):
         cached.cache_clear()
 
 
@@ -114,7 +114,7 @@ def test_tables(path):
 def test_measured_plans_come_first(tuned):
     table = json.loads((tiles.TUNED / "sm_90.json").read_text())
     tile = {"rows": 128, "tokens": 8, "warps": 4, "stages": 3}
-    table["measured"] = {tiles._key(geometry(), 8): {"tile": tile, "splits": 7}}
+    table["measured"] = {tiles.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
     (tuned / "sm_90.json").write_text(json.dumps(table))
     assert tiles.plan(5, geometry(), H200) == Plan(Tile(**tile), 7)
     assert tiles.plan(9, geometry(), H200).tile.tokens == 16
