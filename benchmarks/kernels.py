@@ -1,0 +1,169 @@
+"""Speed of vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's Triton kernel and cuBLAS, on one GPU.
+
+    PYTHONPATH=. python benchmarks/kernels.py --first-minute         # what the machine can do at all
+    PYTHONPATH=. python benchmarks/kernels.py --out kernels.jsonl    # everything, in nine minutes at most
+    PYTHONPATH=. python benchmarks/kernels.py --shapes 7b-down --tokens 1 8 --bits 2 --peers cublas humming
+
+The important cases come first; what --seconds leaves no time for is listed. A kernel whose result is wrong has no
+speed: a peer is listed as failed, and if it is ours there is no table at all and the exit status is 1. FILE gets a
+JSON line for every figure as it is found, and its neighbour with the suffix .md the tables (`kernel_report.py`). Cases
+and targets are in `kernel_cases.py`, the peers in `kernel_peers.py`; `gpu_timing.py` says how time is taken.
+"""
+
+import argparse
+import datetime
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import monotonic
+
+import gpu_timing
+import torch
+from kernel_bench import Bench, Clock, Lost, Refused, Setting
+from kernel_cases import BITS, LAYERS, TOKENS, Block, chosen, ordered
+from kernel_peers import DENSE, KERNELS, OURS, PEERS
+from kernel_report import Journal
+
+BEGAN = monotonic()
+HERE = Path(__file__).absolute().parent
+PACKAGES = ("torch", "triton", "vllm", "humming-kernels", "gemlite")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+SHAPES = sorted({name for layer in LAYERS for name in (layer.label, layer.model, layer.name)})
+
+
+def compare(bench: Bench, blocks: list[Block]) -> None:
+    """Every case of the blocks, ours first."""
+    bench.preflight(blocks)
+    for block in blocks:
+        bench.run(block)
+        gpu_timing.release()
+        bench.journal.tables()  # so that there are some, should this process be ended from outside
+        print(f"{monotonic() - BEGAN:.0f} s: {block.layer.label} W{block.bits}", file=sys.stderr)
+
+
+def present(names: list[str], journal: Journal) -> list[str]:
+    """Those of the kernels that can run here; the journal is told of the others. Raises Refused if ours cannot."""
+    absent = {name: KERNELS[name].why_absent() for name in names}
+    for name, reason in absent.items():
+        if reason and name == OURS:
+            raise Refused(reason)
+        if reason:
+            journal.add("absent", kernel=name, reason=reason)
+    return [name for name, reason in absent.items() if not reason]
+
+
+def run(args: argparse.Namespace, setting: Setting, journal: Journal) -> None:
+    clock = Clock(BEGAN + args.seconds, args.peer_seconds)
+    layers = chosen(args.shapes)
+    if args.first_minute:
+        for block in ordered(layers, [4], args.tokens):  # of any width: only the dense product is measured
+            Bench(setting, [DENSE], journal, clock).run(block)
+    else:
+        names = present([OURS, *args.peers], journal)
+        compare(Bench(setting, names, journal, clock), ordered(layers, args.bits, args.tokens))
+
+
+def guarded(args: argparse.Namespace, setting: Setting, journal: Journal) -> str | None:
+    """Run, print the tables, and return why the exit status must not be 0."""
+    trouble = None
+    try:
+        run(args, setting, journal)
+    except Refused as error:
+        journal.refuse(str(error))
+        return f"no speeds, since our own kernel is wrong: {error}"
+    except Lost as error:
+        trouble = f"stopped early: {error}"
+    print(journal.tables())
+    return trouble
+
+
+def machine(args: argparse.Namespace, setting: Setting) -> dict:
+    """Who measures, with what, and what the machine does at best."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name(setting.device),
+        "driver": driver(),
+        "versions": {name: installed(name) for name in PACKAGES} | {"CUDA": torch.version.cuda},
+        "command": " ".join(["python benchmarks/kernels.py", *public(sys.argv[1:])]),
+        "dtype": args.dtype,
+        "group_size": setting.group_size,
+        "symmetric": setting.symmetric,
+        "l2_bytes": setting.l2,
+        "copied_bytes": gpu_timing.COPIED,
+        "copy": setting.copy,
+        "empty": gpu_timing.empty_microseconds(setting.device),
+    }
+
+
+def driver() -> str:
+    """Version of the driver, highest clocks and power limit, as nvidia-smi tells them."""
+    query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    if not shutil.which("nvidia-smi"):
+        return "unknown, no nvidia-smi"
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return "; ".join((done.stdout or done.stderr).split("\n")).strip("; ")
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def public(arguments: list[str]) -> list[str]:
+    """Without --out, which names a folder of one machine."""
+    kept = [argument for argument in arguments if not argument.startswith("--out=")]
+    if "--out" in kept:
+        at = kept.index("--out")
+        del kept[at : at + 2]
+    return kept
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--shapes", nargs="+", choices=SHAPES, default=[], metavar="NAME", help="7b-down, 7b, down ...")
+    made.add_argument("--tokens", nargs="+", type=positive, default=list(TOKENS), metavar="M")
+    made.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
+    made.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all; without names: none")
+    made.add_argument("--group-size", type=int, default=128)
+    made.add_argument("--asymmetric", action="store_true", help="with zero points; of the peers only cuBLAS takes part")
+    made.add_argument("--dtype", choices=DTYPES, default="bf16")
+    made.add_argument("--seconds", type=float, default=540, help="after which no further case begins")
+    made.add_argument("--peer-seconds", type=float, default=120, help="for packing, compiling and tuning of each peer")
+    made.add_argument("--first-minute", action="store_true", help="copy bandwidth, empty kernel and cuBLAS only")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, metavar="FILE", help="JSON lines; tables beside it with the suffix .md")
+    return made
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} tokens; at least 1 is needed")
+    return int(text)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    # transformers, which vLLM imports, looks for a package "kernels"; it must not find this file.
+    sys.path[:] = [folder for folder in sys.path if Path(folder).absolute() != HERE]
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: torch finds no CUDA device, and nothing else can tell how fast these kernels are")
+    device = f"cuda:{torch.cuda.current_device()}"
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    torch.manual_seed(args.seed)
+    journal = Journal(args.out)
+    # A graph cannot be captured on the default stream, and kernels keep a workspace for every stream: one for all.
+    with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+        copy = gpu_timing.copy_bandwidth(device)
+        setting = Setting(device, DTYPES[args.dtype], args.group_size, not args.asymmetric, l2, copy)
+        journal.add("machine", **machine(args, setting))
+        raise SystemExit(guarded(args, setting, journal))
+
+
+if __name__ == "__main__":
+    main()
