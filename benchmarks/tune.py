@@ -33,7 +33,8 @@ from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
 
 SHAPES = sorted({name for layer in LAYERS for name in (layer.label, layer.model, layer.name)})
-ROWS, WARPS, STAGES, SPLITS = (64, 128), (2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 10, 14)
+WARPS, STAGES, SPLITS = (2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 10, 14)
+ROWS = {8: (64, 128), 16: (64, 128), 32: (64, 128), 64: (64, 128, 256), 128: (128, 256)}
 TOKENS = {8: (8,), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128)}  # of the tiles worth trying in a bucket
 SCALED = {8: (False,), 16: (False,), 32: (False, True), 64: (False, True), 128: (True,)}
 FINALISTS = 3
@@ -47,7 +48,7 @@ def candidates(bucket: int, geometry: Geometry, machine: hardware.Hardware) -> I
     for tokens in TOKENS[bucket]:
         for rows, warps, stages, scaled in (
             (rows, warps, stages, scaled)
-            for rows in ROWS
+            for rows in ROWS[bucket]
             for warps in WARPS
             for stages in STAGES
             for scaled in SCALED[bucket]

@@ -49,8 +49,8 @@ class Plan:
 def why_not(plan: Plan, m: int, geometry: Geometry, hardware: Hardware) -> str | None:
     """Why this plan cannot run for m tokens, or None when it can."""
     tile = plan.tile
-    if tile.rows not in (TILE, 2 * TILE):
-        return f"rows is {tile.rows}; a tile has {TILE} or {2 * TILE}, as the layout stores them"
+    if tile.rows not in (TILE, 2 * TILE, 4 * TILE):
+        return f"rows is {tile.rows}; a tile has {TILE}, {2 * TILE} or {4 * TILE}, as the layout stores them"
     if tile.tokens < hardware.least_tokens or tile.tokens & (tile.tokens - 1):
         return f"tokens is {tile.tokens}; a tile has a power of two from {hardware.least_tokens} on"
     if tile.warps not in (1, 2, 4, 8) or tile.stages < 1:
@@ -150,7 +150,12 @@ def splits_of(m: int, geometry: Geometry, tile: Tile, hardware: Hardware) -> int
 
 
 def _fit(tile: Tile, geometry: Geometry, hardware: Hardware) -> Tile:
-    """The tile, with fewer stages and then fewer tokens where its file's architecture has more shared memory."""
+    """The tile, adapted to slices narrower and shared memory smaller than its table was made for.
+
+    Triton copies x asynchronously only if a slice has 4 bytes for every thread, so narrow slices have fewer threads.
+    """
+    while tile.warps > max(1, tile.tokens * geometry.slice // 64) and tile.rows > TILE:
+        tile = replace(tile, warps=tile.warps // 2, rows=tile.rows // 2)
     while shared_bytes(tile, geometry, hardware) > hardware.shared:
         smaller = {"stages": tile.stages - 1} if tile.stages > 2 else {"tokens": tile.tokens // 2}
         tile = replace(tile, **smaller)

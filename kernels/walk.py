@@ -129,7 +129,7 @@ def walk(
     PLANES: tl.constexpr = 3 if BITS == 3 else 1
     o_n = tl.arange(0, BN)
     o_w = tl.arange(0, W)
-    # A tile of 128 rows may begin in the last 64 that there are: it reads these twice and stores them once.
+    # A tile of 128 rows and more may reach beyond the last 64: it reads these again, and stores them once.
     o_tile = tl.minimum(i_n * (BN // 64) + o_n // 64, n_tiles - 1)
     p_words = words + (o_tile.to(tl.int64) * n_spans * (PLANES * W * 64) + o_n % 64)[:, None] + o_w[None, :] * 64
     p_x = p_x[None, :] + o_w[:, None]

@@ -72,7 +72,7 @@ def test_parts_fill_the_gpu():
 @pytest.mark.parametrize(
     ("plan", "machine", "message"),
     [
-        (Plan(Tile(96, 8, 2, 2)), H200, "rows is 96; a tile has 64 or 128"),
+        (Plan(Tile(96, 8, 2, 2)), H200, "rows is 96; a tile has 64, 128 or 256"),
         (Plan(Tile(64, 4, 2, 2)), H200, "tokens is 4; a tile has a power of two from 8 on"),
         (Plan(Tile(64, 8, 2, 2)), Hardware("gfx942", 304, 64 << 10), "from 16 on"),
         (Plan(Tile(64, 24, 2, 2)), H200, "tokens is 24"),
@@ -118,7 +118,7 @@ def test_measured_plans_come_first(tuned):
     (tuned / "sm_90.json").write_text(json.dumps(table))
     assert tiles.plan(5, geometry(), H200) == Plan(Tile(**tile), 7)
     assert tiles.plan(9, geometry(), H200).tile.tokens == 16
-    assert tiles.plan(5, geometry(3), H200).tile == Tile(64, 8, 2, 3)
+    assert tiles.plan(5, geometry(3), H200).tile == Tile(128, 8, 4, 3)
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", '{"tiles": {}}', '{"tiles": 1, "dequantise_from": 1}'])
@@ -126,6 +126,14 @@ def test_damaged_table(tuned, damage):
     (tuned / "sm_90.json").write_text(damage)
     with pytest.raises(ValueError, match="sm_90.json is no table of tiles"):
         tiles.plan(1, geometry(), H200)
+
+
+def test_narrow_slices_have_fewer_threads():
+    """A slice of 16 columns by 8 tokens has 4 bytes for 64 threads, and what has less is not copied asynchronously."""
+    narrow = geometry(3, columns=3600)
+    assert narrow.slice == 16
+    assert tiles.plan(1, narrow, H200).tile == Tile(64, 8, 2, 3)
+    assert tiles.plan(9, narrow, H200).tile == tiles.plan(9, geometry(3), H200).tile
 
 
 def test_less_shared_memory_than_the_table_knows(tuned):

@@ -36,7 +36,7 @@ def test_candidates(bits, bucket):
     for layer in kernel_cases.LAYERS:
         geometry = Geometry.of(WeightFormat(bits, 128, True), layer.rows, layer.columns)
         plans = list(tune.candidates(bucket, geometry, H200))
-        assert len(plans) >= 10 and len(set(plans)) == len(plans)
+        assert len(plans) >= 6 and len(set(plans)) == len(plans)
         for plan in plans:
             assert tiles.why_not(plan, bucket, geometry, H200) is None
             options = tune.divided(plan, bucket, geometry, H200)
