@@ -1,11 +1,11 @@
 # make demo: the whole product on real input.   make test: the test suite without its slowest parts, make test-all: all
-# of it.   Each installs what it needs into .venv.
+# of it.   make gpu: kernels on a GPU.   All but the last install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 PINS := packaging/cpu-constraints.txt packaging/cpu-overrides.txt
 
-.PHONY: demo test test-all lint install train clean
+.PHONY: demo test test-all gpu lint install train clean
 .DELETE_ON_ERROR:
 
 demo: install
@@ -16,6 +16,13 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+# What only a GPU can show, with a python3 that has torch for it: the kernels' tests there, then their speed beside
+# whatever peers are installed (benchmarks/README.md). Under ten minutes; writes kernels.jsonl and kernels.md.
+GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product experts op cuda sweep_kernel)
+gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
+	PYTHONPATH=. $(PYTHON) benchmarks/kernels.py --seconds 420 --out kernels.jsonl
 
 lint: install
 	$(BIN)/ruff check

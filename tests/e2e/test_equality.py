@@ -44,6 +44,7 @@ def test_eager_and_reloaded_answers_equal_the_twins(model):
     assert difference(after, before) == 0
 
 
+@pytest.mark.slow
 def test_compiled_answers_equal_the_twins(model):
     """The twin is compiled, too: where the compiler fuses, it rounds less often than the eager model does."""
     quantized, twin, tie = model
