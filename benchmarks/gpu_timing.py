@@ -12,6 +12,7 @@ import gc
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from math import ceil
 from statistics import median
@@ -59,12 +60,28 @@ def launches_needed(copies: int, floor: float) -> int:
     return copies * ceil(wanted / copies)
 
 
+@cache
+def generator(device: torch.device | str) -> torch.Generator:
+    """Random numbers of our own: a capture that failed may leave torch 2.11's generator unusable."""
+    return torch.Generator(device).manual_seed(torch.initial_seed())
+
+
+def inputs(tokens: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Random x [tokens, columns]."""
+    return torch.randn(tokens, columns, device=device, generator=generator(device)).to(dtype)
+
+
+def permutation(count: int, device: torch.device | str) -> torch.Tensor:
+    return torch.randperm(count, device=device, generator=generator(device))
+
+
 def draw(format: WeightFormat, rows: int, columns: int, dtype: torch.dtype, device: str) -> QuantizedWeight:
     """Random codes and zero points, scales that make weights of about one half."""
     shape = (rows, format.groups(columns))
-    codes = torch.randint(0, format.levels, (rows, columns), dtype=torch.uint8, device=device)
-    zero = None if format.symmetric else torch.randint(0, format.levels, shape, dtype=torch.uint8, device=device)
-    scale = (torch.rand(shape, device=device) + 0.5) / format.levels
+    like = {"device": device, "generator": generator(device)}
+    codes = torch.randint(0, format.levels, (rows, columns), dtype=torch.uint8, **like)
+    zero = None if format.symmetric else torch.randint(0, format.levels, shape, dtype=torch.uint8, **like)
+    scale = (torch.rand(shape, **like) + 0.5) / format.levels
     return QuantizedWeight(format, codes, scale.to(dtype), zero)
 
 
@@ -73,7 +90,7 @@ class Oracle:
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self.shape = weight.codes.shape
-        self.rows = torch.randperm(self.shape[0], device=weight.codes.device)[:SAMPLE]
+        self.rows = permutation(self.shape[0], weight.codes.device)[:SAMPLE]
         zero = None if weight.zero is None else weight.zero[self.rows]
         some = QuantizedWeight(weight.format, weight.codes[self.rows], weight.scale[self.rows], zero)
         self.weight = some.dequantize(torch.float32).double()
@@ -81,7 +98,7 @@ class Oracle:
     def check(self, x: torch.Tensor, outs: list[torch.Tensor], roundings: int) -> float:
         """Largest relative RMS error of the outputs [M, N] for x [M, K]; raises Wrong above `bound` or for NaN."""
         rows, columns = self.shape
-        tokens = torch.randperm(x.shape[0], device=x.device)[:SAMPLE]
+        tokens = permutation(x.shape[0], x.device)[:SAMPLE]
         exact = x[tokens].double() @ self.weight.T
         limit = bound(x.dtype, columns, roundings)
         errors = []
@@ -112,7 +129,7 @@ def measure(
 ) -> tuple[Timing, float]:
     """Time of a launch and its relative error; `products`, one for each copy of the weight, were called before."""
     graph, outs = capture(products, x, launches_needed(len(products), floor))
-    x.normal_()
+    x.normal_(generator=generator(x.device))
     for out in outs:
         out.fill_(torch.nan)
     graph.replay()

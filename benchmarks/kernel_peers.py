@@ -188,7 +188,7 @@ def accepted(function: Callable, **arguments) -> Callable:
 OURS, DENSE = "vlmq", "cublas"
 OWN, OPS, SCALARS = "vlmq_vllm.kernels", "vllm._custom_ops", "vllm.scalar_type"
 KERNELS = {
-    OURS: Kernel("vlmq", (2, 3, 4), ours, (f"{OWN}.product", f"{OWN}.repack"), asymmetric=True, roundings=1),
+    OURS: Kernel("vlmq", (2, 3, 4), ours, (f"{OWN}.product", f"{OWN}.repack"), asymmetric=True),
     DENSE: Kernel("cuBLAS", (2, 3, 4), cublas, asymmetric=True),
     "humming": Kernel("Humming", (2, 3, 4), humming, ("humming.layer",)),
     "marlin": Kernel("Marlin", (4,), marlin, (OPS, f"{UTILS}.marlin_utils"), ("marlin_gemm", "gptq_marlin_repack")),

@@ -98,26 +98,27 @@ class Tuner:
             failed = [job.exception() for job in [pool.submit(compile_tile, *key) for key in wanted]]
         print(f"{len(wanted)} tiles compiled, {sum(map(bool, failed))} failed", file=sys.stderr)
 
-    def draw(self, layer: Layer, bits: int) -> tuple[RuntimeWeight, gpu_timing.Oracle]:
+    def draw(self, layer: Layer, bits: int) -> tuple[list[RuntimeWeight], gpu_timing.Oracle]:
+        """A weight in as many copies as it takes to find none of them in the second-level cache."""
         drawn = gpu_timing.draw(self.format(bits), layer.rows, layer.columns, DTYPE, self.device)
-        return prepare(drawn, DTYPE), gpu_timing.Oracle(drawn)
+        weight = prepare(drawn, DTYPE)
+        copies = gpu_timing.copies_needed(weight.nbytes, Case(layer, bits, 1).moved_bytes(), self.l2)
+        more = [replace(weight, packed=weight.packed.clone()) for _ in range(copies - 1)]
+        return [weight, *more], gpu_timing.Oracle(drawn)
 
     def tune(self, layer: Layer, bits: int) -> None:
-        weight, oracle = self.draw(layer, bits)
-        copies = gpu_timing.copies_needed(weight.nbytes, Case(layer, bits, 1).moved_bytes(), self.l2)
-        weights = [weight, *(replace(weight, packed=weight.packed.clone()) for _ in range(copies - 1))]
+        weights, oracle = self.draw(layer, bits)
+        geometry = weights[0].geometry
         for bucket in self.args.tokens:
-            x = torch.randn(bucket, layer.columns, device=self.device).to(DTYPE)
+            case, x = Case(layer, bits, bucket), gpu_timing.inputs(bucket, layer.columns, DTYPE, self.device)
             times: dict[Plan, float] = {}
-            usual = tiles.plan(bucket, weight.geometry, self.machine)
-            first = [usual, *candidates(bucket, weight.geometry, self.machine)]
-            self.time(first, times, weights, x, oracle, Case(layer, bits, bucket))
+            usual = tiles.plan(bucket, geometry, self.machine)
+            self.time([usual, *candidates(bucket, geometry, self.machine)], times, weights, x, oracle, case)
             for plan in sorted(times, key=times.get)[:FINALISTS]:
-                options = divided(plan, bucket, weight.geometry, self.machine)
-                self.time(options, times, weights, x, oracle, Case(layer, bits, bucket))
-            if monotonic() > self.deadline:  # not all were tried
+                self.time(divided(plan, bucket, geometry, self.machine), times, weights, x, oracle, case)
+            if not times or monotonic() > self.deadline:  # not all were tried
                 return
-            self.keep(weight.geometry, bucket, times, usual)
+            self.keep(geometry, bucket, times, usual)
 
     def time(self, plans: list[Plan], times: dict[Plan, float], weights, x, oracle, case: Case) -> None:
         """Microseconds of those not yet timed; a plan that cannot be launched or is wrong is named and has none."""
@@ -144,28 +145,28 @@ class Tuner:
         found = []
         for layer in layers:
             for bits in self.args.bits:
-                weight, oracle = self.draw(layer, bits)
-                slower = [m for m in CROSSOVER if not self.dequantising_wins(weight, m, oracle)]
+                weights, oracle = self.draw(layer, bits)
+                slower = [m for m in CROSSOVER if not self.dequantising_wins(weights, m, oracle)]
                 found.append(next((m for m in CROSSOVER if m > max(slower, default=0)), CROSSOVER[-1]))
                 print(f"{layer.label} W{bits}: dequantising from {found[-1]} tokens", flush=True)
         self.table["dequantise_from"] = int(median(found))
 
-    def dequantising_wins(self, weight: RuntimeWeight, m: int, oracle: gpu_timing.Oracle) -> bool:
-        x = torch.randn(m, weight.geometry.columns, device=self.device).to(DTYPE)
+    def dequantising_wins(self, weights: list[RuntimeWeight], m: int, oracle: gpu_timing.Oracle) -> bool:
+        x = gpu_timing.inputs(m, weights[0].geometry.columns, DTYPE, self.device)
         times = []
         for product in (gemm.gemm, dequantise.gemm):
-            product(x, weight)
-            way = [lambda x, product=product: product(x, weight)]
-            times.append(gpu_timing.measure(way, x, oracle, 2, 1000.0, SECONDS)[0].microseconds)
+            product(x, weights[0])
+            ways = [lambda x, product=product, weight=weight: product(x, weight) for weight in weights]
+            times.append(gpu_timing.measure(ways, x, oracle, 2, 1000.0, SECONDS)[0].microseconds)
         return times[1] < times[0]
 
     def write(self, folder: Path) -> Path:
         who = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, Triton {triton.__version__}"
         found = f"plans and crossover measured {datetime.date.today()} by benchmarks/tune.py on {who}"
-        self.table["origin"] = f"{found}; tiles: {self.table['origin']}"
+        table = self.table | {"origin": f"{found}; tiles: {self.table['origin']}"}
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.machine.arch}.json"
-        path.write_text(json.dumps(self.table, indent=2) + "\n")
+        path.write_text(json.dumps(table, indent=2) + "\n")
         return path
 
 
@@ -191,6 +192,7 @@ def main() -> None:
         for layer in layers:
             for bits in args.bits:
                 tuner.tune(layer, bits)
+                tuner.write(args.folder)  # whatever ends this process, what was found is kept
         print(tuner.write(args.folder))
 
 

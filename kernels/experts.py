@@ -13,16 +13,17 @@ import triton
 import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.gemm import walk_arguments
-from vlmq_vllm.kernels.layout import TILE, ExpertWeights
+from vlmq_vllm.kernels.layout import STRIPE, aligned
 from vlmq_vllm.kernels.walk import walk
 
 
-@triton.jit(do_not_specialize=["n_entries", "n_each", "K", "n_tiles", "n_spans"])
+@triton.jit(do_not_specialize=["n_entries", "n_each", "K", "n_stripes", "n_spans"])
 def experts_kernel(
     x,  # [n_entries / n_each, K]
-    words,  # [experts, n_tiles, n_spans, P * W, 64] int16
-    scales,  # [experts, groups, n_tiles * 64]
+    words,  # [experts, n_stripes, n_spans, P * W, 64] int16
+    scales,  # [experts, groups, n_stripes * 64]
     zeros,
     bias,  # [experts, N]
     router,  # [n_entries]
@@ -37,7 +38,7 @@ def experts_kernel(
     stride_out,
     stride_words,
     stride_scales,
-    n_tiles,
+    n_stripes,
     n_spans,
     BITS: tl.constexpr,
     W: tl.constexpr,
@@ -63,27 +64,15 @@ def experts_kernel(
         tl.store(p_out, tl.zeros((BN, BM), dtype=out.dtype.element_ty), mask=m_out)
     else:
         i_expert = i_owner.to(tl.int64)
+        p_x = x + (o_entry // n_each).to(tl.int64) * stride_x
+        words += i_expert * stride_words
+        scales += i_expert * stride_scales
+        if HAS_ZERO:
+            zeros += i_expert * stride_scales
         b_acc = walk(
-            words + i_expert * stride_words,
-            scales + i_expert * stride_scales,
-            zeros + i_expert * stride_scales if HAS_ZERO else zeros,
-            x + (o_entry // n_each).to(tl.int64) * stride_x,
-            m_entry,
-            i_n,
-            0,
-            n_spans,
-            n_tiles,
-            n_spans,
-            K,
-            BITS,
-            W,
-            GROUP,
-            HAS_ZERO,
-            SCALED,
-            RAGGED,
-            BN,
-            PTX,
-        )
+            words, scales, zeros, p_x, m_entry, i_n, 0, n_spans, n_stripes, n_spans, K,
+            BITS, W, GROUP, HAS_ZERO, SCALED, RAGGED, BN, PTX,
+        )  # fmt: skip
         if HAS_BIAS:
             b_acc += tl.load(bias + i_expert * N + o_n, mask=o_n < N, other=0.0).to(tl.float32)[:, None]
         if HAS_ROUTER:
@@ -137,8 +126,8 @@ def multiply(
         raise ValueError(reason)
     entries, owners = routing(ids, len(experts), tile.tokens)
     with torch.cuda.device_of(x):
-        experts_kernel[(len(owners), -(-geometry.tiles * TILE // tile.rows))](
-            **arguments(x.contiguous(), experts, ids, bias, router, out, entries, owners, tile, machine)
+        experts_kernel[(len(owners), -(-geometry.stripes * STRIPE // tile.rows))](
+            **arguments(aligned(x), experts, ids, bias, router, out, entries, owners, tile, machine)
         )
     return out
 
@@ -164,7 +153,7 @@ def arguments(x, experts: ExpertWeights, ids, bias, router, out, entries, owners
         stride_out=geometry.rows,
         stride_words=experts.packed.stride(0),
         stride_scales=experts.scales.stride(0),
-        n_tiles=geometry.tiles,
+        n_stripes=geometry.stripes,
         n_spans=geometry.spans,
         HAS_BIAS=bias is not None,
         HAS_ROUTER=router is not None,

@@ -1,10 +1,6 @@
 """x W^T + bias by one launch: the kernel for every width and every number of tokens up to the crossover.
 
-A program computes a tile of `walk.py`, over all of K or over one of `splits` parts of it. With parts, each program
-leaves its float32 sums in a workspace and counts itself at the tile's counter; the last to arrive adds the parts in
-their order, so the result does not depend on who was last, and sets the counter back to 0 for the next launch. No
-second launch and no atomic addition of floats.
-
+A program computes a tile of `walk.py`, over all of K or over one of `splits` parts of it, which meet in `parts.py`.
 What is launched for how many tokens is decided in `tiles.py`, buffers come from `workspace.py`, the choice between this
 and dequantising is made in `product.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before
 this module's import.
@@ -16,6 +12,7 @@ import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles, workspace
 from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight
+from vlmq_vllm.kernels.parts import meet
 from vlmq_vllm.kernels.walk import walk
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -31,35 +28,12 @@ def write(b_acc, p_bias, p_out, o_n, o_m, N, M, stride_out, HAS_BIAS: tl.constex
     tl.store(p_tile, b_acc.to(p_out.dtype.element_ty), mask=m_n[:, None] & (o_m < M)[None, :])
 
 
-@triton.jit
-def meet(b_acc, partials, p_counter, i_tile, i_split, splits):
-    """Leave this part's sums, and return (all parts' sums, True) in the last program to arrive.
-
-    The barrier makes the stores of all threads precede the count of one, whose release and acquire order them before
-    the loads of the last program; `.cg` keeps these from a stale line of the first-level cache.
-    """
-    BN: tl.constexpr = b_acc.shape[0]
-    BM: tl.constexpr = b_acc.shape[1]
-    o_part = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-    p_tile = partials + i_tile.to(tl.int64) * splits * (BN * BM) + o_part
-    tl.store(p_tile + i_split * (BN * BM), b_acc)
-    tl.debug_barrier()
-    n_before = tl.atomic_add(p_counter, 1, sem="acq_rel")
-    is_last = n_before == splits - 1
-    if is_last:
-        b_acc = tl.load(p_tile, cache_modifier=".cg")
-        for i_part in range(1, splits):
-            b_acc += tl.load(p_tile + i_part * (BN * BM), cache_modifier=".cg")
-        tl.store(p_counter, 0)
-    return b_acc, is_last
-
-
 # Not specialised: a launch compiles nothing that the warm-up with other numbers of tokens has not compiled.
-@triton.jit(do_not_specialize=["M", "K", "n_tiles", "n_spans", "splits"])
+@triton.jit(do_not_specialize=["M", "K", "n_stripes", "n_spans", "splits"])
 def gemm_kernel(
     x,  # [M, K], rows `stride_x` apart
-    words,  # [n_tiles, n_spans, P * W, 64] int16
-    scales,  # [groups, n_tiles * 64]
+    words,  # [n_stripes, n_spans, P * W, 64] int16
+    scales,  # [groups, n_stripes * 64]
     zeros,  # the same, uint8, read if HAS_ZERO
     bias,  # [N], read if HAS_BIAS
     out,  # [M, N], rows `stride_out` apart
@@ -70,7 +44,7 @@ def gemm_kernel(
     K,
     stride_x,
     stride_out,
-    n_tiles,
+    n_stripes,
     n_spans,
     splits,
     BITS: tl.constexpr,
@@ -90,40 +64,19 @@ def gemm_kernel(
     i_tile = i_program // splits if SPLIT else i_program
     # Token tiles are neighbours in launch order: they read the same part of the weight at about the same time.
     n_m = tl.cdiv(M, BM)
-    i_m = i_tile % n_m
     i_n = i_tile // n_m
-    o_m = i_m * BM + tl.arange(0, BM)
+    o_m = i_tile % n_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
-    if SPLIT:
-        n_part = tl.cdiv(n_spans, splits)
-        i_start = i_split * n_part
-        i_stop = tl.minimum(i_start + n_part, n_spans)
-    else:
-        i_start = 0
-        i_stop = n_spans
+    n_part = tl.cdiv(n_spans, splits) if SPLIT else n_spans
+    i_start = i_split * n_part
+    i_stop = tl.minimum(i_start + n_part, n_spans)
+    p_x = x + o_m.to(tl.int64) * stride_x
     b_acc = walk(
-        words,
-        scales,
-        zeros,
-        x + o_m.to(tl.int64) * stride_x,
-        o_m < M,
-        i_n,
-        i_start,
-        i_stop,
-        n_tiles,
-        n_spans,
-        K,
-        BITS,
-        W,
-        GROUP,
-        HAS_ZERO,
-        SCALED,
-        RAGGED,
-        BN,
-        PTX,
-    )
+        words, scales, zeros, p_x, o_m < M, i_n, i_start, i_stop, n_stripes, n_spans, K,
+        BITS, W, GROUP, HAS_ZERO, SCALED, RAGGED, BN, PTX,
+    )  # fmt: skip
     if SPLIT:
-        b_acc, is_last = meet(b_acc, partials, counters + i_tile, i_tile, i_split, splits)
+        b_acc, is_last = meet(b_acc, partials, counters + i_tile, i_tile, i_split, splits, PTX)
         if is_last:
             write(b_acc, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
     else:
@@ -141,16 +94,15 @@ def gemm(
 
     x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan`.
     """
-    geometry = weight.geometry
     out = check(x, weight, bias, out)
     if out.numel() == 0:
         return out
     machine = hardware.of(x.device)
-    plan = plan or tiles.plan(len(x), geometry, machine)
-    reason = tiles.why_not(plan, len(x), geometry, machine)
+    plan = plan or tiles.plan(len(x), weight.geometry, machine)
+    reason = tiles.why_not(plan, len(x), weight.geometry, machine)
     if reason:
         raise ValueError(reason)
-    programs = tiles.programs_of(len(x), geometry, plan.tile) * plan.splits
+    programs = tiles.output_tiles(len(x), weight.geometry, plan.tile) * plan.splits
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
         gemm_kernel[(programs,)](**arguments(x, weight, bias, out, plan, machine))
     return out
@@ -165,7 +117,7 @@ def arguments(
     machine: hardware.Hardware,
 ) -> dict:
     """What the kernel is called with."""
-    geometry, tile = weight.geometry, plan.tile
+    geometry = weight.geometry
     scratch = workspace.of_current_stream(x.device) if plan.splits > 1 else None
     return dict(
         x=x,
@@ -181,18 +133,18 @@ def arguments(
         K=geometry.columns,
         stride_x=geometry.columns,  # x is contiguous; torch says anything of the stride of a single row
         stride_out=out.stride(0),
-        n_tiles=geometry.tiles,
+        n_stripes=geometry.stripes,
         n_spans=geometry.spans,
         splits=plan.splits,
         HAS_BIAS=bias is not None,
         SPLIT=plan.splits > 1,
-        BM=tile.tokens,
-        **walk_arguments(weight, tile, x.dtype, machine),
+        BM=plan.tile.tokens,
+        **walk_arguments(weight, plan.tile, x.dtype, machine),
     )
 
 
 def walk_arguments(weight, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware) -> dict:
-    """What all kernels that walk are compiled for, besides tokens; weight is a RuntimeWeight or Experts."""
+    """What all kernels that walk are compiled for, besides tokens; weight is a RuntimeWeight or ExpertWeights."""
     geometry = weight.geometry
     return dict(
         BITS=geometry.bits,

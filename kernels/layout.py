@@ -4,12 +4,12 @@ A checkpoint stores codes row by row (`format.py`); here 64 rows lie side by sid
 codes that lie W columns apart, so that unpacking a block of words gives slices of W neighbouring columns without moving
 anything between threads. For N rows and K columns at `bits`, with F codes and P words a field set (`FIELDS`, `PLANES`):
 
-    span    F * W columns; K is filled up to whole spans, N to whole tiles of 64 rows, with zeros
-    packed  int16 [tiles, spans, P * W, 64]; code F' of word w of span s belongs to column s * span + F' * W + w
+    span    F * W columns; K is filled up to whole spans, N to whole stripes of 64 rows, with zeros
+    packed  int16 [stripes, spans, P * W, 64]; code F' of word w of span s belongs to column s * span + F' * W + w
             2, 4 and 8 bits: code j takes the bits j * bits and up of the word
             3 bits: 16 codes in three words, code j < 15 at bit 3 * (j % 5) of word j // 5, code 15 in the top bits of
             the three (lowest in word 0), so that a weight takes exactly 3 bits
-    scales  float16, bfloat16 or float32 [groups, tiles * 64], in the checkpoint's dtype; 0 where filled up
+    scales  float16, bfloat16 or float32 [groups, stripes * 64], in the checkpoint's dtype; 0 where filled up
     zeros   uint8, the same shape, or None for a symmetric weight, whose zero point is 2^(bits - 1)
 
     W[n, k] = scales[k // group, n] * (code[n, k] - zeros[k // group, n])
@@ -29,8 +29,9 @@ from vlmq_vllm.format import WORD, WeightFormat
 
 ACTIVATIONS = (torch.float16, torch.bfloat16)
 FLOATS = (*ACTIVATIONS, torch.float32)
-TILE = 64
-MOST = 1 << 24  # rows and columns: a tile's words and a row of tokens are counted in 32 bits
+STRIPE = 64
+MOST = 1 << 24  # rows and columns: a stripe's words and a row of tokens are counted in 32 bits
+MOST_WEIGHTS = 1 << 35  # so are the scales, one for at least 32 weights
 FIELDS = {2: 8, 3: 16, 4: 4, 8: 2}
 PLANES = {2: 1, 3: 3, 4: 1, 8: 1}
 SLICES = {2: (32, 16, 64), 3: (32, 16), 4: (64, 32), 8: (64, 32)}  # widths W the kernels take, the usual one first
@@ -40,6 +41,8 @@ def why_not(format: WeightFormat, rows: int, columns: int) -> str | None:
     """Why the kernels cannot read a weight [rows, columns] of this format, or None when they can."""
     if not (0 < rows <= MOST and 0 < columns <= MOST):
         return f"the weight is {rows} x {columns}; the kernels take 1 to {MOST} rows and columns"
+    if rows * columns > MOST_WEIGHTS:
+        return f"the weight is {rows} x {columns}; the kernels take {MOST_WEIGHTS} weights at most"
     if format.group_size != -1 and format.group_size % WORD:
         return (
             f"group_size is {format.group_size}; the kernels take multiples of {WORD}, or -1 for one group per row; "
@@ -92,8 +95,8 @@ class Geometry:
         return -(-self.columns // self.span)
 
     @property
-    def tiles(self) -> int:
-        return -(-self.rows // TILE)
+    def stripes(self) -> int:
+        return -(-self.rows // STRIPE)
 
     @cached_property
     def group(self) -> int:
@@ -110,11 +113,11 @@ class Geometry:
 
     @property
     def packed_shape(self) -> tuple[int, int, int, int]:
-        return (self.tiles, self.spans, PLANES[self.bits] * self.slice, TILE)
+        return (self.stripes, self.spans, PLANES[self.bits] * self.slice, STRIPE)
 
     @property
     def scales_shape(self) -> tuple[int, int]:
-        return (self.groups, self.tiles * TILE)
+        return (self.groups, self.stripes * STRIPE)
 
 
 def _slices(format: WeightFormat) -> tuple[int, ...]:
@@ -132,12 +135,12 @@ class RuntimeWeight:
     zeros: torch.Tensor | None
 
     def __post_init__(self) -> None:
-        _check("packed", self.packed, self.geometry.packed_shape, (torch.int16,), self.packed)
-        _check("scales", self.scales, self.geometry.scales_shape, FLOATS, self.packed)
+        check_tensor("packed", self.packed, self.geometry.packed_shape, (torch.int16,), self.packed)
+        check_tensor("scales", self.scales, self.geometry.scales_shape, FLOATS, self.packed)
         if (self.zeros is None) != self.geometry.format.symmetric:
             raise ValueError("a symmetric weight has no zeros, an asymmetric one needs them")
         if self.zeros is not None:
-            _check("zeros", self.zeros, self.geometry.scales_shape, (torch.uint8,), self.packed)
+            check_tensor("zeros", self.zeros, self.geometry.scales_shape, (torch.uint8,), self.packed)
 
     @property
     def nbytes(self) -> int:
@@ -150,64 +153,12 @@ class RuntimeWeight:
             raise ValueError(
                 f"x has shape {list(x.shape)}; its last dimension must be the weight's {self.geometry.columns}"
             )
-        _check("x", x, tuple(x.shape), ACTIVATIONS, self.packed, contiguous=False)
+        check_tensor("x", x, tuple(x.shape), ACTIVATIONS, self.packed, contiguous=False)
         if bias is not None:
-            _check("bias", bias, (self.geometry.rows,), (x.dtype,), self.packed)
+            check_tensor("bias", bias, (self.geometry.rows,), (x.dtype,), self.packed)
 
 
-@dataclass(frozen=True, eq=False)
-class ExpertWeights:
-    """Weights of experts that share sizes and format: the tensors of `RuntimeWeight`, stacked [experts, ...]."""
-
-    geometry: Geometry
-    packed: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-
-    def __post_init__(self) -> None:
-        for i in range(min(len(self), 1)):
-            self[i]  # checks shapes, types and devices
-        for name in ("scales", "zeros"):
-            tensor = getattr(self, name)
-            if tensor is not None and (len(tensor) != len(self) or not tensor.is_contiguous()):
-                raise ValueError(f"{name} is of {len(tensor)} experts, packed of {len(self)}; all lie contiguously")
-
-    @classmethod
-    def stack(cls, weights: list[RuntimeWeight]) -> "ExpertWeights":
-        """From one weight for every expert. Raises ValueError when they differ in sizes or format."""
-        geometry = weights[0].geometry
-        for i, weight in enumerate(weights):
-            if weight.geometry != geometry:
-                raise ValueError(f"expert {i} is {weight.geometry}, expert 0 {geometry}; they must be alike")
-        zeros = None if weights[0].zeros is None else torch.stack([weight.zeros for weight in weights])
-        packed, scales = (torch.stack([getattr(weight, part) for weight in weights]) for part in ("packed", "scales"))
-        return cls(geometry, packed, scales, zeros)
-
-    def __getitem__(self, expert: int) -> RuntimeWeight:
-        """The weight of one expert."""
-        zeros = None if self.zeros is None else self.zeros[expert]
-        return RuntimeWeight(self.geometry, self.packed[expert], self.scales[expert], zeros)
-
-    def __len__(self) -> int:
-        return len(self.packed)
-
-    def check_input(
-        self, x: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None, router: torch.Tensor | None
-    ) -> None:
-        """Raises ValueError unless the arguments of `experts.multiply` fit."""
-        columns, entries, rows = self.geometry.columns, tuple(ids.shape), (len(self), self.geometry.rows)
-        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}; it must be int32 or int64 [tokens, experts each]")
-        if tuple(x.shape) not in ((len(ids), columns), (*entries, columns)):
-            raise ValueError(f"x has shape {list(x.shape)}; it must be {[len(ids), columns]} or {[*entries, columns]}")
-        _check("x", x, tuple(x.shape), ACTIVATIONS, self.packed, contiguous=False)
-        if bias is not None:
-            _check("bias", bias, rows, (x.dtype,), self.packed)
-        if router is not None:
-            _check("router", router, entries, FLOATS, self.packed, contiguous=False)
-
-
-def _check(
+def check_tensor(
     name: str,
     tensor: torch.Tensor,
     shape: tuple[int, ...],
@@ -215,6 +166,7 @@ def _check(
     beside: torch.Tensor,
     contiguous: bool = True,
 ) -> None:
+    """Raises ValueError naming the tensor unless it has this shape, one of the types, and lies where `beside` does."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {list(tensor.shape)}; this weight needs {list(shape)}")
     if tensor.dtype not in dtypes:
@@ -224,3 +176,10 @@ def _check(
         raise ValueError(f"{name} is on {tensor.device}, the weight on {beside.device}; move it there")
     if contiguous and not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+
+
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous and at an address that is a multiple of 16 as all of torch's own memory: kernels are
+    compiled for that, and would be anew for another."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

@@ -20,7 +20,8 @@ import torch
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.kernels import reference
-from vlmq_vllm.kernels.layout import PLANES, ExpertWeights, Geometry, RuntimeWeight
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
+from vlmq_vllm.kernels.layout import PLANES, Geometry, RuntimeWeight
 
 # The types of the functions below, which torch holds them to.
 LINEAR = (

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from vlmq_vllm.kernels import dequantise, gemm, hardware, tiles
-from vlmq_vllm.kernels.layout import RuntimeWeight
+from vlmq_vllm.kernels.layout import RuntimeWeight, aligned
 
 
 def multiply(
@@ -26,7 +26,8 @@ def multiply(
     for weight in weights:
         weight.check_input(x, None)
     rows = [weight.geometry.rows for weight in weights]
-    tokens = _dense(x)
+    tokens = aligned(x.reshape(-1, x.shape[-1]))
+    bias = None if bias is None else aligned(bias)
     out = torch.empty(len(tokens), sum(rows), dtype=x.dtype, device=x.device)
     start = 0
     for weight, count in zip(weights, rows, strict=True):
@@ -49,9 +50,3 @@ def _into(
         dequantise.gemm(x, weight, bias, out)
     else:
         gemm.gemm(x, weight, bias, out)
-
-
-def _dense(x: torch.Tensor) -> torch.Tensor:
-    """x as [M, K], contiguous and aligned as all of torch's own memory is: kernels are compiled for that."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    return tokens if tokens.data_ptr() % 16 == 0 else tokens.clone()

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch.nn.functional import pad
 
-from vlmq_vllm.kernels.layout import FIELDS, PLANES, TILE, ExpertWeights, Geometry, RuntimeWeight
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
+from vlmq_vllm.kernels.layout import FIELDS, PLANES, STRIPE, Geometry, RuntimeWeight
 
 
 def places(bits: int, field: int) -> Iterator[tuple[int, int, int, int]]:
@@ -23,10 +24,10 @@ def places(bits: int, field: int) -> Iterator[tuple[int, int, int, int]]:
 
 
 def to_words(codes: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Words int16 [tiles, spans, P * W, 64] of codes [rows, columns] uint8."""
-    below, right = geometry.tiles * TILE - len(codes), geometry.spans * geometry.span - codes.shape[1]
-    blocks = pad(codes, (0, right, 0, below)).view(-1, TILE, geometry.spans, FIELDS[geometry.bits], geometry.slice)
-    blocks = blocks.permute(3, 0, 2, 4, 1).to(torch.int32)  # [fields, tiles, spans, W, 64]
+    """Words int16 [stripes, spans, P * W, 64] of codes [rows, columns] uint8."""
+    below, right = geometry.stripes * STRIPE - len(codes), geometry.spans * geometry.span - codes.shape[1]
+    blocks = pad(codes, (0, right, 0, below)).view(-1, STRIPE, geometry.spans, FIELDS[geometry.bits], geometry.slice)
+    blocks = blocks.permute(3, 0, 2, 4, 1).to(torch.int32)  # [fields, stripes, spans, W, 64]
     planes = [torch.zeros_like(blocks[0]) for _ in range(PLANES[geometry.bits])]
     for field, block in enumerate(blocks):
         for plane, place, low, count in places(geometry.bits, field):
@@ -35,7 +36,7 @@ def to_words(codes: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 
 
 def from_words(words: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Codes [rows, columns] uint8 of words int16 [tiles, spans, P * W, 64]."""
+    """Codes [rows, columns] uint8 of words int16 [stripes, spans, P * W, 64]."""
     planes = words.to(torch.int32).split(geometry.slice, dim=2)
     fields = []
     for field in range(FIELDS[geometry.bits]):
@@ -43,7 +44,7 @@ def from_words(words: torch.Tensor, geometry: Geometry) -> torch.Tensor:
         for plane, place, low, count in places(geometry.bits, field):
             codes |= (planes[plane] >> place & (1 << count) - 1) << low
         fields.append(codes.to(torch.uint8))
-    codes = torch.stack(fields, dim=2)  # [tiles, spans, fields, W, 64]
+    codes = torch.stack(fields, dim=2)  # [stripes, spans, fields, W, 64]
     return codes.permute(0, 4, 1, 2, 3).reshape(-1, geometry.spans * geometry.span)[: geometry.rows, : geometry.columns]
 
 

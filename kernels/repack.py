@@ -2,8 +2,8 @@
 
 vLLM first cuts and loads a layer's tensors as the checkpoint stores them (`format.py`); then they are brought into the
 layout of `layout.py`, all parts of a fused layer that have one format into one weight. On a GPU a kernel writes the new
-words from the old; the twin in plain torch goes strip by strip. Neither widens more than a strip of the codes, and
-nothing of the old tensors is kept.
+words from the old, a span of 64 rows at a time in registers; the twin in plain torch goes strip by strip. Old and new
+words of one layer are in memory together until the caller drops the old; widened codes never are, beyond a strip.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ import triton.language as tl
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat, unpack
 from vlmq_vllm.kernels import reference
-from vlmq_vllm.kernels.layout import ACTIVATIONS, FIELDS, TILE, Geometry, RuntimeWeight
-from vlmq_vllm.kernels.unpack import place_of, plane_of
+from vlmq_vllm.kernels.layout import ACTIVATIONS, STRIPE, Geometry, RuntimeWeight
+from vlmq_vllm.kernels.ptx import fields_of, place_of, plane_of, planes_of
 
-STRIP = 16 * TILE  # rows widened at once by the twin
+STRIP = 16 * STRIPE  # rows widened at once by the twin
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -40,24 +40,26 @@ def code_of(p_row, o_k, n_words, m_code, BITS: tl.constexpr):
 @triton.jit
 def repack_kernel(
     source,  # [N, n_words] int32, a checkpoint's weight_packed
-    words,  # [tiles, n_spans, P * W, 64] int16, zero where this part has no rows
+    words,  # [stripes, n_spans, P * W, 64] int16, zero where this part has no rows
     row_start,  # first row of this part among the rows of `words`
     N,
     K,
     n_words,
     n_spans,
     BITS: tl.constexpr,
-    FIELDS: tl.constexpr,
     W: tl.constexpr,
 ):
-    PLANES: tl.constexpr = 3 if BITS == 3 else 1
+    FIELDS: tl.constexpr = fields_of(BITS)
+    PLANES: tl.constexpr = planes_of(BITS)
     i_span = tl.program_id(0) % n_spans
-    i_tile = tl.program_id(0) // n_spans + row_start // 64
-    o_row = i_tile * 64 + tl.arange(0, 64)[None, :] - row_start
+    i_stripe = tl.program_id(0) // n_spans + row_start // 64
+    o_row = i_stripe * 64 + tl.arange(0, 64)[None, :] - row_start
     o_w = tl.arange(0, W)[:, None]
     m_row = (o_row >= 0) & (o_row < N)
     p_row = source + tl.maximum(o_row, 0).to(tl.int64) * n_words
-    p_word = words + (i_tile.to(tl.int64) * n_spans + i_span) * (PLANES * W * 64) + o_w * 64 + tl.arange(0, 64)[None, :]
+    p_word = (
+        words + (i_stripe.to(tl.int64) * n_spans + i_span) * (PLANES * W * 64) + o_w * 64 + tl.arange(0, 64)[None, :]
+    )
     for plane in tl.static_range(PLANES):
         b_word = tl.zeros((W, 64), dtype=tl.int32)
         for field in tl.static_range(FIELDS):
@@ -111,21 +113,25 @@ def _by_kernel(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tens
     start = 0
     with torch.cuda.device_of(words):
         for source in packed:
-            tiles = (start + len(source) - 1) // TILE - start // TILE + 1
-            repack_kernel[(tiles * geometry.spans,)](
-                source.contiguous(),
-                words,
-                start,
-                len(source),
-                geometry.columns,
-                source.shape[1],
-                geometry.spans,
-                BITS=geometry.bits,
-                FIELDS=FIELDS[geometry.bits],
-                W=geometry.slice,
-            )
+            stripes = (start + len(source) - 1) // STRIPE - start // STRIPE + 1
+            repack_kernel[(stripes * geometry.spans,)](**arguments(source.contiguous(), words, start, geometry))
             start += len(source)
     return words
+
+
+def arguments(source: torch.Tensor, words: torch.Tensor, start: int, geometry: Geometry) -> dict:
+    """What the kernel is called with."""
+    return dict(
+        source=source,
+        words=words,
+        row_start=start,
+        N=len(source),
+        K=geometry.columns,
+        n_words=source.shape[1],
+        n_spans=geometry.spans,
+        BITS=geometry.bits,
+        W=geometry.slice,
+    )
 
 
 def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tensor:
@@ -133,7 +139,9 @@ def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tenso
     for start in range(0, geometry.rows, STRIP):
         strip = _rows(packed, start, min(start + STRIP, geometry.rows))
         part = replace(geometry, rows=len(strip))
-        words[start // TILE :][: part.tiles] = reference.to_words(unpack(strip, geometry.bits, geometry.columns), part)
+        words[start // STRIPE :][: part.stripes] = reference.to_words(
+            unpack(strip, geometry.bits, geometry.columns), part
+        )
     return words
 
 
@@ -147,7 +155,7 @@ def _rows(tensors: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tenso
 
 
 def _fill(grouped: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """[checkpoint's groups, rows] to [groups, tiles * 64]: repeated where groups are divided, then 0."""
+    """[checkpoint's groups, rows] to [groups, stripes * 64]: repeated where groups are divided, then 0."""
     if geometry.group not in (-1, geometry.format.group_size):
         grouped = grouped.repeat_interleave(geometry.format.group_size // geometry.group, dim=0)[: geometry.groups]
     filled = grouped.new_zeros(geometry.scales_shape)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from vlmq_vllm.kernels import hardware, tiles, workspace
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
+from vlmq_vllm.kernels.experts import multiply as multiply_experts
 from vlmq_vllm.kernels.layout import RuntimeWeight
 from vlmq_vllm.kernels.product import multiply
 
@@ -39,7 +41,24 @@ def warm(weights: Sequence[RuntimeWeight], dtype: torch.dtype, with_bias: bool, 
     _done.add(key)
 
 
+def warm_experts(experts: ExpertWeights, each: int, dtype: torch.dtype, with_bias: bool, with_router: bool) -> None:
+    """Launch whatever `experts.multiply` may take for tokens that go to `each` experts."""
+    device, count = experts.packed.device, len(experts)
+    key = (device, experts.geometry, experts.scales.dtype, count, each, dtype, with_bias, with_router)
+    if key in _done:
+        return
+    bias = torch.zeros(count, experts.geometry.rows, dtype=dtype, device=device) if with_bias else None
+    for bucket in tiles.BUCKETS:
+        m = -(-bucket * count // each)
+        x = torch.zeros(m, experts.geometry.columns, dtype=dtype, device=device)
+        ids = torch.zeros(m, each, dtype=torch.int32, device=device)
+        router = torch.zeros(m, each, device=device) if with_router else None
+        multiply_experts(x, experts, ids, bias, router)
+    _done.add(key)
+
+
 def tokens(machine: hardware.Hardware) -> list[int]:
-    """Numbers of tokens that between them take every way."""
+    """Numbers of tokens that between them take every way: one of each bucket, of each number of tiles of the last one,
+    and the first that is dequantised."""
     last, many = tiles.BUCKETS[-1], tiles.dequantise_from(machine)
-    return sorted({*(m for m in tiles.BUCKETS if m < many), *range(2 * last, many, last), many})
+    return sorted({*(m for m in tiles.BUCKETS if m < many), *range(2 * last, many, last), many - 1, many})

@@ -15,6 +15,7 @@ import torch
 
 LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
+MMA = ("HMMA", "HGMMA", "UTC")  # tensor core instructions of Ampere, Hopper, Blackwell
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int16: "i16"}
 TYPES |= {torch.int32: "i32", torch.uint8: "u8"}
 
@@ -37,10 +38,11 @@ def launch(
     dtype: str = "bfloat16",
     kind: str = "gemm",
 ):
-    """(kernel, arguments, weights that a thread takes in a step) of the launch for this many tokens."""
+    """(kernel, arguments, tile, geometry) of the launch for this many tokens."""
     from vlmq_vllm.format import WeightFormat
-    from vlmq_vllm.kernels import dequantise, experts, gemm, tiles
-    from vlmq_vllm.kernels.layout import ExpertWeights, Geometry, RuntimeWeight
+    from vlmq_vllm.kernels import dequantise, experts, gemm, repack, tiles
+    from vlmq_vllm.kernels.expert_weights import ExpertWeights
+    from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
 
     format = WeightFormat(bits, group, symmetric)
     shape = Geometry.of(format, rows, columns) if slice is None else Geometry(format, rows, columns, slice)
@@ -59,18 +61,24 @@ def launch(
             ids, router = torch.empty(tokens, 1, dtype=torch.int32), torch.empty(tokens, 1)
             kernel = experts.experts_kernel
             arguments = experts.arguments(x, stacked, ids, None, router, out, ids, ids, plan.tile, machine(arch))
+        elif kind == "repack":
+            words = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32)
+            kernel, arguments = repack.repack_kernel, repack.arguments(words, packed, 0, shape)
         else:
             kernel = dequantise.dequantise_kernel
             weight, wide = RuntimeWeight(shape, packed, scales, zeros), torch.empty(columns, 64, dtype=dtype)
             arguments = dequantise.arguments(weight, wide, 0, machine(arch))
-    return kernel, arguments, plan.tile.rows * shape.span / (32 * plan.tile.warps)
+    return kernel, arguments, plan.tile, shape
 
 
 def compile_case(arch: str, **case) -> dict:
     """What a launch becomes: spills, shared bytes, tensor core instructions, copies, instructions per weight."""
-    kernel, arguments, per_thread = launch(arch, **case)
+    from vlmq_vllm.kernels.tiles import shared_bytes
+
+    kernel, arguments, tile, shape = launch(arch, **case)
     compiled = compile_for(arch, kernel, arguments)
-    return {"shared": compiled.metadata.shared, **count(arch, compiled, per_thread)}
+    found = {"shared": compiled.metadata.shared, "foretold": shared_bytes(tile, shape, machine(arch))}
+    return found | count(arch, compiled, tile.rows * shape.span / (32 * tile.warps))
 
 
 def compile_for(arch: str, kernel, arguments: dict):
@@ -104,15 +112,15 @@ def specialise(kernel, arguments: dict) -> tuple[dict, dict, dict]:
 def count(arch: str, compiled, per_thread: float) -> dict:
     """Spilled bytes, and for NVIDIA's what is in the loop over spans."""
     if not arch.startswith("sm_"):
-        spilled = re.findall(
-            r"(?:scratch_size|ScratchSize|private_segment_fixed_size):?\s*(\d+)", compiled.asm["amdgcn"]
-        )
-        return {"spilled": max(int(size) for size in spilled), "mma": compiled.asm["amdgcn"].count("v_mfma")}
+        text = compiled.asm["amdgcn"]
+        spilled = re.findall(r"(?:ScratchSize|private_segment_fixed_size):?\s*(\d+)", text)
+        found = {"spilled": max(map(int, spilled)), "mma": text.count("v_mfma"), "divided": "global_atomic_add" in text}
+        return found | ({"awaited": stores_awaited(text)} if found["divided"] else {})
     listing = disassemble(compiled.asm["cubin"])
     names = [name for _, name, _ in listing]
     found = {
         "spilled": spills(compiled.asm["ptx"]),
-        "mma": sum("MMA" in name for name in names),
+        "mma": sum(name.startswith(MMA) for name in names),
         "copies": sum(name.startswith("LDGSTS") for name in names),
     }
     loop = main_loop(listing)
@@ -120,6 +128,15 @@ def count(arch: str, compiled, per_thread: float) -> dict:
         found |= {"per_weight": len(loop) / per_thread, "widest_copy": max(width(name) for name in loop)}
         found["spills_in_loop"] = sum(name.startswith(("LDL", "STL")) for name in loop)
     return found
+
+
+def stores_awaited(text: str) -> bool:
+    """Whether, in AMD's assembly, every wave waits for its stores before the barrier that precedes the count."""
+    before = text[: text.find("global_atomic_add")].splitlines()
+    whole = [" ".join(line.split(";")[0].split()) for line in before]
+    barrier = max(i for i, line in enumerate(whole) if line == "s_barrier")
+    stored = max(i for i, line in enumerate(whole[:barrier]) if "store" in line)
+    return any(line.startswith("s_waitcnt vmcnt(0)") for line in whole[stored:barrier])
 
 
 def spills(ptx: str) -> int:
@@ -156,7 +173,7 @@ def main_loop(listing: list[tuple[int, str, str]]) -> list[str]:
         target = re.search(r"0x([0-9a-f]+)", rest)
         if name.startswith("BRA") and target and int(target.group(1), 16) < address:
             body = [name for _, name, _ in listing[index.get(int(target.group(1), 16), i) : i + 1]]
-            if any("MMA" in name for name in body):
+            if any(name.startswith(MMA) for name in body):
                 loops.append(body)
     return min(loops, key=len, default=[])
 

@@ -28,6 +28,8 @@ def _execute(name: str, operands: list[torch.Tensor]) -> torch.Tensor:
         return operands[0]
     if name == "shr.u32":
         return operands[0] >> operands[1]
+    if name == "prmt.b32":
+        return _prmt(operands[0], operands[1], int(operands[2]))
     if name == "lop3.b32":
         return _lop3(*operands[:3], int(operands[3]))
     kind = re.fullmatch(r"fma\.rn\.(bf16x2|f16x2)", name).group(1)
@@ -44,6 +46,13 @@ def _lop3(a, b, c, table: int) -> torch.Tensor:
             term = (a if entry & 4 else ~a) & (b if entry & 2 else ~b) & (c if entry & 1 else ~c)
             result = result | term & 0xFFFFFFFF
     return result
+
+
+def _prmt(a, b, selector: int) -> torch.Tensor:
+    """Four bytes, chosen by the selector's hexadecimal digits from those of a (0 to 3) and b (4 to 7)."""
+    source = a | b << 32
+    chosen = [source >> 8 * (selector >> 4 * i & 7) & 0xFF for i in range(4)]
+    return chosen[0] | chosen[1] << 8 | chosen[2] << 16 | chosen[3] << 24
 
 
 def _halves(pattern: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_problems import BF16, bound, exact, make_weight, rel_rms
 
-from vlmq_vllm.kernels import experts, hardware, tiles
-from vlmq_vllm.kernels.layout import ExpertWeights
+from vlmq_vllm.kernels import experts, hardware, tiles, workspace
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.product import multiply
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.warm import warm
@@ -81,8 +81,10 @@ def test_nothing_compiles_after_the_warm_up(weight):
 
 
 def test_inductor(weight):
-    runtime = prepare(weight, BF16)
+    """Its graphs are warmed up in their own memory, where no workspace may be made, and there may be none in spare."""
     from vlmq_vllm.kernels import op  # noqa: F401, defines the operator
+
+    runtime = prepare(weight, BF16)
 
     @torch.compile(fullgraph=True, mode="reduce-overhead")
     def layer(x):
@@ -108,3 +110,25 @@ def test_experts_in_a_graph():
         ids.fill_(expert)
         graph.replay()
         assert agrees(out[:, 0], x, weights[expert])
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_many_tokens(bits, symmetric):
+    """Dequantising and cuBLAS: no interpreter has the register pairs of this kernel."""
+    weight, x = make_weight(bits, symmetric, 300, COLUMNS, 64, BF16, "cuda"), tokens(700)
+    assert agrees(multiply(x, [prepare(weight, BF16)]), x, weight)
+
+
+def test_workspace_outlives_a_memory_pool(weight):
+    """A set is not made in the pool that is in use: vLLM's sleep mode discards that of the weights."""
+    runtime, x, stream = prepare(weight, BF16), tokens(8), torch.cuda.Stream()
+    pool = torch.cuda.MemPool()
+    torch.cuda.synchronize()
+    with torch.cuda.use_mem_pool(pool), torch.cuda.stream(stream):
+        multiply(x, [runtime])
+    torch.cuda.synchronize()
+    addresses = [(segment["address"], segment["total_size"]) for segment in pool.snapshot()]
+    with torch.cuda.stream(stream):
+        counters = workspace.of_current_stream(x.device).counters.data_ptr()
+    assert not any(start <= counters < start + size for start, size in addresses)

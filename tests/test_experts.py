@@ -4,9 +4,9 @@ import pytest
 import torch
 from kernel_problems import BF16, FP16, bound, make_weight, rel_rms
 
-from vlmq_vllm.kernels import op
+from vlmq_vllm.kernels import op, tiles, warm
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.experts import multiply, routing
-from vlmq_vllm.kernels.layout import ExpertWeights
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import Tile
 
@@ -61,6 +61,19 @@ def test_op(call, device):
     assert rel_rms(call(*given), expected(x, weights, ids, bias, router)) <= bound(FP16, 96)
     if call is torch.ops.vlmq.experts_v1:
         torch.library.opcheck(call.default, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_warm_up(device, monkeypatch):
+    """A launch with every tile of the table."""
+    experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device), FP16) for _ in range(3)])
+    chosen = []
+    monkeypatch.setattr(warm, "_done", set())
+    monkeypatch.setattr(
+        warm, "multiply_experts", lambda x, experts, ids, *rest: chosen.append(-(-ids.numel() // len(experts)))
+    )
+    for _ in range(2):
+        warm.warm_experts(experts, 2, FP16, with_bias=True, with_router=True)
+    assert chosen == list(tiles.BUCKETS)
 
 
 @pytest.mark.parametrize("block", [8, 16])

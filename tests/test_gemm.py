@@ -18,12 +18,12 @@ SHAPES = [  # rows, columns, group size
     pytest.param(129, 257, 128, id="129x257-g128-partial"),
     pytest.param(33, 160, 96, id="33x160-g96"),
 ]
-# Ways that the tables choose for larger sizes only: scales in the weight, 128 rows of which 64 may be left over.
+# Ways that the tables choose for larger sizes: scales in the weight, up to 256 rows of which stripes are left over.
 DECODE = Plan(Tile(64, 8, 2, 2))
 PLANS = [
     pytest.param(DECODE, id="decode"),
     pytest.param(Plan(Tile(128, 16, 4, 2)), id="small"),
-    pytest.param(Plan(Tile(64, 32, 4, 2, scaled=True)), id="prefill"),
+    pytest.param(Plan(Tile(256, 32, 8, 2, scaled=True)), id="prefill"),
 ]
 NO_BF16 = "Triton's interpreter cuts bfloat16 results instead of rounding them; this needs a GPU"
 DTYPES = [  # of x and scales, of the result
@@ -64,6 +64,18 @@ def test_product(bits, symmetric, rows, columns, group, dtype, out_dtype, device
     out = gemm(x, runtime, bias, empty(5, rows, dtype=out_dtype, device=device))
     assert twin.dtype == dtype and rel_rms(twin, expected) <= bound(dtype, columns)
     assert rel_rms(out, expected) <= bound(out_dtype, columns)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_paths(bits, dtype, out_dtype, plan, device):
+    """Every way with every type of activations, more tokens than a tile has."""
+    weight = make_weight(bits, False, 70, 300, 64, dtype, device)
+    x = torch.randn(35, 300, device=device).to(dtype)
+    out = gemm(x, prepare(weight, dtype), out=empty(35, 70, dtype=out_dtype, device=device), plan=plan)
+    rounded = 0 if not plan.tile.scaled else torch.finfo(dtype).eps / 2  # the weight, in x's type
+    assert rel_rms(out, exact(x, weight)) <= bound(out_dtype, 300) + rounded
 
 
 @pytest.mark.parametrize("bits", BITS)

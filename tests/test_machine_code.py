@@ -50,15 +50,18 @@ def compile_in_process(arch: str, cases: list[dict], environment: dict) -> subpr
 
 def check(arch: str, case: dict, found: dict) -> None:
     assert found["shared"] <= LIMITS[arch], (case, found)
-    if case.get("kind") == "dequantise":
+    if case.get("kind") in ("dequantise", "repack"):
         assert found["spilled"] == 0, (case, found)
         return
     assert found["mma"] > 0, (case, found)
-    # For narrow slices, small groups and float16 ptxas leaves up to 44 bytes outside the loop; in it never.
-    usual = case.get("group", 128) >= 64 and "slice" not in case and "dtype" not in case
-    assert found.get("spills_in_loop", 0) == 0 and (found["spilled"] == 0 or not usual), (case, found)
+    assert found["shared"] <= found["foretold"], (case, found)  # what the predicate allows must compile
+    # Outside the loop ptxas leaves some bytes for narrow slices, groups of 32 and float16; in it nothing.
+    usual = case.get("group", 128) != 32 and "slice" not in case and "dtype" not in case
+    assert found["spilled"] <= (0 if usual else 48) and found.get("spills_in_loop", 0) == 0, (case, found)
     if arch.startswith("sm_"):
         assert found["copies"] > 0 and found["widest_copy"] == 16, (case, found)
+    elif found["divided"]:
+        assert found["awaited"], (case, found)
 
 
 def cases(bits=LOW, tokens=BUCKETS, **more) -> list[dict]:
@@ -84,8 +87,9 @@ def test_other_gpus(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_other_kernels(arch, tmp_path):
-    """Mixtures of experts and dequantisation; ragged K, one group per row, float16."""
-    wanted = cases(tokens=(8, 64), kind="experts") + cases(tokens=(512,), kind="dequantise")
+    """Mixtures of experts, dequantisation, repacking; ragged K, one group per row, float16."""
+    wanted = cases(tokens=(8, 64), kind="experts") + cases(tokens=(512,), kind="dequantise", symmetric=False)
+    wanted += cases(tokens=(8,), kind="repack")
     wanted += cases(bits=(3,), tokens=(8,), columns=3600) + cases(bits=(3,), tokens=(8,), group=-1)
     wanted += cases(bits=(2,), tokens=(8,), dtype="float16")
     for case, found in compiled(arch, wanted, tmp_path):
@@ -105,30 +109,56 @@ def test_everything(arch, tmp_path):
 
 
 COVERED = """
-import json, sys
+import json
 from machine_code import launch, machine, specialise
 from vlmq_vllm.kernels import tiles, warm
+from vlmq_vllm.kernels.layout import Geometry
+from vlmq_vllm.format import WeightFormat
 
-def key(bits, m, rows, columns, group):
-    kernel, arguments, _ = launch("sm_90", bits=bits, tokens=m, rows=rows, columns=columns, group=group)
+def way(bits, m, rows, columns, arch):
+    # What the kernel's constants depend on besides the layer.
+    plan = tiles.plan(m, Geometry.of(WeightFormat(bits, 128, True), rows, columns), machine(arch))
+    return plan.tile, plan.splits > 1
+
+SIZES = [  # rows, columns
+    (1536, 1536), (2048, 1536), (17920, 1536), (1536, 8960), (4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944),
+    (7168, 5120), (5120, 5120), (55296, 5120), (5120, 27648), (10240, 8192), (8192, 8192), (59136, 8192), (8192, 29568),
+    (3840, 1280), (1280, 1280), (152064, 3584), (37, 1001), (1, 40),
+]
+for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"):
+    for many in (None, 128, 192, 1000):
+        if many:
+            tiles.dequantise_from = lambda machine, many=many: many
+        tokens = warm.tokens(machine(arch))
+        for bits in (2, 3, 4, 8):
+            for size in SIZES:
+                warmed = {way(bits, m, *size, arch) for m in tokens if m < tokens[-1]}
+                missing = [m for m in range(1, tokens[-1]) if way(bits, m, *size, arch) not in warmed]
+                if missing:
+                    print(arch, many, bits, size, missing)
+
+def key(m, rows, columns, group):
+    kernel, arguments, *_ = launch("sm_90", bits=3, tokens=m, rows=rows, columns=columns, group=group)
     options = arguments["num_warps"], arguments["num_stages"]
     _, constants, attributes = specialise(kernel, arguments)
     return json.dumps([constants, repr(attributes), options], sort_keys=True)
 
-for shape in ((4, 4608, 3584, 128), (3, 3584, 18944, 128), (2, 37, 1001, 32), (3, 1, 40, -1), (2, 59136, 8192, 128)):
-    bits, *rest = shape
-    warmed = {key(bits, m, *rest) for m in warm.tokens(machine("sm_90"))}
-    missing = [m for m in range(1, tiles.dequantise_from(machine("sm_90"))) if key(bits, m, *rest) not in warmed]
-    print(shape, len(warmed), missing)
+tiles.dequantise_from = lambda machine: 512
+for size in ((4608, 3584, 128), (37, 1001, 32), (1, 40, -1)):
+    warmed = {key(m, *size) for m in warm.tokens(machine("sm_90"))}
+    missing = [m for m in range(1, 512) if key(m, *size) not in warmed]
+    if missing:
+        print(size, missing)
+print("done")
 """
 
 
 def test_warm_up_covers_every_number_of_tokens():
-    """A launch of any size finds the kernel that the warm-up compiled; vLLM's JIT monitor would raise otherwise."""
+    """A launch of any size finds the kernel that the warm-up compiled; vLLM's JIT monitor would raise otherwise.
+
+    Layers of the Qwen2-VL family whole, a vision tower's, a head, odd ones; crossovers that a tuned table may have.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(SCRIPT.parent)
-    done = subprocess.run([sys.executable, "-c", COVERED], env=environment, capture_output=True, text=True, timeout=300)
-    lines = done.stdout.splitlines()
-    assert len(lines) == 5, done.stderr
-    for line in lines:
-        assert line.endswith(" []"), f"not compiled by the warm-up: {line}"
+    done = subprocess.run([sys.executable, "-c", COVERED], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "done\n", done.stdout[:2000] + done.stderr

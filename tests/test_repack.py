@@ -6,7 +6,7 @@ from kernel_problems import BF16, FP16, make_weight
 
 from vlmq_vllm.format import BITS, WeightFormat
 from vlmq_vllm.kernels import reference, repack
-from vlmq_vllm.kernels.layout import FIELDS, SLICES, Geometry, RuntimeWeight, why_not
+from vlmq_vllm.kernels.layout import FIELDS, SLICES, Geometry, RuntimeWeight, aligned, why_not
 from vlmq_vllm.kernels.repack import prepare
 
 SHAPES = [  # rows, columns, group size
@@ -110,6 +110,7 @@ def test_why_not():
     assert why_not(WeightFormat(2, 16, True), 8, 64).startswith("group_size is 16")
     assert why_not(WeightFormat(3, 96, True), 8, 64) is None
     assert "1 to 16777216 rows" in why_not(WeightFormat(3, 96, True), 8, 1 << 25)
+    assert "34359738368 weights at most" in why_not(WeightFormat(3, 96, True), 1 << 20, 1 << 20)
     with pytest.raises(ValueError, match="--group-size 32, 64 or 128"):
         prepare(make_weight(4, True, 8, 64, 8), FP16)
     with pytest.raises(ValueError, match="activations of torch.int8 are not supported"):
@@ -137,3 +138,12 @@ def test_refused_weight(change, message):
     }
     with pytest.raises(ValueError, match=message):
         RuntimeWeight(**weight | change)
+
+
+def test_aligned():
+    """Nothing is copied that need not be."""
+    dense = torch.zeros(4, 16, dtype=FP16)
+    assert aligned(dense) is dense
+    for other in (dense.T, dense.view(-1)[1:]):
+        copy = aligned(other)
+        assert torch.equal(copy, other) and copy.is_contiguous() and copy.data_ptr() % 16 == 0

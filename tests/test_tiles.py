@@ -58,13 +58,13 @@ def test_every_plan_is_legal(bits, group, machine):
 def test_parts_fill_the_gpu():
     """Small layers are divided until every multiprocessor has work, large ones hardly; the figures are the model's."""
     qkv, gate_up = (tiles.plan(1, geometry(4, rows), H200) for rows in (4608, 37888))
-    assert tiles.programs_of(1, geometry(4, 4608), qkv.tile) * qkv.splits >= H200.multiprocessors
+    assert tiles.output_tiles(1, geometry(4, 4608), qkv.tile) * qkv.splits >= H200.multiprocessors
     assert qkv.splits > gate_up.splits
     for m in (1, 64, 500):
         for rows, columns in SHAPES:
             shape = geometry(4, rows, columns)
             plan = tiles.plan(m, shape, H200)
-            programs = tiles.programs_of(m, shape, plan.tile)
+            programs = tiles.output_tiles(m, shape, plan.tile)
             assert plan.splits == 1 or programs <= COUNTERS
             assert plan.splits == 1 or programs * plan.splits * plan.tile.rows * plan.tile.tokens <= PARTIALS
 
@@ -119,6 +119,40 @@ def test_measured_plans_come_first(tuned):
     assert tiles.plan(5, geometry(), H200) == Plan(Tile(**tile), 7)
     assert tiles.plan(9, geometry(), H200).tile.tokens == 16
     assert tiles.plan(5, geometry(3), H200).tile == Tile(128, 8, 4, 3)
+
+
+def test_measured_plan_that_cannot_be(tuned):
+    table = json.loads((tiles.TUNED / "sm_90.json").read_text())
+    tile = {"rows": 96, "tokens": 8, "warps": 4, "stages": 3}
+    table["measured"] = {tiles.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
+    (tuned / "sm_90.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="sm_90.json has no usable entry for 4 128 symmetric 3584x3584 8: rows is 96"):
+        tiles.plan(5, geometry(), H200)
+
+
+def test_the_table_of_an_unknown_gpu():
+    """The newest of those with as much shared memory; never Hopper's, whose instructions nobody else has."""
+    known = {
+        arch: tiles.path_of(Hardware(arch, 100, size << 10)).stem
+        for arch, size in (
+            ("sm_90", 227),
+            ("sm_86", 99),
+            ("sm_87", 163),
+            ("sm_103", 227),
+            ("sm_110", 227),
+            ("sm_120", 99),
+            ("gfx950", 160),
+        )
+    }
+    assert known == {
+        "sm_90": "sm_90",
+        "sm_86": "sm_89",
+        "sm_87": "sm_80",
+        "sm_103": "sm_100",
+        "sm_110": "sm_100",
+        "sm_120": "sm_89",
+        "gfx950": "gfx942",
+    }
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", '{"tiles": {}}', '{"tiles": 1, "dequantise_from": 1}'])

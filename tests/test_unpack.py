@@ -9,9 +9,10 @@ from ptx import run
 
 from vlmq_vllm.format import BITS
 from vlmq_vllm.kernels.hardware import of
-from vlmq_vllm.kernels.layout import FIELDS
+from vlmq_vllm.kernels.layout import FIELDS, PLANES
+from vlmq_vllm.kernels.ptx import addend_of, constraints_of, fields_of, half, plane_of, planes_of, text_of
 from vlmq_vllm.kernels.reference import places
-from vlmq_vllm.kernels.unpack import addend_of, constraints, half, plane_of, ptx, weights
+from vlmq_vllm.kernels.unpack import weights
 
 NO_BF16 = "Triton's interpreter converts to bfloat16 wrongly; this needs a GPU"
 CASES = [(bits, field) for bits in BITS for field in range(FIELDS[bits])]
@@ -47,52 +48,64 @@ def half_values(register: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor
 @pytest.mark.parametrize(("bits", "field"), CASES)
 def test_ptx_symmetric(bits, field, dtype):
     words, bf16, zero = words_of(bits, field), dtype == BF16, 1 << (bits - 1)
-    low, high = half_values(run(ptx(bits, field, bf16, zero, False), [paired(word) for word in words]), dtype)
+    low, high = half_values(run(text_of(bits, field, bf16, zero, False), [paired(word) for word in words]), dtype)
     expected = codes_of(bits, field, words) - zero
     assert torch.equal(low.double(), expected.double())
     assert torch.equal(high.double(), expected.roll(12345).double())
 
 
+def constant(bits: int, field: int, zero: int, bf16: bool) -> torch.Tensor:
+    """The register that the kernel makes of a zero point."""
+    return torch.tensor(half(-(addend_of(bits, field, bf16) + zero), bf16))
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("bits", "field"), CASES)
 def test_ptx_zero_points(bits, field, dtype):
-    """Every zero point of the width, as a constant that the kernel makes of it."""
+    """Every zero point of the width; the two words of a register may belong to rows with different ones."""
     words, bf16 = words_of(bits, field), dtype == BF16
-    codes, text = codes_of(bits, field, words), ptx(bits, field, bf16, None, False)
+    codes, text = codes_of(bits, field, words), text_of(bits, field, bf16, None, False)
     for zero in range(1 << bits) if bits < 8 else (0, 1, 100, 127, 128, 129, 200, 255):
-        constant = torch.tensor(int(half(-(addend_of(bits, field, bf16) + zero), bf16), 0))
-        low, _ = half_values(run(text, [*(paired(word) for word in words), constant, constant]), dtype)
+        other = (zero * 5 + 3) % (1 << bits)
+        constants = [constant(bits, field, value, bf16) for value in (zero, other)]
+        low, high = half_values(run(text, [*map(paired, words), *constants]), dtype)
         assert torch.equal(low.double(), (codes - zero).double())
+        assert torch.equal(high.double(), (codes - other).roll(12345).double())
 
 
 @pytest.mark.parametrize("has_zero", [False, True], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize(("bits", "field"), CASES)
 def test_ptx_scaled(bits, field, dtype, has_zero):
-    """With the scale it is the weight rounded once, to nearest even."""
+    """With the scales of their rows the words give weights rounded once, to nearest even."""
     words, bf16 = words_of(bits, field), dtype == BF16
-    scale = torch.tensor(0.0123).to(dtype)
-    pair = (scale.view(torch.int16).long() & 0xFFFF) * 0x10001
-    zero = (1 << bits) - 2 if has_zero else 1 << (bits - 1)
-    constant = torch.tensor(int(half(-(addend_of(bits, field, bf16) + zero), bf16), 0))
-    inputs = [paired(word) for word in words] + ([constant, constant] if has_zero else []) + [pair, pair]
-    low, _ = half_values(run(ptx(bits, field, bf16, None if has_zero else zero, True), inputs), dtype)
-    expected = ((codes_of(bits, field, words) - zero).double() * scale.double()).to(dtype)
-    assert torch.equal(low, expected)  # products of 8 by 8 or 9 by 11 bits are exact in float64
+    scales = torch.tensor([0.0123, 0.456]).to(dtype)
+    zeros = [1, (1 << bits) - 2] if has_zero else 2 * [1 << (bits - 1)]
+    inputs = [*map(paired, words)]
+    inputs += [constant(bits, field, zero, bf16) for zero in zeros] if has_zero else []
+    inputs += [*(scales.view(torch.int16).long() & 0xFFFF)]
+    text = text_of(bits, field, bf16, None if has_zero else zeros[0], True)
+    codes = codes_of(bits, field, words)
+    for found, zero, scale, shift in zip(half_values(run(text, inputs), dtype), zeros, scales, (0, 12345), strict=True):
+        exact = (codes - zero).roll(shift).double() * scale.double()  # products of 9 by 11 bits are exact in float64
+        assert torch.equal(found, exact.to(dtype))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("zero", [None, 1])
 @pytest.mark.parametrize(("bits", "field"), CASES)
 def test_operands(bits, field, zero, scaled):
-    """As many registers are asked for as the text names."""
+    """The text reads every register that is asked for."""
     for bf16 in (False, True):
-        text = ptx(bits, field, bf16, zero, scaled)
-        count = constraints(bits, field, zero, scaled).count(",r")
+        text = text_of(bits, field, bf16, zero, scaled)
+        count = constraints_of(bits, field, zero, scaled).count(",r")
         named = {int(word.strip("$,;}")) for word in text.split() if word.startswith("$")}
-        assert max(named) <= count and named >= {0, 1}
-        spare = (2 if zero is None else 0) + (2 if scaled else 0)
-        assert max(named) >= count - (1 if spare else 0)  # of a pair that comes twice only the first is read
+        assert named == set(range(count + 1))
+
+
+def test_layout_in_constants():
+    """The compiler's numbers are the layout's."""
+    assert {bits: fields_of(bits) for bits in BITS} == FIELDS and {bits: planes_of(bits) for bits in BITS} == PLANES
 
 
 @triton.jit

@@ -1,0 +1,63 @@
+"""Weights of a mixture of experts in the runtime layout: one after the other, each as `layout.RuntimeWeight` says."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.kernels.layout import ACTIVATIONS, FLOATS, Geometry, RuntimeWeight, check_tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """Experts share sizes and format: the tensors of `RuntimeWeight`, stacked [experts, ...].
+
+    Raises ValueError for tensors that do not fit each other.
+    """
+
+    geometry: Geometry
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __post_init__(self) -> None:
+        if not len(self):
+            raise ValueError("there are no experts in packed")
+        self[0]  # checks shapes, types and devices
+        for name in ("packed", "scales", "zeros"):
+            tensor = getattr(self, name)
+            if tensor is not None and (len(tensor) != len(self) or not tensor.is_contiguous()):
+                raise ValueError(f"{name} is of {len(tensor)} experts, packed of {len(self)}; all lie contiguously")
+
+    @classmethod
+    def stack(cls, weights: list[RuntimeWeight]) -> "ExpertWeights":
+        """From one weight for every expert. Raises ValueError when they differ in sizes or format."""
+        geometry = weights[0].geometry
+        for i, weight in enumerate(weights):
+            if weight.geometry != geometry:
+                raise ValueError(f"expert {i} is {weight.geometry}, expert 0 {geometry}; they must be alike")
+        zeros = None if weights[0].zeros is None else torch.stack([weight.zeros for weight in weights])
+        packed, scales = (torch.stack([getattr(weight, part) for weight in weights]) for part in ("packed", "scales"))
+        return cls(geometry, packed, scales, zeros)
+
+    def __getitem__(self, expert: int) -> RuntimeWeight:
+        """The weight of one expert."""
+        zeros = None if self.zeros is None else self.zeros[expert]
+        return RuntimeWeight(self.geometry, self.packed[expert], self.scales[expert], zeros)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def check_input(
+        self, x: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None, router: torch.Tensor | None
+    ) -> None:
+        """Raises ValueError unless the arguments of `experts.multiply` fit."""
+        columns, entries = self.geometry.columns, tuple(ids.shape)
+        if ids.ndim != 2 or ids.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"ids is {ids.dtype} {list(ids.shape)}; it must be int32 or int64 [tokens, experts each]")
+        if tuple(x.shape) not in ((len(ids), columns), (*entries, columns)):
+            raise ValueError(f"x has shape {list(x.shape)}; it must be {[len(ids), columns]} or {[*entries, columns]}")
+        check_tensor("x", x, tuple(x.shape), ACTIVATIONS, self.packed, contiguous=False)
+        if bias is not None:
+            check_tensor("bias", bias, (len(self), self.geometry.rows), (x.dtype,), self.packed)
+        if router is not None:
+            check_tensor("router", router, entries, FLOATS, self.packed, contiguous=False)
