@@ -18,11 +18,11 @@ from vlmq_vllm.kernels.tiles import BUCKETS
 SCRIPT = Path(__file__).parent / "machine_code.py"
 # Instructions that a thread issues for each weight, in the loop over spans, symmetric, groups of 128, bfloat16. An H200
 # asks for a weight in 3.6 (4 bits), 2.7 (3) and 1.8 (2) instructions' time: see NOTES.md. Counted with Triton 3.7.1 and
-# some percent of room: 1.98, 1.87 and 1.70 up to 8 tokens, 2.21, 2.21 and 2.10 up to 16.
+# some percent of room: 1.98, 1.89 and 1.74 up to 8 tokens, 2.23, 2.23 and 2.12 up to 16.
 BUDGETS = {8: {4: 2.4, 3: 2.2, 2: 1.9}, 16: {4: 2.7, 3: 2.6, 2: 2.2}}
-# The same with a zero point for every group: counted 2.20, 2.15, 2.00, then 2.44, 2.59, 2.55.
+# The same with a zero point for every group: counted 2.22, 2.15, 2.01, then 2.39, 2.51, 2.53.
 ASYMMETRIC = {8: {4: 2.4, 3: 2.3, 2: 2.2}, 16: {4: 2.7, 3: 2.8, 2: 2.8}}
-# And up to 64 tokens, where arithmetic begins to take longer than reading: counted 2.91, 2.86, 2.67.
+# And up to 64 tokens, where arithmetic begins to take longer than reading: counted 2.90, 2.85, 2.68.
 MANY = {64: {4: 3.2, 3: 3.2, 2: 3.0}}
 LOW = (2, 3, 4)
 
@@ -55,9 +55,11 @@ def check(arch: str, case: dict, found: dict) -> None:
         return
     assert found["mma"] > 0, (case, found)
     assert found["shared"] <= found["foretold"], (case, found)  # what the predicate allows must compile
-    # Outside the loop ptxas leaves some bytes for narrow slices, groups of 32 and float16; in it nothing.
-    usual = case.get("group", 128) != 32 and "slice" not in case and "dtype" not in case
-    assert found["spilled"] <= (0 if usual else 48) and found.get("spills_in_loop", 0) == 0, (case, found)
+    # Outside the loop ptxas leaves some bytes here and there, on Hopper only for narrow slices, groups of 32 and
+    # float16; in it nothing, and on AMD nothing at all.
+    few = arch != "sm_90" or case.get("group", 128) == 32 or "slice" in case or "dtype" in case
+    assert found["spilled"] <= (48 if few and arch.startswith("sm_") else 0), (case, found)
+    assert found.get("spills_in_loop", 0) == 0, (case, found)
     if arch.startswith("sm_"):
         assert found["copies"] > 0 and found["widest_copy"] == 16, (case, found)
     elif found["divided"]:
