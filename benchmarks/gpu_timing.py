@@ -18,14 +18,12 @@ from math import ceil
 from statistics import median
 
 import torch
-import triton
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 L2_TIMES = 4  # what is moved between two readings of a copy, in sizes of L2
 COPIES_LIMIT = 2 << 30  # bytes that the copies of one weight may take together
 GRAPH_MICROSECONDS, GRAPH_LAUNCHES = 1000, 64  # of one graph: enough that its own start hardly counts
-COPIED = 1 << 30  # bytes of the copy that gives the bandwidth
 SAMPLE = 256  # rows of the weight, and of x, whose products are compared
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -178,32 +176,6 @@ def _spans(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
         graph.replay()
     torch.cuda.synchronize()
     return [before.elapsed_time(after) * 1e3 for before, after in pairwise(events)]
-
-
-@triton.jit
-def empty_kernel(x):
-    pass
-
-
-def empty_microseconds(device: str, launches: int = 256) -> float:
-    """What a launch costs in a graph when its kernel does nothing, with as many programs as there are processors."""
-    programs = torch.cuda.get_device_properties(device).multi_processor_count
-    x = torch.zeros(1, device=device)
-
-    def launch(x: torch.Tensor) -> torch.Tensor:
-        empty_kernel[(programs,)](x)
-        return x
-
-    launch(x)
-    graph, _ = capture([launch], x, launches)
-    return replay(graph, launches).microseconds
-
-
-def copy_bandwidth(device: str, launches: int = 4) -> float:
-    """GB/s of a copy of COPIED bytes from device memory to device memory, bytes read and written."""
-    source, target = (torch.zeros(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
-    graph, _ = capture([target.copy_], source, launches)
-    return 2 * COPIED / replay(graph, launches).microseconds / 1e3
 
 
 def settle() -> None:

@@ -33,6 +33,7 @@ LAYERS = (
     Layer("72b", "gate_up", 8192, 59136),
     Layer("72b", "down", 29568, 8192),
 )
+NAMES = sorted({name for layer in LAYERS for name in (layer.label, layer.model, layer.name)})
 BITS = (4, 2, 3)
 BYTES_PER_MICROSECOND, OPERATIONS_PER_MICROSECOND = 4.3e6, 7.9e8  # of an H200
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)

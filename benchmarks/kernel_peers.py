@@ -15,11 +15,11 @@ from functools import partial
 from importlib import import_module
 
 import torch
+from gpu_timing import Product
 
 from vlmq_vllm.format import QuantizedWeight, pack
 
 Tensors = dict[str, torch.Tensor]
-Product = Callable[[torch.Tensor], torch.Tensor]
 UTILS = "vllm.model_executor.layers.quantization.utils"
 TRITON_W4A16 = "vllm.model_executor.kernels.linear.mixed_precision.triton_w4a16"
 

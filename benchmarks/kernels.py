@@ -19,10 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import monotonic
 
+import gpu_limits
 import gpu_timing
 import torch
 from kernel_bench import Bench, Clock, Lost, Refused, Setting
-from kernel_cases import BITS, LAYERS, TOKENS, Block, chosen, ordered
+from kernel_cases import BITS, NAMES, TOKENS, Block, chosen, ordered
 from kernel_peers import DENSE, KERNELS, OURS, PEERS
 from kernel_report import Journal
 
@@ -30,7 +31,6 @@ BEGAN = monotonic()
 HERE = Path(__file__).absolute().parent
 PACKAGES = ("torch", "triton", "vllm", "humming-kernels", "gemlite")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-SHAPES = sorted({name for layer in LAYERS for name in (layer.label, layer.model, layer.name)})
 
 
 def compare(bench: Bench, blocks: list[Block]) -> None:
@@ -91,9 +91,9 @@ def machine(args: argparse.Namespace, setting: Setting) -> dict:
         "group_size": setting.group_size,
         "symmetric": setting.symmetric,
         "l2_bytes": setting.l2,
-        "copied_bytes": gpu_timing.COPIED,
+        "copied_bytes": gpu_limits.COPIED,
         "copy": setting.copy,
-        "empty": gpu_timing.empty_microseconds(setting.device),
+        "empty": gpu_limits.empty_microseconds(setting.device),
     }
 
 
@@ -126,7 +126,7 @@ def public(arguments: list[str]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--shapes", nargs="+", choices=SHAPES, default=[], metavar="NAME", help="7b-down, 7b, down ...")
+    made.add_argument("--shapes", nargs="+", choices=NAMES, default=[], metavar="NAME", help="7b-down, 7b, down ...")
     made.add_argument("--tokens", nargs="+", type=positive, default=list(TOKENS), metavar="M")
     made.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
     made.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all; without names: none")
@@ -159,7 +159,7 @@ def main() -> None:
     journal = Journal(args.out)
     # A graph cannot be captured on the default stream, and kernels keep a workspace for every stream: one for all.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-        copy = gpu_timing.copy_bandwidth(device)
+        copy = gpu_limits.copy_bandwidth(device)
         setting = Setting(device, DTYPES[args.dtype], args.group_size, not args.asymmetric, l2, copy)
         journal.add("machine", **machine(args, setting))
         raise SystemExit(guarded(args, setting, journal))

@@ -24,15 +24,14 @@ from time import monotonic
 import gpu_timing
 import torch
 import triton
-from kernel_cases import BITS, LAYERS, Case, Layer, chosen
+from kernel_cases import BITS, NAMES, Case, Layer, chosen
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.kernels import dequantise, gemm, hardware, tiles
+from vlmq_vllm.kernels import dequantise, gemm, hardware, tables, tiles
 from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
 
-SHAPES = sorted({name for layer in LAYERS for name in (layer.label, layer.model, layer.name)})
 WARPS, STAGES, SPLITS = (2, 4, 8), (2, 3, 4), (1, 2, 3, 4, 5, 6, 7, 8, 10, 14)
 ROWS = {8: (64, 128), 16: (64, 128), 32: (64, 128), 64: (64, 128, 256), 128: (128, 256)}
 TOKENS = {8: (8,), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128)}  # of the tiles worth trying in a bucket
@@ -81,7 +80,7 @@ class Tuner:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.machine = hardware.of(self.device)
         self.l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self.table = json.loads(json.dumps(tiles.table_of(self.machine)))
+        self.table = json.loads(json.dumps(tables.table_of(self.machine)))
 
     def format(self, bits: int) -> WeightFormat:
         return WeightFormat(bits, self.args.group_size, True)
@@ -135,7 +134,7 @@ class Tuner:
                 gpu_timing.settle()
 
     def keep(self, geometry: Geometry, bucket: int, times: dict[Plan, float], usual: Plan) -> None:
-        best, key = min(times, key=times.get), tiles.key_of(geometry, bucket)
+        best, key = min(times, key=times.get), tables.key_of(geometry, bucket)
         tile = {name: value for name, value in asdict(best.tile).items() if value is not False}
         self.table["measured"][key] = {"tile": tile, "splits": best.splits, "microseconds": round(times[best], 2)}
         print(f"{key}: {times[best]:.2f} us with {best}, {times.get(usual, 0):.2f} us with {usual}", flush=True)
@@ -173,7 +172,7 @@ class Tuner:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the table is written")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7b"], metavar="NAME", help="7b-down, 7b, ...")
+    parser.add_argument("--shapes", nargs="+", choices=NAMES, default=["7b"], metavar="NAME", help="7b-down, 7b, ...")
     parser.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
     parser.add_argument("--tokens", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS))
     parser.add_argument("--group-size", type=int, default=128)

@@ -1,23 +1,18 @@
-"""Which tile and how many parts a launch takes: data where there is some, else a small model; never tried at run time.
+"""Which tile and how many parts a launch takes: from the tables (`tables.py`), else a small model; never tried out.
 
-`tuned/ARCH.json` holds, for every width, the tile of each bucket of tokens, and plans that were measured for single
-shapes. Architectures without a file take that of the one with as much shared memory. VLMQ_TUNED names a folder whose
-files come first. How many parts K is divided into follows from the waves that the programs make, unless measured.
+The table gives the tile of a bucket of tokens, and plans that were measured for single shapes. How many parts K is
+divided into follows from the waves that the programs make, unless measured. `why_not` says what can be launched at all.
 """
 
-import json
 import math
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 from vlmq_vllm.kernels.hardware import Hardware
-from vlmq_vllm.kernels.layout import FIELDS, PLANES, STRIPE, Geometry
+from vlmq_vllm.kernels.layout import PLANES, STRIPE, Geometry
+from vlmq_vllm.kernels.tables import BUCKETS, Plan, Tile, key_of, path_of, table_of
 from vlmq_vllm.kernels.workspace import COUNTERS, PARTIALS
 
-BUCKETS = (8, 16, 32, 64, 128)  # tokens up to which a tile is used; the last also above
-TUNED = Path(__file__).parent / "tuned"
 # Bytes that must be on their way to a multiprocessor for it to get its share of the bandwidth: latency times share,
 # 0.75 us * 4.3 TB/s / 132 on an H200, with room.
 IN_FLIGHT = 32 << 10
@@ -26,25 +21,6 @@ PART_SPANS = 0.5
 MAX_SPLITS = 16
 WARPS = 8  # of a multiprocessor, two for each scheduler: with fewer none works while another waits
 INVARIANT_BUCKET = 32  # its tile serves every number of tokens when results may not depend on it
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A program's part: `rows` of the weight for `tokens`; `scaled`: scales multiply the weight instead of the sums."""
-
-    rows: int
-    tokens: int
-    warps: int
-    stages: int
-    scaled: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A launch: its tile, and into how many parts the spans of K are divided."""
-
-    tile: Tile
-    splits: int = 1
 
 
 def why_not(plan: Plan, m: int, geometry: Geometry, machine: Hardware) -> str | None:
@@ -166,41 +142,3 @@ def _fit(tile: Tile, geometry: Geometry, machine: Hardware) -> Tile:
         smaller = {"stages": tile.stages - 1} if tile.stages > 2 else {"tokens": tile.tokens // 2}
         tile = replace(tile, **smaller)
     return tile
-
-
-def key_of(geometry: Geometry, bucket: int) -> str:
-    """How a measured plan is filed: bits, group, grid, rows x columns, bucket."""
-    grid = "symmetric" if geometry.format.symmetric else "asymmetric"
-    return f"{geometry.bits} {geometry.format.group_size} {grid} {geometry.rows}x{geometry.columns} {bucket}"
-
-
-@cache
-def table_of(machine: Hardware) -> dict:
-    """The tiles of an architecture; raises ValueError for a file that is not what it should be."""
-    path = path_of(machine)
-    try:
-        table = json.loads(path.read_text())
-        for bits in map(str, FIELDS):
-            for bucket in map(str, BUCKETS):
-                Tile(**table["tiles"][bits][bucket])
-        for entry in table.get("measured", {}).values():
-            Plan(Tile(**entry["tile"]), int(entry["splits"]))
-        int(table["dequantise_from"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of tiles ({error!r}); remove it, or tune anew") from None
-    return table
-
-
-def path_of(machine: Hardware) -> Path:
-    """The file of an architecture, the user's before ours, or that of the one that comes closest."""
-    folders = [Path(folder) for folder in (os.environ.get("VLMQ_TUNED"),) if folder] + [TUNED]
-    name = f"{machine.arch}.json"
-    return next((folder / name for folder in folders if (folder / name).is_file()), TUNED / f"{_like(machine)}.json")
-
-
-def _like(machine: Hardware) -> str:
-    if not machine.arch.startswith("sm_"):
-        return "gfx942" if machine.arch.startswith("gfx") else "sm_90"
-    if machine.shared < 128 << 10:
-        return "sm_89"
-    return "sm_80" if machine.shared < 200 << 10 else "sm_100"

@@ -10,7 +10,7 @@ import torch
 from benchmark_modules import load
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.kernels import tiles
+from vlmq_vllm.kernels import tables, tiles
 from vlmq_vllm.kernels.hardware import Hardware
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
@@ -24,7 +24,7 @@ def tuner(monkeypatch):
     made = object.__new__(tune.Tuner)
     made.args = Namespace(bits=[3], tokens=[8], group_size=32)
     made.deadline, made.machine, made.l2 = monotonic() + 60, H200, 1 << 10
-    made.table = json.loads(json.dumps(tiles.table_of(H200)))
+    made.table = json.loads(json.dumps(tables.table_of(H200)))
     made.device = torch.device("cpu")
     return made
 
@@ -62,16 +62,16 @@ def test_the_fastest_right_plan_is_kept(tuner, monkeypatch, tmp_path):
     layer = kernel_cases.Layer("7b", "o", 1024, 64)
     tuner.tune(layer, 3)
     [(key, found)] = tuner.table["measured"].items()
-    assert key == tiles.key_of(Geometry.of(WeightFormat(3, 32, True), 64, 1024), 8)
+    assert key == tables.key_of(Geometry.of(WeightFormat(3, 32, True), 64, 1024), 8)
     assert found == {"tile": {"rows": 64, "tokens": 8, "warps": 4, "stages": 3}, "splits": 2, "microseconds": 1.0}
     path = tuner.write(tmp_path)
     assert path.name == "sm_90.json" and "a pretended GPU" in json.loads(path.read_text())["origin"]
-    for cached in (tiles.table_of, tiles._plan):
+    for cached in (tables.table_of, tiles._plan):
         cached.cache_clear()
     monkeypatch.setenv("VLMQ_TUNED", str(tmp_path))
     assert tiles.plan(8, Geometry.of(WeightFormat(3, 32, True), 64, 1024), H200) == best
     monkeypatch.undo()
-    for cached in (tiles.table_of, tiles._plan):
+    for cached in (tables.table_of, tiles._plan):
         cached.cache_clear()
 
 
