@@ -15,7 +15,8 @@ SETTINGS = ("--bits", "3", "--group-size", "64")
 # The command, which sends itself a signal when it gives the N-th finished file its name: the rename is what finishes a
 # unit, so that "before" has a whole file that does not count yet.
 SIGNALLED = """
-import os, pathlib, sys
+import os, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 number, send, when = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
 rename, seen = pathlib.Path.rename, []
 def signalled(path, target):
