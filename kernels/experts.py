@@ -120,9 +120,9 @@ def multiply(
     out = torch.empty(*ids.shape, geometry.rows, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    tile = tile or tiles.plan(-(-ids.numel() // len(experts)), geometry, machine).tile
-    reason = tiles.why_not(tiles.Plan(tile), ids.numel(), geometry, machine)
-    if reason:
+    if tile is None:  # which is legal, and looked up
+        tile = tiles.plan(-(-ids.numel() // len(experts)), geometry, machine).tile
+    elif reason := tiles.why_not(tiles.Plan(tile), ids.numel(), geometry, machine):
         raise ValueError(reason)
     entries, owners = routing(ids, len(experts), tile.tokens)
     with torch.cuda.device_of(x):

@@ -98,9 +98,9 @@ def gemm(
     if out.numel() == 0:
         return out
     machine = hardware.of(x.device)
-    plan = plan or tiles.plan(len(x), weight.geometry, machine)
-    reason = tiles.why_not(plan, len(x), weight.geometry, machine)
-    if reason:
+    if plan is None:  # which is legal, and looked up
+        plan = tiles.plan(len(x), weight.geometry, machine)
+    elif reason := tiles.why_not(plan, len(x), weight.geometry, machine):
         raise ValueError(reason)
     programs = tiles.output_tiles(len(x), weight.geometry, plan.tile) * plan.splits
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's

@@ -5,10 +5,12 @@ to the Triton kernels. Any device, float32 sums, no Triton.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
 
+from vlmq_vllm.format import dequantize as dequantize_codes
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.layout import FIELDS, PLANES, STRIPE, Geometry, RuntimeWeight
 
@@ -51,13 +53,9 @@ def from_words(words: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 def dequantize(weight: RuntimeWeight) -> torch.Tensor:
     """The weight [N, K] in float32."""
     geometry = weight.geometry
-    codes = from_words(weight.packed, geometry)
-    group = torch.arange(geometry.columns, device=codes.device) // (
-        geometry.columns if geometry.group == -1 else geometry.group
-    )
-    scale = weight.scales.T[: geometry.rows, group].float()
-    zero = geometry.format.middle if weight.zeros is None else weight.zeros.T[: geometry.rows, group].float()
-    return scale * (codes.float() - zero)
+    scale, zero = (None if part is None else part.T[: geometry.rows] for part in (weight.scales, weight.zeros))
+    format = replace(geometry.format, group_size=geometry.group)
+    return dequantize_codes(format, from_words(weight.packed, geometry), scale, zero)
 
 
 def gemm(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

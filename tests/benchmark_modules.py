@@ -1,6 +1,7 @@
-"""The modules of `benchmarks/` for tests: found there for as long as the import takes, and no longer.
+"""The modules of `benchmarks/` for tests, and a machine that they might tell of.
 
-Its kernels.py has the name of a Hugging Face package that transformers looks for.
+They are found there for as long as the import takes and no longer: its kernels.py has the name of a Hugging Face
+package that transformers looks for.
 """
 
 import sys
@@ -8,6 +9,20 @@ from importlib import import_module
 from pathlib import Path
 
 FOLDER = str(Path(__file__).absolute().parent.parent / "benchmarks")
+# A line of kind "machine" without its kind.
+MACHINE = {
+    "date": "2026-11-21T10:00:00+00:00",
+    "device": "A card",
+    "driver": "580.1",
+    "versions": {"torch": "2.11.0", "vllm": "not installed"},
+    "command": "python benchmarks/kernels.py --bits 4",
+    "dtype": "bf16",
+    "group_size": 128,
+    "symmetric": True,
+    "copied_bytes": 1 << 30,
+    "copy": 4000.0,
+    "empty": 1.25,
+}
 
 
 def load(*names: str) -> list:

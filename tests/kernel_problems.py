@@ -1,10 +1,12 @@
 """Random weights for the kernels' tests, and how far their products may lie from the exact ones."""
 
+import pytest
 import torch
 
-from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.format import BITS, QuantizedWeight, WeightFormat
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+FORMATS = [pytest.param(bits, sym, id=f"w{bits}-{'sym' if sym else 'asym'}") for bits in BITS for sym in (True, False)]
 
 
 def make_weight(bits, symmetric, rows, columns, group, dtype=FP16, device="cpu") -> QuantizedWeight:

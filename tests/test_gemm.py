@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_problems import BF16, FP16, FP32, bound, empty, exact, make_weight, rel_rms
+from kernel_problems import BF16, FORMATS, FP16, FP32, bound, empty, exact, make_weight, rel_rms
 
 from vlmq_vllm.format import BITS
 from vlmq_vllm.kernels import reference
@@ -10,7 +10,6 @@ from vlmq_vllm.kernels.gemm import gemm
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import Plan, Tile
 
-FORMATS = [pytest.param(bits, sym, id=f"w{bits}-{'sym' if sym else 'asym'}") for bits in BITS for sym in (True, False)]
 SHAPES = [  # rows, columns, group size
     pytest.param(1, 1, -1, id="1x1-row"),
     pytest.param(7, 33, 32, id="7x33-g32"),

@@ -5,7 +5,7 @@ from time import monotonic
 
 import pytest
 import torch
-from benchmark_modules import load
+from benchmark_modules import MACHINE, load
 from kernel_problems import BF16
 
 gpu_timing, kernel_bench, kernel_peers, kernel_cases, kernel_report, kernels = load(
@@ -16,19 +16,6 @@ from kernel_report import Journal  # noqa: E402
 
 SMALL = Block(Layer("7b", "o", 256, 320), 4, (1, 5))
 SETTING = kernel_bench.Setting("cpu", BF16, 128, True, 1000, 4000.0)
-MACHINE = {
-    "date": "2026-11-21T10:00:00+00:00",
-    "device": "A card",
-    "driver": "580.1",
-    "versions": {"torch": "2.11.0", "vllm": "not installed"},
-    "command": "python benchmarks/kernels.py --bits 4",
-    "dtype": "bf16",
-    "group_size": 128,
-    "symmetric": True,
-    "copied_bytes": 1 << 30,
-    "copy": 4000.0,
-    "empty": 1.25,
-}
 
 
 def dense_times(factor: float) -> kernel_peers.Kernel:

@@ -1,26 +1,13 @@
 """The kernel benchmark's numbers without a GPU: cases, bytes, targets, and the tables made of lines."""
 
 import pytest
-from benchmark_modules import load
+from benchmark_modules import MACHINE, load
 
 kernel_cases, kernel_report = load("kernel_cases", "kernel_report")
 from kernel_cases import BITS, LAYERS, TOKENS, Block, Case, Layer, chosen, ordered, target_of, weight_bytes  # noqa: E402
 from kernel_report import report  # noqa: E402
 
 BY_LABEL = {layer.label: layer for layer in LAYERS}
-MACHINE = {
-    "date": "2026-11-21T10:00:00+00:00",
-    "device": "A card",
-    "driver": "580.1",
-    "versions": {"torch": "2.11.0", "vllm": "not installed"},
-    "command": "python benchmarks/kernels.py --bits 4",
-    "dtype": "bf16",
-    "group_size": 128,
-    "symmetric": True,
-    "copied_bytes": 1 << 30,
-    "copy": 4000.0,
-    "empty": 1.25,
-}
 
 
 def test_layers():

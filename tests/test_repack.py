@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_problems import BF16, FP16, make_weight
+from kernel_problems import BF16, FORMATS, FP16, make_weight
 
 from vlmq_vllm.format import BITS, WeightFormat
 from vlmq_vllm.kernels import reference, repack
@@ -16,7 +16,6 @@ SHAPES = [  # rows, columns, group size
     pytest.param(33, 160, 96, id="33x160-g96"),
     pytest.param(130, 600, 512, id="130x600-g512"),
 ]
-FORMATS = [pytest.param(bits, sym, id=f"w{bits}-{'sym' if sym else 'asym'}") for bits in BITS for sym in (True, False)]
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
