@@ -1,12 +1,25 @@
 # make demo: the whole product on real input.   make test: the test suite without its slowest parts, make test-all: all
-# of it.   make gpu: kernels on a GPU.   All but the last install what they need into .venv.
+# of it.   make test-oldest: the plugin on the oldest vLLM.   make gpu: kernels on a GPU.   All but the last install what
+# they need, into .venv or .venv-oldest.
 PYTHON ?= python3
 BIN := .venv/bin
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
-PINS := packaging/cpu-constraints.txt packaging/cpu-overrides.txt
 
-.PHONY: demo test test-all gpu lint install train clean
+.PHONY: demo test test-all test-oldest gpu lint install oldest train clean
 .DELETE_ON_ERROR:
+
+# Install into the folder $(1) by the pins packaging/$(2)-*.txt, and what that depends on.
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+  { echo "$$($(PYTHON) --version) is too old: Python 3.11 or later is needed (make PYTHON=python3.12 ...)"; exit 1; }
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
+$(1)/bin/uv pip install --quiet --python $(1)/bin/python --override packaging/$(2)-overrides.txt \
+  --constraint packaging/$(2)-constraints.txt -r packaging/$(2)-requirements.txt
+$(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --no-build-isolation --refresh-package vllm \
+  -e . packaging/vllm-metadata
+touch $@
+endef
+environment_files = pyproject.toml $(wildcard packaging/$(1)-*.txt packaging/vllm-metadata/*.*)
 
 demo: install
 	$(BIN)/python examples/demo_vlm/demo.py
@@ -31,19 +44,23 @@ lint: install
 # Everything for a machine without a GPU; see packaging/README.md. On a GPU machine: pip install vllm, pip install .
 install: .venv/installed
 
-.venv/installed: pyproject.toml packaging/cpu-requirements.txt packaging/vllm-metadata/pyproject.toml $(PINS)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "$$($(PYTHON) --version) is too old: Python 3.11 or later is needed (make PYTHON=python3.12 ...)"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==0.13.8
-	$(UV) --override packaging/cpu-overrides.txt --constraint packaging/cpu-constraints.txt \
-	  -r packaging/cpu-requirements.txt
-	$(UV) --no-deps --no-build-isolation -e . packaging/vllm-metadata
-	touch $@
+.venv/installed: $(call environment_files,cpu)
+	$(call environment,.venv,cpu)
+
+# The plugin's tests on the oldest vLLM that is supported, in an environment of its own.
+OLDEST_TESTS := $(patsubst %,tests/test_%.py,plugin layers names format)
+test-oldest: oldest
+	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
+	.venv-oldest/bin/python -m pytest -m "not slow" -k tiny tests/e2e/test_equality.py
+
+oldest: .venv-oldest/installed
+
+.venv-oldest/installed: $(call environment_files,oldest)
+	$(call environment,.venv-oldest,oldest)
 
 # Two hours on two cores, minutes on a GPU; writes examples/demo_vlm/model anew.
 train: install
 	$(BIN)/python examples/demo_vlm/train.py examples/demo_vlm/model
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv .venv-oldest build dist *.egg-info demo-output

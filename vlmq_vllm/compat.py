@@ -5,6 +5,7 @@ import os
 
 import torch
 from vllm import _custom_ops as ops
+from vllm.distributed import get_tensor_model_parallel_rank
 
 # 0.26 takes an activation order between zeros and bias.
 _ORDER = (None,) if "g_idx" in inspect.signature(ops.cpu_gemm_wna16).parameters else ()
@@ -14,6 +15,13 @@ _CODES_PER_WORD = 8
 def map_name(mapper, name: str) -> str | None:
     """A tensor name through a WeightsMapper; 0.26 has only the private spelling."""
     return getattr(mapper, "map_name", mapper._map_name)(name)
+
+
+def complete_head(layer: torch.nn.Module, prefix: str) -> None:
+    """Give a ParallelLMHead what every linear layer knows of itself; 0.26 leaves it out."""
+    if not hasattr(layer, "input_size"):
+        layer.prefix, layer.tp_rank = prefix, get_tensor_model_parallel_rank()
+        layer.input_size, layer.output_size = layer.embedding_dim, layer.num_embeddings_padded
 
 
 def batch_invariant() -> bool:
