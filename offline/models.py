@@ -1,35 +1,12 @@
 """Model families as rows: where a model's parts are. Which linears share an input is seen in its forward (`stages.py`).
 
 Module names are those of transformers in memory; the files' names come from transformers' own renaming rules
-(`places.py`). A family is a row; nothing else knows about it.
+(`places.py`). Which linears vLLM does not take is in the plugin's `unserved.py`.
 """
 
-import re
 from dataclasses import dataclass, replace
 
 from vlmq_vllm.errors import RefusedError
-
-
-@dataclass(frozen=True)
-class Unserved:
-    """Linears that vLLM builds without a quantisation config: a packed weight would find no place there.
-
-    pattern: regular expression that matches the end of a linear's in-memory name. reason: why, for the user.
-    tower: only for a vision tower of this model type. odd_sizes_only: only where an input or output size is not a
-    multiple of 64.
-    """
-
-    pattern: str
-    reason: str
-    tower: str = ""
-    odd_sizes_only: bool = False
-
-    def holds(self, name: str, shape: tuple[int, ...], config: dict) -> bool:
-        """Whether the linear of that in-memory name and weight shape is one of them, by the model's config.json."""
-        if self.tower and self.tower not in config.get("vision_config", {}).get("model_type", ""):
-            return False
-        odd = any(size % 64 for size in shape)
-        return bool(re.search(self.pattern + "$", name)) and (odd or not self.odd_sizes_only)
 
 
 @dataclass(frozen=True)
@@ -39,7 +16,7 @@ class Family:
     layers: the decoder's ModuleList. embed: the input embeddings. vision: the tower; blocks: its ModuleList.
     connectors: modules between tower and decoder (they may lie inside the tower).
     attention: the attention module of a decoder layer. attention_end: the norm whose input is the attention block's
-    output with its residual. unserved: see there.
+    output with its residual.
     """
 
     layers: str
@@ -49,16 +26,8 @@ class Family:
     connectors: tuple[str, ...]
     attention: str = "self_attn"
     attention_end: str = "post_attention_layernorm"
-    unserved: tuple[Unserved, ...] = ()
 
 
-PLAIN = "vLLM builds it as a plain nn.Linear, which holds no packed weight"
-SIGLIP = Unserved(
-    r"vision_tower\..*mlp\.fc[12]",
-    "vLLM builds SigLIP's MLP unquantised when one of its sizes is no multiple of 64",
-    tower="siglip",
-    odd_sizes_only=True,
-)
 QWEN2 = Family(
     layers="model.language_model.layers",
     embed="model.language_model.embed_tokens",
@@ -79,17 +48,8 @@ LLAVA = Family(
     vision="model.vision_tower",
     blocks="model.vision_tower.encoder.layers",
     connectors=("model.multi_modal_projector",),
-    unserved=(SIGLIP,),
 )
-LLAVA_ONEVISION = replace(LLAVA, unserved=(SIGLIP, Unserved(r"multi_modal_projector\.linear_[12]", PLAIN)))
-INTERNVL = replace(
-    LLAVA,
-    blocks="model.vision_tower.encoder.layer",
-    unserved=(
-        Unserved(r"vision_tower\..*", "vLLM builds InternVL's tower without a quantisation config"),
-        Unserved(r"multi_modal_projector\.linear_[12]", PLAIN),
-    ),
-)
+INTERNVL = replace(LLAVA, blocks="model.vision_tower.encoder.layer")
 GEMMA3 = replace(LLAVA, attention_end="pre_feedforward_layernorm")
 IDEFICS = Family(
     layers="model.text_model.layers",
@@ -105,7 +65,7 @@ FAMILIES = {
     "qwen3_vl": QWEN3,
     "qwen3_vl_moe": QWEN3,
     "llava": LLAVA,
-    "llava_onevision": LLAVA_ONEVISION,
+    "llava_onevision": LLAVA,
     "internvl": INTERNVL,
     "gemma3": GEMMA3,
     "idefics3": IDEFICS,

@@ -15,6 +15,7 @@ from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
+from vlmq_vllm.unserved import why_unserved
 
 SHARD = 512 << 20  # bytes of unquantised tensors per file, more only for a tensor that is larger itself
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
@@ -125,12 +126,10 @@ def _connectors(source: Source, root: str) -> Iterator[str]:
 
 
 def _check_served(source: Source, settings: Settings, unit: Unit, name: str, shape: tuple[int, int]) -> None:
-    if settings.force:
-        return
-    for rule in source.family.unserved:
-        if rule.holds(name, shape, source.config):
-            option = f"--{unit.component}-bits {KEPT}"
-            raise RefusedError(
-                f"{name} {list(shape)} cannot be served at {settings.format_of(unit.component).bits} bits: "
-                f"{rule.reason}; use {option}, or --force to write it all the same"
-            )
+    reason = why_unserved(name, shape, source.config)
+    if reason and not settings.force:
+        option = f"--{unit.component}-bits {KEPT}"
+        raise RefusedError(
+            f"{name} {list(shape)} cannot be served at {settings.format_of(unit.component).bits} bits: {reason}; "
+            f"use {option}, or --force to write it all the same"
+        )

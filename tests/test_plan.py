@@ -16,7 +16,7 @@ from vlmq_vllm.offline import cli
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.plan.load import load_of
 from vlmq_vllm.offline.plan.report import plan
-from vlmq_vllm.offline.plan.serving import Heads, falls_on_groups, fitting_groups, why_not_cut
+from vlmq_vllm.offline.plan.serving import Heads, fitting_groups, why_not_cut
 from vlmq_vllm.offline.plan.solving import Solve, moments_bytes, stages_of, working_bytes
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
@@ -82,9 +82,8 @@ def test_json_has_stable_keys(demo_model, monkeypatch, capsys):
     down = next(linear for linear in found["linears"] if linear["pattern"] == "model.layers.*.mlp.down_proj")
     assert (down["count"], down["rows"], down["columns"], down["groups"], down["last_group"]) == (4, 256, 768, 12, 64)
     assert down["vllm_layer"] == "RowParallelLinear"
-    # 768 / 8 = 96 columns are one and a half groups of 64
-    assert [down["tensor_parallel"][size]["fits"] for size in "1248"] == [True, True, True, False]
-    assert down["tensor_parallel"]["8"]["group_sizes"] == [32, -1]
+    # 768 / 8 = 96 columns are one and a half groups of 64, which is served in groups of 32
+    assert [down["tensor_parallel"][size]["fits"] for size in "1248"] == [True] * 4
 
 
 def test_the_tables_name_what_json_has(demo_model, monkeypatch, capsys):
@@ -124,33 +123,23 @@ def test_wrong_options_are_named(demo_model, device, tokens):
         plan(str(demo_model), Settings(), device, tokens)
 
 
-# Qwen2-VL-72B's down_proj has 29568 = 2^7 x 3 x 7 x 11 columns: parts of 14784, 7392 and 3696
+# Qwen2-VL-72B's down_proj has 29568 = 2^7 x 3 x 7 x 11 columns: parts of 14784, 7392 and 3696, 16 times 231
 @pytest.mark.parametrize(
-    ("size", "bits", "fitting"),
+    ("size", "bits", "group", "fitting"),
     [
-        (2, 3, [64, 32, -1]),
-        (4, 3, [32, -1]),
-        (8, 3, []),  # 3696 columns of 3 bits do not end on a word either
-        (8, 4, [-1]),
+        (2, 3, 128, [128, 64, 32, -1]),
+        (4, 3, 128, [128, 64, 32, -1]),
+        (8, 3, 128, []),  # 3696 columns of 3 bits do not end on a word
+        (8, 4, 128, [-1]),  # groups of 16 would be too fine
+        (8, 4, -1, [-1]),
     ],
 )
-def test_cuts_of_a_row_parallel_layer(size, bits, fitting):
-    coarse = WeightFormat(bits, 128, False)
-    assert "group of 128" in why_not_cut("down_proj", 8192, 29568, coarse, size, None)
-    assert fitting_groups(29568, coarse, size) == fitting
-    for group in fitting:
-        assert why_not_cut("down_proj", 8192, 29568, WeightFormat(bits, group, False), size, None) is None
-
-
-def test_cuts_follow_the_plugins_own_rule():
-    from vlmq_vllm.segments import _falls_on_groups
-
-    cases = [
-        (b, g, k, n) for b in (2, 3, 4) for g in (32, 64, 128, -1) for k in (208, 768, 3696, 29568) for n in (1, 2, 4)
-    ]
-    rules = [(WeightFormat(b, g, False), k, k // n) for b, g, k, n in cases]
-    assert [falls_on_groups(*rule) for rule in rules] == [_falls_on_groups(*rule) for rule in rules]
-    assert {falls_on_groups(*rule) for rule in rules} == {True, False}
+def test_cuts_of_a_row_parallel_layer(size, bits, group, fitting):
+    format = WeightFormat(bits, group, False)
+    refused = why_not_cut("down_proj", 8192, 29568, format, size, None)
+    assert (refused is None) == (group in fitting)
+    assert refused is None or f"groups of {group} cannot be cut into {29568 // size} columns" in refused
+    assert fitting_groups(29568, format, size) == fitting
 
 
 @pytest.mark.parametrize(
@@ -168,10 +157,16 @@ def test_cuts_of_column_parallel_layers(leaf, heads, size, fits):
     assert (why_not_cut(leaf, 3584, 3584, WeightFormat(3, 128, False), size, heads) is None) is fits
 
 
-def test_warnings_name_the_group_size_that_fits_all(demo_model):
+def test_warnings_name_the_group_size_that_fits_all(tmp_path):
+    family_models.build("qwen2_vl", tmp_path)
+    lines = plan(str(tmp_path), Settings(bits=4, samples=4), "cpu", tokens=64).warnings
+    # down_proj has 208 columns: 104 for each of 2 ranks are groups of 8, 52 for each of 4 end within a word
+    assert any("over 2" in line and line.endswith("--group-size -1 fits") for line in lines)
+    assert any("over 4" in line and line.endswith("cannot be cut into 52 columns for each rank") for line in lines)
+
+
+def test_warnings_about_heads_and_tokens(demo_model):
     lines = plan(str(demo_model), Settings(samples=4), tokens=64).warnings
-    # o_proj has 256 columns: 64 for each of 4 ranks; down_proj 192
-    assert any("over 4" in line and "--group-size 64 or 32 or -1 fits" in line for line in lines)
     assert any("over 8" in line and "4 attention heads do not divide by 8" in line for line in lines)
     assert any("at most 256 calibration tokens for weights of 768 columns; 3072" in line for line in lines)
     assert not any(

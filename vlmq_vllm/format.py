@@ -21,6 +21,7 @@ import torch
 FORMAT_VERSION = 1
 BITS = (2, 3, 4, 8)
 WORD = 32
+FINEST = 32  # groups that a cut makes are no finer: the kernels read scales for so many columns
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -66,6 +67,20 @@ class WeightFormat:
         """Group of each column, [columns] int64."""
         width = columns if self.group_size == -1 else self.group_size
         return torch.arange(columns, device=device) // width
+
+    def part(self, total: int, columns: int) -> "WeightFormat | None":
+        """The format of a part when rows of `total` columns are cut after every `columns`; None when they cannot be.
+
+        A cut falls on a word. Where it goes through a group both sides keep its scale, in groups as fine as the cut.
+        """
+        if columns == total:
+            return self
+        if columns * self.bits % WORD:
+            return None
+        finer = math.gcd(self.group_size, columns)
+        if self.group_size in (-1, finer):
+            return self
+        return WeightFormat(self.bits, finer, self.symmetric) if finer % FINEST == 0 else None
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that stores a weight [rows, columns], by part name."""

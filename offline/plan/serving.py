@@ -1,16 +1,17 @@
 """What vLLM makes of each kind of linear: the layer that takes it, and which tensor-parallel sizes can cut it.
 
 A column-parallel layer is cut along O, which any format allows; query heads must divide, and key and value heads must
-divide or be shared. A row-parallel layer is cut along I, and every cut must fall on a group and on a 32-bit word
-(the rule of the plugin's `segments.py`). `linear` stands for linears of one name, shape and format.
+divide or be shared. A row-parallel layer is cut along I, and `WeightFormat.part` says which cuts the plugin can
+serve. `linear` stands for linears of one name, shape and format.
 """
 
 import re
 from dataclasses import dataclass, field
 
-from vlmq_vllm.format import WORD, WeightFormat
+from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.units import Target
+from vlmq_vllm.unserved import why_unserved
 
 SIZES = (1, 2, 4, 8)  # tensor-parallel sizes that are looked at
 GROUPS = (128, 64, 32, -1)  # group sizes that are proposed instead
@@ -67,8 +68,7 @@ def find_linears(source: Source, targets: list[Target]) -> list[Linear]:
 
 def _judge(linear: Linear, target: Target, heads: Heads, source: Source) -> None:
     shape = (target.rows, target.columns)
-    rules = (rule.reason for rule in source.family.unserved if rule.holds(target.name, shape, source.config))
-    linear.refused = next(rules, None)
+    linear.refused = why_unserved(target.name, shape, source.config)
     leaf = leaf_of(target.name)
     row = leaf in ROW_PARALLEL
     experts = re.search(r"\.experts\.", target.name) is not None
@@ -92,8 +92,8 @@ def why_not_cut(leaf: str, rows: int, columns: int, format: WeightFormat, size: 
     if leaf in ROW_PARALLEL:
         if columns % size:
             return f"{columns} columns do not divide by {size}"
-        if not falls_on_groups(format, columns, columns // size):
-            return f"{columns // size} columns of a rank do not end on a group of {format.group_size}"
+        if format.part(columns, columns // size) is None:
+            return f"groups of {format.group_size} cannot be cut into {columns // size} columns for each rank"
         return None
     if heads and leaf == "q_proj" and heads.query % size:
         return f"{heads.query} attention heads do not divide by {size}"
@@ -104,15 +104,9 @@ def why_not_cut(leaf: str, rows: int, columns: int, format: WeightFormat, size: 
     return f"{rows} rows do not divide by {size}" if rows % size else None
 
 
-def falls_on_groups(format: WeightFormat, total: int, columns: int) -> bool:
-    """Whether a part of `columns` of `total` columns begins and ends on groups, as the plugin asks."""
-    step = columns if format.group_size == -1 else format.group_size
-    return columns == total or (columns % step == 0 and columns * format.bits % WORD == 0)
-
-
 def fitting_groups(columns: int, format: WeightFormat, size: int) -> list[int]:
     """The usual group sizes with which `columns` can be cut into `size` parts; -1 is one group per row."""
     if columns % size:
         return []
     formats = [WeightFormat(format.bits, group, format.symmetric) for group in GROUPS]
-    return [f.group_size for f in formats if falls_on_groups(f, columns, columns // size)]
+    return [f.group_size for f in formats if f.part(columns, columns // size)]

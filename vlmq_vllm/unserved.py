@@ -1,0 +1,52 @@
+"""Linears that vLLM builds without a quantisation config, by family: a packed weight would find no place there."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Unserved:
+    """A rule for some linears.
+
+    pattern: regular expression that matches the end of a linear's name, in memory or in the files. reason: why, for the
+    user. tower: only for a vision tower of this model type. odd_sizes_only: only where an input or output size is not a
+    multiple of 64.
+    """
+
+    pattern: str
+    reason: str
+    tower: str = ""
+    odd_sizes_only: bool = False
+
+    def holds(self, name: str, shape: tuple[int, ...], tower: str) -> bool:
+        """Whether the linear of that name and weight shape, in a model whose tower is of that type, is one of them."""
+        odd = any(size % 64 for size in shape)
+        fits = self.tower in tower and (odd or not self.odd_sizes_only)
+        return fits and bool(re.search(self.pattern + "$", name))
+
+
+PLAIN = "vLLM builds it as a plain nn.Linear, which holds no packed weight"
+PROJECTOR = Unserved(r"multi_modal_projector\.linear_[12]", PLAIN)
+SIGLIP = Unserved(
+    r"vision_tower\..*mlp\.fc[12]",
+    "vLLM builds SigLIP's MLP unquantised when one of its sizes is no multiple of 64",
+    tower="siglip",
+    odd_sizes_only=True,
+)
+INTERNVL_TOWER = Unserved(r"vision_tower\..*", "vLLM builds InternVL's tower without a quantisation config")
+RULES = {
+    "llava": (SIGLIP,),
+    "llava_onevision": (SIGLIP, PROJECTOR),
+    "internvl": (INTERNVL_TOWER, PROJECTOR),
+    "gemma3": (SIGLIP,),
+}
+
+
+def why_unserved(name: str, shape: tuple[int, ...], config: Mapping) -> str | None:
+    """Why vLLM takes no packed weight for the linear of that name and weight shape in a model of this config.json;
+    None when it takes one, as far as the rules know."""
+    vision = config.get("vision_config")
+    tower = vision.get("model_type", "") if isinstance(vision, Mapping) else ""
+    rules = RULES.get(config.get("model_type"), ())
+    return next((rule.reason for rule in rules if rule.holds(name, shape, tower)), None)
