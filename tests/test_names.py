@@ -93,10 +93,14 @@ def test_two_modules_with_one_name_are_refused():
         ModuleTable(["a.x", "b.x"], [prefixes({"a.": "c.", "b.": "c."})])
 
 
-def test_modules_below_a_prefix():
-    modules = [f"model.layers.0.mlp.experts.{i}.up_proj" for i in range(2)]
-    table = ModuleTable([*modules, "model.layers.0.mlp.experts_norm"], [QWEN2_VL])
-    assert table.below("language_model.model.layers.0.mlp.experts") == modules
+def test_experts_of_a_mixture():
+    modules = {
+        (i, part): f"model.layers.0.mlp.experts.{i}.{part}" for i in (0, 11) for part in ("up_proj", "down_proj")
+    }
+    others = ["model.layers.0.mlp.experts_norm", "model.layers.0.mlp.experts.shared.up_proj"]
+    table = ModuleTable([*modules.values(), *others], [QWEN2_VL])
+    assert table.experts("language_model.model.layers.0.mlp.experts") == modules
+    assert table.experts("language_model.model.layers.1.mlp.experts") == {}
 
 
 def test_names_needs_neither_vllm_nor_torch():

@@ -17,6 +17,7 @@ from vllm_layers import W4, config_of, random_weight
 from vlmq_vllm import register
 from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
 from vlmq_vllm.config import VLMQConfig
+from vlmq_vllm.format import WeightFormat
 
 
 def write_model(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:
@@ -79,7 +80,7 @@ def test_model_without_quantised_tensors_is_refused(tmp_path):
         VLMQConfig().maybe_update_config("MODEL")
     folder = write_model(tmp_path / "plain", {"quantization_config": QuantizationSpec(W4, {}).to_dict({})}, {})
     quantisation = VLMQConfig(QuantizationSpec(W4, {}))
-    with pytest.raises(RuntimeError, match="no tensor is quantised"):
+    with pytest.raises(RuntimeError, match="calls itself quantised, but no tensor is"):
         quantisation.maybe_update_config(str(folder))
 
 
@@ -98,9 +99,13 @@ def test_override_claims_what_is_vlmq_or_asked_for_and_never_raises():
         assert ask(foreign, "vlmq", hf_config=object()) == "vlmq"
 
 
-def test_model_of_another_method_is_refused_when_asked_for():
-    with pytest.raises(RuntimeError, match="the model is quantised with 'gptq'; leave out --quantization"):
-        VLMQConfig.from_config({"quant_method": "gptq", "bits": 4})
+@pytest.mark.parametrize("method", ["awq", "fp8", None])
+def test_model_of_another_method_is_refused_when_asked_for(method):
+    message = (
+        f"the model is quantised with '{str(method).lower()}'; vlmq serves vlmq, gptq, .*; leave out --quantization"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        VLMQConfig.from_config({"quant_method": method, "bits": 4})
 
 
 def test_registering_twice_is_harmless():
@@ -139,10 +144,10 @@ def test_failing_registration_is_logged_and_stops_nothing(monkeypatch, caplog):
     ("quantisation", "message"),
     [
         (None, "--quantization vlmq was given, but .* is not quantised"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "the model is quantised with .gptq.; leave out"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "the model is quantised with .awq.; vlmq serves"),
         (QuantizationSpec(W4, {}).to_dict({}), "cannot be served: .* lacks"),
     ],
-    ids=["not quantised", "gptq", "no weights"],
+    ids=["not quantised", "awq", "no weights"],
 )
 def test_vllm_ends_with_the_message(tmp_path, quantisation, message):
     """Through vLLM's own configuration, as a server does it before anything is built."""
@@ -157,14 +162,33 @@ def test_vllm_ends_with_the_message(tmp_path, quantisation, message):
         VllmConfig(model_config=ModelConfig(str(tmp_path), quantization="vlmq", skip_tokenizer_init=True))
 
 
-def test_module_without_a_layer_is_named():
-    config = config_of({"fc": random_weight(W4, 64, 128), "projector.0": random_weight(W4, 64, 128)})
-    config.claimed.add("fc")
-    with pytest.raises(ValueError, match=r"builds no quantisable layer for projector.0 \(1 of 2"):
+def test_module_without_a_layer_is_named_with_the_reason():
+    names = ["fc", "projector.0", "vision_tower.encoder.layers.0.mlp.fc1"]
+    config = config_of({name: random_weight(W4, 64, 128) for name in names})
+    config.claims.add("fc", [("fc", config.modules["fc"])])
+    config.claims.reasons = {names[2]: "vLLM builds SigLIP's MLP unquantised"}
+    message = (
+        r"2 of 3 quantised modules find no place in vLLM: projector.0 \(vLLM builds no quantisable layer for it\), "
+        rf"{names[2]} \(vLLM builds SigLIP's MLP unquantised\); quantise again"
+    )
+    with pytest.raises(ValueError, match=message):
         config.get_cache_scale_mapper()
 
 
 def test_modules_of_other_pipeline_stages_are_no_error():
     config = config_of({"fc": random_weight(W4, 64, 128)})
-    config.partial = True
+    config.claims.partial = True
     assert config.get_cache_scale_mapper() is not None
+
+
+def test_table_at_start_says_what_is_quantised_and_what_is_not():
+    config = config_of({"fc": random_weight(W4, 64, 128), "k_proj": random_weight(WeightFormat(3, -1, False), 64, 128)})
+    for i in range(12):
+        config.claims.add(f"layers.{i}.qkv_proj", [("fc", config.modules["fc"]), ("k_proj", config.modules["k_proj"])])
+    config.claims.add("layers.0.fc", [("fc", config.modules["fc"]), ("x", None)])
+    config.claims.add_plain("visual.proj")
+    assert str(config.claims).splitlines() == [
+        "  W4 g64 | W3 row asym   12 x layers.*.qkv_proj",
+        "  W4 g64 | 16             1 x layers.*.fc",
+        "  16                      1 x visual.proj",
+    ]

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import FORMAT_VERSION, PARTS, WeightFormat
+from vlmq_vllm.packing import OWN, Packing
 
 INDEX = "model.safetensors.index.json"
 SCALE_DTYPES = ("F16", "BF16", "F32")
@@ -51,6 +52,10 @@ class QuantizationSpec:
 
     def format_of(self, module: str) -> WeightFormat:
         return self.overrides.get(module, self.default)
+
+    def read(self, folder: Path) -> tuple[Packing, dict[str, ModuleInfo]]:
+        """Packing and table of quantised modules of a folder with this config. Raises CheckpointError."""
+        return OWN, check_modules(self, read_headers(folder), _shape_reader(folder))
 
     def to_dict(self, tool: dict) -> dict:
         """The dictionary that goes into config.json."""
@@ -177,7 +182,8 @@ def _check_index(path: Path, headers: dict[str, TensorInfo]) -> None:
 
 def read_modules(folder: Path) -> dict[str, ModuleInfo]:
     """Every quantised module of a vlmq folder, after checking its tensors' names, dtypes and shapes."""
-    return check_modules(read_spec(folder), read_headers(folder), _shape_reader(folder))
+    _, modules = read_spec(folder).read(folder)
+    return modules
 
 
 def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_shape) -> dict[str, ModuleInfo]:

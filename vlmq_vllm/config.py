@@ -8,19 +8,19 @@ Errors of the front end are RuntimeErrors: vLLM parses its configuration with py
 and its text in a report of all arguments.
 """
 
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
-from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_config
+from vlmq_vllm.claims import Claims
 from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.foreign import SPECS
 from vlmq_vllm.names import ModuleTable
-
-logger = init_logger(f"vllm.{__name__}")
+from vlmq_vllm.packing import OWN, Packing
+from vlmq_vllm.unserved import why_unserved
 
 HOW_TO = "leave out --quantization to serve it as it is, or quantise it first with `vlmq quantize`"
 
@@ -28,16 +28,14 @@ HOW_TO = "leave out --quantization to serve it as it is, or quantise it first wi
 class VLMQConfig(QuantizationConfig):
     """Plain data: the parsed config.json (None when there is nothing to parse) and the table of quantised modules."""
 
-    def __init__(self, spec: QuantizationSpec | None = None) -> None:
+    def __init__(self, spec=None) -> None:
         super().__init__()
         self.spec = spec
+        self.packing: Packing = OWN
         self.modules: dict[str, ModuleInfo] = {}
         self.mappers: list = []
         self.table: ModuleTable | None = None
-        self.claimed: set[str] = set()
-        self.plain = 0
-        self.partial = False
-        self.complete = False
+        self.claims = Claims()
 
     @classmethod
     def get_name(cls) -> str:
@@ -58,19 +56,23 @@ class VLMQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict) -> "VLMQConfig":
-        if config.get("quant_method") != "vlmq":
-            found = config.get("quant_method")
-            raise RuntimeError(f"--quantization vlmq was given, but the model is quantised with {found!r}; {HOW_TO}")
+        method = str(config.get("quant_method")).lower()
+        specs = {"vlmq": QuantizationSpec} | SPECS
+        if method not in specs:
+            raise RuntimeError(
+                f"--quantization vlmq was given, but the model is quantised with {method!r}; vlmq serves "
+                f"{', '.join(specs)}; {HOW_TO}"
+            )
         try:
-            return cls(QuantizationSpec.from_dict(config))
+            return cls(specs[method].from_dict(config))
         except CheckpointError as error:
-            raise RuntimeError(str(error)) from None
+            raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}") from None
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None) -> str | None:
         """vLLM asks this for every quantised model in the world, so only what is ours or asked for is taken.
 
-        Another method's model that a user wants served as vlmq is taken too: from_config then says why it cannot be.
+        Any method's model that a user wants served as vlmq is taken: from_config says why where it cannot be.
         """
         method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
         return "vlmq" if "vlmq" in (method, user_quant) else None
@@ -82,12 +84,16 @@ class VLMQConfig(QuantizationConfig):
                 f"--quantization vlmq was given, but {model_name} is not quantised (its config.json has no "
                 f"quantization_config); {HOW_TO}"
             )
+        folder = _folder(model_name, revision)
         try:
-            self.modules = read_modules(_folder(model_name, revision))
+            self.packing, self.modules = self.spec.read(folder)
+            config = read_config(folder)
         except CheckpointError as error:
             raise RuntimeError(f"{model_name} cannot be served: {error}") from None
         if not self.modules:
-            raise RuntimeError(f"{model_name} calls itself vlmq, but no tensor is quantised; quantise it anew")
+            raise RuntimeError(f"{model_name} calls itself quantised, but no tensor is; quantise it anew")
+        reasons = {name: why_unserved(name, (info.rows, info.columns), config) for name, info in self.modules.items()}
+        self.claims.reasons = {name: reason for name, reason in reasons.items() if reason}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
         """Called once per nested model, sometimes twice for the same."""
@@ -100,9 +106,11 @@ class VLMQConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
-        self._note_partial()
+        from vlmq_vllm.compat import complete_head
+
+        self.claims.note_partial()
         if isinstance(layer, RoutedExperts):
-            self._refuse_experts(prefix)
+            return self._experts_method(layer, prefix.removesuffix(".routed_experts"))
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
         shards = self._table().shards(prefix, self.packed_modules_mapping)
@@ -111,39 +119,26 @@ class VLMQConfig(QuantizationConfig):
                 f"{shards[0]} is an embedding and quantised; vlmq serves embeddings at 16 bits only, "
                 "quantise again without it"
             )
+        if shards and isinstance(layer, ParallelLMHead):
+            complete_head(layer, prefix)
         if shards:
-            return self._method(prefix, shards)
-        self.plain += 1
+            return self._linear_method(prefix, shards)
+        self.claims.add_plain(prefix)
         return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
 
     def get_cache_scale_mapper(self):
-        """vLLM's common loader asks for this when the model is built and loading begins: the moment to check."""
+        """vLLM's common loader asks for this when the model is built and loading begins: the moment to check.
+
+        It also drops GPTQ's g_idx, which `foreign/` has read; vLLM 0.26 has no other place to say so.
+        """
+        from vllm.model_executor.models.utils import WeightsMapper
+
         self.check_complete()
-        return QuantizationConfig.get_cache_scale_mapper()
+        return QuantizationConfig.get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix={".g_idx": None})
 
     def check_complete(self) -> None:
-        """Once per process: log what is quantised; raises ValueError for modules that vLLM built no layer for.
-
-        Called before the first weight, or by the first finished layer of models that load without the common loader.
-        """
-        if self.complete:
-            return
-        self.complete = True
-        widths = Counter(self.modules[name].format.bits for name in self.claimed)
-        counts = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(widths.items()))
-        logger.info("vlmq: %d weights quantised (%s), %d layers at 16 bits", len(self.claimed), counts, self.plain)
-        unclaimed = sorted(set(self.modules) - self.claimed)
-        if unclaimed and self.partial:
-            logger.warning(
-                "vlmq: no layer in this process (a pipeline stage or a draft model?) for %d quantised modules: %s ...",
-                len(unclaimed),
-                ", ".join(unclaimed[:3]),
-            )
-        elif unclaimed:
-            raise ValueError(
-                f"vLLM builds no quantisable layer for {', '.join(unclaimed[:3])} ({len(unclaimed)} of "
-                f"{len(self.modules)} quantised modules); quantise again without them"
-            )
+        """Raises ValueError for modules that vLLM built no layer for; see `Claims.finish`."""
+        self.claims.finish(self.modules)
 
     def _table(self) -> ModuleTable:
         if self.table is None:
@@ -152,29 +147,24 @@ class VLMQConfig(QuantizationConfig):
             self.table = ModuleTable(self.modules, [partial(map_name, mapper) for mapper in self.mappers])
         return self.table
 
-    def _method(self, prefix: str, shards: tuple[str | None, ...]):
+    def _linear_method(self, prefix: str, names: tuple[str | None, ...]):
         from vlmq_vllm.linear import VLMQLinearMethod
 
-        self.claimed.update(name for name in shards if name)
         missing = f"{prefix} (a shard that is not quantised)"
-        return VLMQLinearMethod([(name, self.modules[name]) if name else (missing, None) for name in shards], self)
+        shards = [(name, self.modules[name]) if name else (missing, None) for name in names]
+        self.claims.add(prefix, shards)
+        return VLMQLinearMethod(shards, self)
 
-    def _refuse_experts(self, prefix: str) -> None:
-        experts = self._table().below(prefix.removesuffix(".routed_experts"))
-        if experts:
-            raise ValueError(
-                f"{experts[0]} and {len(experts) - 1} more are quantised experts; vlmq does not serve quantised "
-                "mixtures of experts yet, quantise again without them"
-            )
+    def _experts_method(self, layer: torch.nn.Module, prefix: str):
+        found = self._table().experts(prefix)
+        if not found:
+            self.claims.add_plain(prefix)
+            return None
+        from vlmq_vllm.moe import VLMQMoEMethod
 
-    def _note_partial(self) -> None:
-        """With pipeline stages or a draft model a process builds some of the modules and need not claim all."""
-        from vllm.config import get_current_vllm_config_or_none
-
-        config = get_current_vllm_config_or_none()
-        if config is not None:
-            staged = config.parallel_config.pipeline_parallel_size > 1
-            self.partial = self.partial or staged or config.speculative_config is not None
+        experts = {key: (name, self.modules[name]) for key, name in found.items()}
+        self.claims.add(prefix, experts.values())
+        return VLMQMoEMethod(layer.moe_config, prefix, experts, self)
 
 
 def _folder(model_name: str, revision: str | None) -> Path:

@@ -76,7 +76,7 @@ class Launch:
 def prepare(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> list[tuple[Launch, Tensors]]:
     """The launches of a layer and their tensors for activations of `dtype`; `with_bias`: it may be given a bias."""
     launches = []
-    for kind, group in groupby(pieces, key=lambda piece: _kind(piece, dtype)):
+    for kind, group in groupby(pieces, key=lambda piece: kind_of(piece, dtype)):
         members = list(group)
         if kind == "int4":
             launches.append(_int4(members, dtype))
@@ -87,7 +87,7 @@ def prepare(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> list[tu
     return launches
 
 
-def _kind(piece: Piece, dtype: torch.dtype) -> str:
+def kind_of(piece: Piece, dtype: torch.dtype) -> str:
     if piece.format is None:
         return "dense"
     fast, reason = "int4", None

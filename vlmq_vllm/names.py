@@ -50,9 +50,15 @@ class ModuleTable:
                 return found
         return self._head(prefix)
 
-    def below(self, prefix: str) -> list[str]:
-        """Checkpoint modules whose name begins with `prefix` and a dot at some stage."""
-        return sorted({module for name, module in self._index.items() if name.startswith(prefix + ".")})
+    def experts(self, prefix: str) -> dict[tuple[int, str], str]:
+        """(expert, projection) -> checkpoint module of the mixture of experts `prefix`; empty when it has none."""
+        found = {}
+        for name, module in self._index.items():
+            if name.startswith(prefix + "."):
+                expert, _, projection = name.removeprefix(prefix + ".").partition(".")
+                if expert.isdecimal():
+                    found[int(expert), projection] = module
+        return found
 
     def _parts(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
         parent, dot, leaf = prefix.rpartition(".")

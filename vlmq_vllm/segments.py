@@ -1,11 +1,12 @@
 """What one rank holds of a layer: its segments, one for every checkpoint tensor that the layer is made of.
 
 A segment says which rows and columns of the tensor on disk belong to this rank, and cuts them out of the tensors as
-they arrive. Segments of a fused layer may differ in width, grouping and grid; one that the checkpoint keeps at 16 bits
-has no format and a dense `weight`. On disk a weight is [O, I] as `format.py` describes it; here it is
+they arrive, after the checkpoint's packing has turned them into those of `format.py`. Segments of a fused layer may
+differ in width, grouping and grid; one that the checkpoint keeps at 16 bits has no format and a dense `weight`. Of a
+weight [O, I] a rank has
 
     rows     ranges of O in the order of the layer's outputs, then `padding` rows that evaluate to zero
-    columns  one range of I, which must begin and end on a group (the last group of a row may be shorter)
+    columns  one range of I, which begins on a 32-bit word; a group that lies on two ranks gives both its scale
 
 What becomes of the pieces after loading is left to `launch.py`.
 """
@@ -17,20 +18,26 @@ import torch
 
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.format import WORD, WeightFormat, pack, unpack
+from vlmq_vllm.packing import OWN, Packing
 
 DENSE = "weight"
 
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of checkpoint module `name` (a weight `disk` = [O, I]) that one rank holds; see above."""
+    """The part of checkpoint module `name` (a weight `disk` = [O, I]) that one rank holds; see above.
+
+    `stored` is the format on disk, None for a weight at 16 bits; `format` that of the part.
+    """
 
     name: str
+    stored: WeightFormat | None
     format: WeightFormat | None
     disk: tuple[int, int]
     rows: tuple[tuple[int, int], ...]
     columns: tuple[int, int]
     padding: int = 0
+    packing: Packing = OWN
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -39,25 +46,37 @@ class Segment:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape on this rank of every tensor of the segment, by part name."""
-        return self._shapes(*self.shape)
+        rows, columns = self.shape
+        return {DENSE: (rows, columns)} if self.format is None else self.format.shapes(rows, columns)
 
-    def cut(self, part: str, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's piece of a tensor from the checkpoint. Raises ValueError when it is not the tensor expected."""
-        self._check(part, tensor)
-        if part == "weight_shape":
+    def parts(self) -> dict[str, str]:
+        """Name in the files of every tensor of the segment -> the part of `shapes` that it becomes; a name whose part
+        is not among `shapes` stands for a tensor of which nothing is kept."""
+        if self.stored is None:
+            return {DENSE: DENSE}
+        names = self.packing.shapes(self.name, self.stored, *self.disk)
+        return {name: part for name, part in self.packing.parts.items() if name in names}
+
+    def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """This rank's piece of the tensor `name` of the files, None if nothing of it is kept. Raises ValueError when it
+        is not the tensor expected."""
+        self._check(name, tensor)
+        part = self.parts()[name]
+        if self.stored is not None:
+            tensor = self.packing.unpack(self.name, name, tensor, self.stored, self.disk)
+        if tensor is None or part == "weight_shape":
             return tensor
         if part == "weight_zero_point":
             return self._cut_zeros(tensor)
-        return self._cut_rows(tensor)[:, slice(*self._columns_of(part))]
+        return self._cut_rows(tensor)[:, self._columns_of(part)]
 
-    def _shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        return {DENSE: (rows, columns)} if self.format is None else self.format.shapes(rows, columns)
-
-    def _check(self, part: str, tensor: torch.Tensor) -> None:
-        expected = self._shapes(*self.disk).get(part)
-        where = f"{self.name}.{part}"
-        if expected is None:
+    def _check(self, name: str, tensor: torch.Tensor) -> None:
+        part, where = self.parts().get(name), f"{self.name}.{name}"
+        if part is None:
             raise ValueError(f"{where} was found, but {self.name} has no such tensor by config.json; export it again")
+        expected = self.disk
+        if self.stored is not None:
+            expected = self.packing.shapes(self.name, self.stored, *self.disk)[name]
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{where} has shape {list(tensor.shape)}, expected {list(expected)}; the checkpoint is damaged or "
@@ -79,22 +98,29 @@ class Segment:
     def _cut_zeros(self, packed: torch.Tensor) -> torch.Tensor:
         """Zero points are packed along the rows, whose ranges need not fall on words: unpack, cut and pack."""
         zeros = unpack(packed.T, self.format.bits, self.disk[0]).T
-        zeros = self._cut_rows(zeros)[:, slice(*self._columns_of("weight_zero_point"))]
+        zeros = self._cut_rows(zeros)[:, self._columns_of("weight_zero_point")]
         return pack(zeros.T, self.format.bits).T
 
-    def _columns_of(self, part: str) -> tuple[int, int]:
-        """The range of columns in units of a part's second dimension: weights, words or groups."""
+    def _columns_of(self, part: str) -> slice | torch.Tensor:
+        """Which of a part's second dimension, weights, words or groups, belong to the columns."""
         start, stop = self.columns
         if part == DENSE:
-            return start, stop
+            return slice(start, stop)
         if part == "weight_packed":
-            return start * self.format.bits // WORD, -(-stop * self.format.bits // WORD)
-        if self.format.group_size == -1:
-            return 0, 1
-        return start // self.format.group_size, -(-stop // self.format.group_size)
+            return slice(start * self.stored.bits // WORD, -(-stop * self.stored.bits // WORD))
+        if self.stored.group_size == -1:
+            return slice(0, 1)
+        firsts = start + torch.arange(self.format.groups(stop - start)) * self.format.group_size
+        return firsts // self.stored.group_size
 
 
-def plan(layer, shards: Sequence[tuple[str, ModuleInfo | None]], columns: int, outputs: Sequence[int]) -> list[Segment]:
+def plan(
+    layer,
+    shards: Sequence[tuple[str, ModuleInfo | None]],
+    columns: int,
+    outputs: Sequence[int],
+    packing: Packing = OWN,
+) -> list[Segment]:
     """Segments of a vLLM layer on its rank.
 
     `shards` are the checkpoint modules with what the headers say (None: kept at 16 bits), `columns` and `outputs` the
@@ -121,9 +147,9 @@ def plan(layer, shards: Sequence[tuple[str, ModuleInfo | None]], columns: int, o
                 "this layer's size, then quantise without it"
             )
         padding = sum(outputs) - sum(stop - start for start, stop in rows) if _is_vocabulary(layer) else 0
-        segment = Segment(name, None if info is None else info.format, expected, rows, span, padding)
-        _check_cut(layer, segment, columns)
-        segments.append(segment)
+        stored = None if info is None else info.format
+        format = None if info is None else cut_format(layer.prefix, stored, layer.input_size, columns)
+        segments.append(Segment(name, stored, format, expected, rows, span, padding, packing))
     return segments
 
 
@@ -165,18 +191,14 @@ def _column_span(layer, columns: int) -> tuple[int, int]:
     return start, start + columns
 
 
-def _check_cut(layer, segment: Segment, columns: int) -> None:
-    if segment.format is None or _falls_on_groups(segment.format, layer.input_size, columns):
-        return
-    sizes = [n for n in range(1, 65) if layer.input_size % n == 0]
-    fitting = [n for n in sizes if _falls_on_groups(segment.format, layer.input_size, layer.input_size // n)]
-    raise ValueError(
-        f"{layer.prefix}: {layer.input_size} inputs in groups of {segment.format.group_size} at {segment.format.bits} "
-        f"bits cannot be cut into {layer.input_size // columns} parts of {columns}; "
-        f"serve with --tensor-parallel-size {' or '.join(map(str, fitting))}, or quantise with smaller groups"
-    )
-
-
-def _falls_on_groups(format: WeightFormat, total: int, columns: int) -> bool:
-    step = columns if format.group_size == -1 else format.group_size
-    return columns == total or (columns % step == 0 and columns * format.bits % WORD == 0)
+def cut_format(prefix: str, format: WeightFormat, total: int, columns: int) -> WeightFormat:
+    """The format of a rank's `columns` of `total`. Raises ValueError with the tensor-parallel sizes that work."""
+    part = format.part(total, columns)
+    if part is None:
+        fitting = [n for n in range(1, 65) if total % n == 0 and format.part(total, total // n)]
+        raise ValueError(
+            f"{prefix}: {total} inputs in groups of {format.group_size} at {format.bits} bits cannot be cut into "
+            f"{total // columns} parts of {columns}; serve with --tensor-parallel-size "
+            f"{' or '.join(map(str, fitting))}, or quantise with smaller groups"
+        )
+    return part

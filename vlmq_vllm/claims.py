@@ -1,0 +1,86 @@
+"""Which quantised modules of a checkpoint have found their layer, and the table at start that says so."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from vllm.logger import init_logger
+
+from vlmq_vllm.checkpoint import ModuleInfo
+from vlmq_vllm.format import WeightFormat
+
+logger = init_logger(f"vllm.{__name__}")
+
+WITHOUT_LAYER = "vLLM builds no quantisable layer for it"
+SHOWN = 5
+
+
+class Claims:
+    """Kept while a process builds its layers. `reasons`: why vLLM takes no packed weight for a module, where known."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+        self.claimed: set[str] = set()
+        self.rows: Counter[tuple[str, str]] = Counter()
+        self.partial = False
+        self.complete = False
+
+    def add(self, prefix: str, shards: Iterable[tuple[str, ModuleInfo | None]]) -> None:
+        """The layer `prefix` takes these modules; None stands for a part at 16 bits."""
+        shards = list(shards)
+        self.claimed.update(name for name, info in shards if info)
+        formats = dict.fromkeys("16" if info is None else describe(info.format) for _, info in shards)
+        self._count(prefix, " | ".join(formats))
+
+    def add_plain(self, prefix: str) -> None:
+        """The layer `prefix` stays at 16 bits."""
+        self._count(prefix, "16")
+
+    def finish(self, modules: Mapping[str, ModuleInfo]) -> None:
+        """Once per process: log the table. Raises ValueError for modules without a layer, unless this process builds a
+        part of the model only.
+
+        Called before the first weight, or by the first finished layer of models that load without the common loader.
+        """
+        if self.complete:
+            return
+        self.complete = True
+        logger.info("vlmq: %d of %d quantised weights in this process\n%s", len(self.claimed), len(modules), self)
+        unclaimed = sorted(set(modules) - self.claimed)
+        if not unclaimed:
+            return
+        named = [f"{name} ({self.reasons.get(name, WITHOUT_LAYER)})" for name in unclaimed[:SHOWN]]
+        if self.partial:
+            logger.warning(
+                "vlmq: no layer in this process (a pipeline stage or a draft model?) for %d quantised modules: %s ...",
+                len(unclaimed),
+                ", ".join(unclaimed[:SHOWN]),
+            )
+        else:
+            raise ValueError(
+                f"{len(unclaimed)} of {len(modules)} quantised modules find no place in vLLM: {', '.join(named)}; "
+                "quantise again without them"
+            )
+
+    def note_partial(self) -> None:
+        """With pipeline stages or a draft model a process builds some of the modules and need not claim all."""
+        from vllm.config import get_current_vllm_config_or_none
+
+        config = get_current_vllm_config_or_none()
+        if config is not None:
+            staged = config.parallel_config.pipeline_parallel_size > 1
+            self.partial = self.partial or staged or config.speculative_config is not None
+
+    def __str__(self) -> str:
+        """One line for layers that differ in their number only: bits, how many, and their name."""
+        width = max((len(text) for _, text in self.rows), default=0)
+        return "\n".join(f"  {text:<{width}} {count:>4} x {name}" for (name, text), count in self.rows.items())
+
+    def _count(self, prefix: str, text: str) -> None:
+        self.rows[re.sub(r"\.\d+(?=\.|$)", ".*", prefix), text] += 1
+
+
+def describe(format: WeightFormat) -> str:
+    """Width, grouping and grid in a word, such as "W3 g128 asym"."""
+    group = "row" if format.group_size == -1 else f"g{format.group_size}"
+    return f"W{format.bits} {group}{'' if format.symmetric else ' asym'}"

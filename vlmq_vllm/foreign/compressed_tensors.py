@@ -1,0 +1,150 @@
+"""compressed-tensors' `pack-quantized`, as llm-compressor writes it: integers of 2, 3, 4 and 8 bits with 16-bit inputs.
+
+Names and meaning are ours (`format.py`): codes with an offset of 2^(bits - 1), packed along I, zero points along O.
+Since compressed-tensors 0.18 the bytes are, too. Before that a word held whole codes only, ten of 3 bits with two bits
+unused; which of the two a module has shows in the width of its weight_packed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, TensorInfo, read_headers
+from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.foreign.tensors import Tensors
+from vlmq_vllm.format import BITS, WORD, WeightFormat, pack
+
+
+@dataclass(frozen=True)
+class PackQuantizedPacking:
+    """The packing; `whole` are the modules of 3 bits whose words hold ten codes."""
+
+    whole: frozenset[str]
+
+    @property
+    def parts(self) -> dict[str, str]:
+        return {part: part for part in PARTS}
+
+    def shapes(self, module: str, format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        shapes = format.shapes(rows, columns)
+        if module in self.whole:
+            shapes["weight_packed"] = (rows, whole_words(columns, format.bits))
+            if not format.symmetric:
+                shapes["weight_zero_point"] = (whole_words(rows, format.bits), format.groups(columns))
+        return shapes
+
+    def unpack(self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape) -> torch.Tensor:
+        if module not in self.whole or name in ("weight_scale", "weight_shape"):
+            return tensor
+        if name == "weight_zero_point":
+            return pack(_whole_codes(tensor.T, format.bits)[..., : shape[0]], format.bits).T
+        return pack(_whole_codes(tensor, format.bits)[..., : shape[1]], format.bits)
+
+
+@dataclass(frozen=True)
+class PackQuantizedSpec:
+    """The formats that the config_groups name: (bits, group size or -1, symmetric)."""
+
+    formats: tuple[tuple[int, int, bool], ...]
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "PackQuantizedSpec":
+        """Raises CheckpointError for other formats of compressed-tensors and for what changes inputs or caches."""
+        if config.get("kv_cache_scheme") is not None:
+            raise CheckpointError("the checkpoint quantises the KV cache (kv_cache_scheme), which vlmq does not serve")
+        groups = config.get("config_groups")
+        if not isinstance(groups, dict) or not groups:
+            raise CheckpointError("quantization_config has no config_groups; vlmq reads pack-quantized checkpoints")
+        return cls(tuple(dict.fromkeys(_format(name, group, config) for name, group in groups.items())))
+
+    def read(self, folder: Path) -> tuple[PackQuantizedPacking, dict[str, ModuleInfo]]:
+        """Packing and modules by the headers and weight_shapes of `folder`. Raises CheckpointError."""
+        headers = read_headers(folder)
+        modules, whole = {}, set()
+        with Tensors(folder, headers) as tensors:
+            for name in headers:
+                module, _, leaf = name.rpartition(".")
+                if leaf == "weight_packed":
+                    modules[module], is_whole = self._module(module, headers, tensors)
+                    whole |= {module} if is_whole else set()
+        return PackQuantizedPacking(frozenset(whole)), modules
+
+    def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> tuple[ModuleInfo, bool]:
+        """Format and sizes, and whether words hold whole codes only."""
+        found = {part: headers[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in headers}
+        _check_types(module, found, headers)
+        rows, columns = (int(n) for n in tensors.get(f"{module}.weight_shape"))
+        if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
+            raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
+        shapes = {part: info.shape for part, info in found.items()}
+        fitting = {}
+        for bits, group_size, symmetric in self.formats:
+            format = WeightFormat(bits, group_size if group_size < columns else -1, symmetric)
+            for whole in (False, True)[: 1 + (WORD % bits != 0)]:
+                packing = PackQuantizedPacking(frozenset({module} if whole else ()))
+                if packing.shapes(module, format, rows, columns) == shapes:
+                    fitting[ModuleInfo(format, rows, columns), whole] = None
+        if len(fitting) != 1:
+            there = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
+            said = "; ".join(f"{b} bits, groups of {g}, {'' if s else 'a'}symmetric" for b, g, s in self.formats)
+            problem = "no" if not fitting else "more than one"
+            raise CheckpointError(
+                f"{module} is {rows} x {columns}, its tensors are {there}; {problem} format of config.json "
+                f"fits ({said})"
+            )
+        return next(iter(fitting))
+
+
+def whole_words(codes: int, bits: int) -> int:
+    """Words of `codes` codes when a word holds whole ones only."""
+    return -(-codes // (WORD // bits))
+
+
+def _whole_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """All codes [..., n * (32 // bits)] of words [..., n] that hold whole codes only; the last ones may be filling."""
+    shifts = torch.arange(WORD // bits, device=packed.device) * bits
+    return (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2)
+
+
+def _format(name: str, group, config: dict) -> tuple[int, int, bool]:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict):
+        raise CheckpointError(f"config_groups.{name} says nothing about weights; vlmq reads pack-quantized checkpoints")
+    packed = group.get("format") or config.get("format")
+    if packed != "pack-quantized" or weights.get("type", "int") != "int":
+        raise CheckpointError(f"config_groups.{name} is {packed!r} of type {weights.get('type')!r}; vlmq reads "
+                              "pack-quantized integers")  # fmt: skip
+    if group.get("input_activations") is not None or group.get("output_activations") is not None:
+        raise CheckpointError(f"config_groups.{name} quantises activations; vlmq serves 16-bit activations only")
+    if weights.get("actorder") == "group":
+        raise CheckpointError(
+            f"config_groups.{name} was made with actorder 'group'; quantise with actorder 'static' (weight) or none"
+        )
+    bits, strategy = weights.get("num_bits"), weights.get("strategy")
+    if bits not in BITS or strategy not in ("group", "channel"):
+        raise CheckpointError(
+            f"config_groups.{name} has {bits} bits by {strategy}; vlmq reads {', '.join(map(str, BITS))} bits by group "
+            "or channel"
+        )
+    group_size = weights.get("group_size") if strategy == "group" else -1
+    symmetric = bool(weights.get("symmetric", True))
+    try:
+        WeightFormat(bits, group_size, symmetric)
+    except ValueError as error:
+        raise CheckpointError(f"config_groups.{name}: {error}") from None
+    return bits, group_size, symmetric
+
+
+def _check_types(module: str, found: dict[str, TensorInfo], headers: dict[str, TensorInfo]) -> None:
+    if f"{module}.weight_g_idx" in headers:
+        raise CheckpointError(f"{module} has weight_g_idx: it was quantised with actorder 'group'; quantise without")
+    for part in ("weight_packed", "weight_scale", "weight_shape"):
+        if part not in found:
+            raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again from its source")
+    for part, info in found.items():
+        allowed = SCALE_DTYPES if part == "weight_scale" else ("I64", "I32") if part == "weight_shape" else ("I32",)
+        if info.dtype not in allowed or (part == "weight_shape" and info.shape != (2,)):
+            raise CheckpointError(
+                f"{module}.{part} is {info.dtype} {list(info.shape)}; it must be {' or '.join(allowed)}"
+            )

@@ -1,0 +1,181 @@
+"""GPTQ's files, as GPTQModel and its forerunners write them, and AutoRound in its `auto_gptq` packing.
+
+A linear layer [O, I] is stored along I first, every tensor turned over against ours:
+
+    qweight int32 [I * bits / 32, O]   the dense little-endian stream of codes down each column
+    scales  float [G, O]
+    qzeros  int32 [G, O * bits / 32]   the same stream along O; version 1 stores every zero point less one
+    g_idx   int32 [I]                  group of each column; only the plain order can be served
+
+Version 2 (`checkpoint_format: gptq_v2`) stores zero points as they are. In version 1 a zero point of 0 is stored as
+the highest code. A weight is symmetric if all its zero points are the middle, whatever config.json says.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, TensorInfo, read_headers
+from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.foreign.tensors import Tensors
+from vlmq_vllm.format import BITS, WORD, WeightFormat, pack, unpack, words
+
+PARTS = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
+FORMATS = {"gptq": 1, "gptq_v2": 2}
+AUTO_ROUND = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_gptq": 1, "auto_round:gptq_v2": 2}
+
+
+@dataclass(frozen=True)
+class GPTQPacking:
+    """GPTQ's packing; `version` of the zero points, 1 or 2."""
+
+    version: int
+
+    @property
+    def parts(self) -> dict[str, str]:
+        return PARTS
+
+    def shapes(self, module: str, format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        groups = format.groups(columns)
+        return {
+            "qweight": (words(columns, format.bits), rows),
+            "scales": (groups, rows),
+            "qzeros": (groups, words(rows, format.bits)),
+        }
+
+    def unpack(self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape):
+        if name != "qzeros":
+            return tensor.T
+        return None if format.symmetric else self.zeros(tensor, format.bits, shape[0])
+
+    def zeros(self, stored: torch.Tensor, bits: int, rows: int) -> torch.Tensor:
+        """Zero points [words(rows), G] as `format.py` packs them, from those of a file [G, words(rows)]."""
+        if self.version == 2:
+            return stored.T
+        return pack((unpack(stored, bits, rows) + 1) % (1 << bits), bits).T
+
+
+@dataclass(frozen=True)
+class GPTQSpec:
+    """What a quantization_config says of all modules: its bits, group sizes, and the version of the zero points."""
+
+    bits: int
+    group_sizes: tuple[int, ...]
+    symmetric: bool
+    version: int
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "GPTQSpec":
+        """Raises CheckpointError for packings of other methods and for what has no bits or group size."""
+        method = config.get("quant_method")
+        if method == "gptq":
+            name, known = config.get("checkpoint_format", "gptq"), FORMATS
+        else:
+            name, known = config.get("packing_format", "auto_round:auto_gptq"), AUTO_ROUND
+        if name not in known:
+            raise CheckpointError(
+                f"the checkpoint is packed as {name!r}; of {method}'s packings vlmq reads {', '.join(known)}"
+            )
+        for key in ("bits", "group_size"):
+            if type(config.get(key)) is not int:
+                raise CheckpointError(f"quantization_config has {key} {config.get(key)!r}; it must be a number")
+        exceptions = [*_entries(config, "dynamic"), *_entries(config, "extra_config")]
+        sizes = [entry.get("group_size") for entry in (config, *exceptions)]
+        sizes = tuple(dict.fromkeys(size for size in sizes if type(size) is int))
+        return cls(config["bits"], sizes, bool(config.get("sym", False)), known[name])
+
+    def read(self, folder: Path) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
+        """Packing and modules by the headers, zero points and g_idx of `folder`. Raises CheckpointError."""
+        headers = read_headers(folder)
+        modules = {}
+        with Tensors(folder, headers) as tensors:
+            for name in headers:
+                module, _, leaf = name.rpartition(".")
+                if leaf == "qweight":
+                    modules[module] = self._module(module, headers, tensors)
+        return GPTQPacking(self.version), modules
+
+    def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> ModuleInfo:
+        found = {}
+        for part, dtypes in (("qweight", ("I32",)), ("scales", SCALE_DTYPES), ("qzeros", ("I32",))):
+            info = headers.get(f"{module}.{part}")
+            if info is None:
+                raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again from its source")
+            if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
+                raise CheckpointError(
+                    f"{module}.{part} is {info.dtype} {list(info.shape)}; GPTQ has a matrix of {' or '.join(dtypes)}"
+                )
+            found[part] = info.shape
+        rows, groups = found["qweight"][1], found["scales"][0]
+        bits = self._bits(module, rows, found["qzeros"][1])
+        columns, rest = divmod(found["qweight"][0] * WORD, bits)
+        if rest:
+            raise CheckpointError(
+                f"{module}.qweight has {found['qweight'][0]} rows, no whole number of {bits}-bit codes"
+            )
+        group_size = self._group_size(module, columns, groups)
+        try:
+            format = WeightFormat(bits, group_size, self._is_symmetric(module, tensors, bits, rows))
+        except ValueError as error:
+            raise CheckpointError(f"{module}: {error}") from None
+        for part, shape in GPTQPacking(self.version).shapes(module, format, rows, columns).items():
+            if found[part] != shape:
+                raise CheckpointError(
+                    f"{module}.{part} has shape {list(found[part])}, but {bits} bits in groups of {group_size} and "
+                    f"weight {rows} x {columns} need {list(shape)}"
+                )
+        _check_order(module, headers, tensors, columns, format)
+        return ModuleInfo(format, rows, columns)
+
+    def _bits(self, module: str, rows: int, width: int) -> int:
+        """The width by which `rows` zero points fill `width` words; config.json's where several would."""
+        fitting = [bits for bits in BITS if words(rows, bits) == width]
+        if not fitting:
+            raise CheckpointError(
+                f"{module}.qzeros has {width} words for {rows} rows; that is none of {', '.join(map(str, BITS))} bits"
+            )
+        return self.bits if self.bits in fitting else fitting[0]
+
+    def _group_size(self, module: str, columns: int, groups: int) -> int:
+        if groups == 1:
+            return -1
+        fitting = [size for size in self.group_sizes if size > 0 and -(-columns // size) == groups]
+        if not fitting:
+            raise CheckpointError(
+                f"{module} has {groups} groups for {columns} columns; config.json names groups of "
+                f"{', '.join(map(str, self.group_sizes))}"
+            )
+        return fitting[0]
+
+    def _is_symmetric(self, module: str, tensors: Tensors, bits: int, rows: int) -> bool:
+        """Whether all zero points are the middle. Raises CheckpointError where the file says it is symmetric, and its
+        zero points are all the one that the other version would store."""
+        stored = tensors.get(f"{module}.qzeros")
+        middle = 1 << (bits - 1)
+        plain = pack(torch.full((rows,), middle, dtype=torch.uint8), bits)
+        less_one = pack(torch.full((rows,), middle - 1, dtype=torch.uint8), bits)
+        own, other = (less_one, plain) if self.version == 1 else (plain, less_one)
+        if self.symmetric and torch.equal(stored, other.expand_as(stored)):
+            raise CheckpointError(
+                f"{module}.qzeros are stored as version {3 - self.version} does it, but config.json says version "
+                f"{self.version}; correct checkpoint_format (gptq is version 1, gptq_v2 version 2)"
+            )
+        return torch.equal(stored, own.expand_as(stored))
+
+
+def _entries(config: dict, key: str) -> list[dict]:
+    """The settings of single modules or patterns; other things than dictionaries mean nothing here."""
+    found = config.get(key)
+    return [entry for entry in found.values() if isinstance(entry, dict)] if isinstance(found, dict) else []
+
+
+def _check_order(module: str, headers, tensors: Tensors, columns: int, format: WeightFormat) -> None:
+    name = f"{module}.g_idx"
+    if name not in headers:
+        return
+    if headers[name].shape != (columns,) or not torch.equal(tensors.get(name).long(), format.group_of(columns)):
+        raise CheckpointError(
+            f"{name} is not the plain order of columns: the model was quantised with act-order (desc_act); "
+            "quantise it without, or with groups that keep the order (static groups)"
+        )
