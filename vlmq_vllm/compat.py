@@ -5,7 +5,6 @@ import os
 
 import torch
 from vllm import _custom_ops as ops
-from vllm.distributed import get_tensor_model_parallel_rank
 
 # 0.26 takes an activation order between zeros and bias.
 _ORDER = (None,) if "g_idx" in inspect.signature(ops.cpu_gemm_wna16).parameters else ()
@@ -20,7 +19,8 @@ def map_name(mapper, name: str) -> str | None:
 def complete_head(layer: torch.nn.Module, prefix: str) -> None:
     """Give a ParallelLMHead what every linear layer knows of itself; 0.26 leaves it out."""
     if not hasattr(layer, "input_size"):
-        layer.prefix, layer.tp_rank = prefix, get_tensor_model_parallel_rank()
+        first = layer.shard_indices.padded_org_vocab_start_index
+        layer.prefix, layer.tp_rank = prefix, first * layer.tp_size // layer.org_vocab_size_padded
         layer.input_size, layer.output_size = layer.embedding_dim, layer.num_embeddings_padded
 
 
