@@ -41,26 +41,27 @@ def _head(threads: int) -> str:
     cores = len(os.sched_getaffinity(0))
     return (
         f"# Quantising beside the peers, {datetime.date.today()}\n\n"
-        f"Processor: {_processor()}, {cores} of {os.cpu_count()} cores, {threads} threads; no GPU. "
+        f"Processor: {processor()}, {cores} of {os.cpu_count()} cores, {threads} threads; no GPU. "
         "Medians; tools in turn within every repetition.\n"
         "`process`: from start to exit. `quantise`: calibration and solve; for vlmq and gptq (both `vlmq quantize`) "
         "with reading the model and writing the checkpoint.\n`CPU`: processor time of `quantise`. `x`: `quantise` over "
         "that of ours. `imports`: resident memory before any model is opened.\n\n"
-        f"    python benchmarks/quantize.py {' '.join(_public(sys.argv[1:]))}".rstrip()
+        f"    python benchmarks/quantize.py {' '.join(public(sys.argv[1:]))}".rstrip()
     )
 
 
-def _public(arguments: list[str]) -> list[str]:
+def public(arguments: list[str], hidden: tuple[str, ...] = HIDDEN) -> list[str]:
+    """Without the options that name folders, and without their values."""
     kept, skip = [], False
     for argument in arguments:
         name, _, value = argument.partition("=")
-        if not skip and name not in HIDDEN:
+        if not skip and name not in hidden:
             kept.append(argument)
-        skip = not skip and name in HIDDEN and not value
+        skip = not skip and name in hidden and not value
     return kept
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -21,18 +21,17 @@ SHARD = 512 << 20  # bytes
 SIDE = 448  # pixels: 16 x 16 = 256 vision tokens
 ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
 TINY_TOWER = {"depth": 1, "embed_dim": 192, "num_heads": 3}
+TOWER = {"depth": 32, "embed_dim": 1280, "num_heads": 16}
+LAYER_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
 SHAPES = {  # name: (language model, vision tower, embeddings shared with lm_head)
-    "7b-layer": (
-        {
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-        },
-        TINY_TOWER,
-        False,
-    ),
+    "7b-layer": (LAYER_7B, TINY_TOWER, False),
+    "7b": (LAYER_7B | {"num_hidden_layers": 28, "vocab_size": 152064}, TOWER, False),
     "2b": (
         {
             "hidden_size": 1536,
@@ -42,7 +41,7 @@ SHAPES = {  # name: (language model, vision tower, embeddings shared with lm_hea
             "num_key_value_heads": 2,
             "vocab_size": 151936,
         },
-        {"depth": 32, "embed_dim": 1280, "num_heads": 16},
+        TOWER,
         True,
     ),
 }
@@ -50,6 +49,14 @@ SHAPES = {  # name: (language model, vision tower, embeddings shared with lm_hea
 
 def write_model(shape: str, folder: Path) -> None:
     """A checkpoint of that shape in bfloat16, with the names that the hub's Qwen2-VL files have."""
+    _write_weights(write_settings(shape, folder), folder)
+
+
+def write_settings(shape: str, folder: Path, decoder_layers: int | None = None) -> dict[str, torch.Size]:
+    """All of a checkpoint in the new `folder` but its weights, whose shapes are returned by the files' names.
+
+    decoder_layers: instead of as many as the shape has.
+    """
     folder.mkdir(parents=True)
     for path in DEMO.iterdir():
         if path.suffix != ".safetensors":
@@ -58,13 +65,14 @@ def write_model(shape: str, folder: Path) -> None:
     config = json.loads((DEMO / "config.json").read_text())
     config["tie_word_embeddings"] = tied
     config["vision_config"] |= vision | {"hidden_size": text["hidden_size"]}
-    layers = text["num_hidden_layers"]
-    more = {"layer_types": ["full_attention"] * layers, "max_window_layers": layers, "max_position_embeddings": 32768}
+    layers = decoder_layers or text["num_hidden_layers"]
+    more = {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers, "max_window_layers": layers}
+    more |= {"max_position_embeddings": 32768}
     config["text_config"] |= text | more | {"rope_parameters": ROPE}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(Qwen2VLConfig.from_dict(config))
-    _write_weights({_file_name(name): p.shape for name, p in model.named_parameters()}, folder)
+    return {_file_name(name): parameter.shape for name, parameter in model.named_parameters()}
 
 
 def _file_name(name: str) -> str:
@@ -84,7 +92,7 @@ def _write_weights(shapes: dict[str, torch.Size], folder: Path) -> None:
     weight_map = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {name: _draw(name, shapes[name], generator) for name in names}
+        tensors = {name: draw(name, shapes[name], generator) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     total = sum(2 * shape.numel() for shape in shapes.values())
@@ -92,7 +100,7 @@ def _write_weights(shapes: dict[str, torch.Size], folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+def draw(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
     """As at the start of a training: matrices normal with deviation 0.02, norms one, biases zero."""
     if len(shape) > 1:
         return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)

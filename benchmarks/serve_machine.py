@@ -1,0 +1,73 @@
+"""Who measures and what is asked for, for the head of the serve benchmark's results, without this machine's folders."""
+
+import datetime
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from quantize_report import processor, public
+from serve_run import Load
+
+from vlmq_vllm.format import WeightFormat
+
+ROOT = Path(__file__).absolute().parent.parent
+PACKAGES = ("vllm", "torch", "humming-kernels", "vlmq-vllm")
+HIDDEN = ("--out", "--work", "--model")  # options that name folders
+
+
+def machine(
+    model: Path | None, shape: str | None, layers: int | None, format: WeightFormat, load: Load, gpu: bool
+) -> dict:
+    """Fields of the line of kind "machine"."""
+    if model:
+        served = f"the model {model.relative_to(ROOT) if model.is_relative_to(ROOT) else model.name}"
+    else:
+        served = f"random weights of {shape}'s shape" + (f", {layers} decoder layers" if layers else "")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "gpu": gpu,
+        "device": graphics_card() if gpu else f"{processor()}, {len(os.sched_getaffinity(0))} cores; no GPU",
+        "versions": {name: installed(name) for name in PACKAGES},
+        "command": shlex.join(["python", "benchmarks/serve.py", *public(sys.argv[1:], HIDDEN)]),
+        "model": served,
+        "load": _told(load, format),
+    }
+
+
+def without_folders(text: str, work: Path) -> str:
+    """One line that names no folder of this machine."""
+    for folder, name in ((work, "WORK"), (ROOT, "."), (Path.home(), "~")):
+        text = text.replace(str(folder), name)
+    return " ".join(text.split())[:300]
+
+
+def graphics_card() -> str:
+    """Name, version of the driver, highest clocks and power limit, as nvidia-smi tells them."""
+    query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
+    if not shutil.which("nvidia-smi"):
+        return "a GPU of unknown name, no nvidia-smi"
+    done = subprocess.run(
+        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
+    )
+    return "; ".join((done.stdout or done.stderr).split("\n")).strip("; ")
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _told(load: Load, format: WeightFormat) -> str:
+    width, height = load.image
+    return (
+        f"{load.requests} requests a run, at most {load.concurrency or load.requests} at once, {load.rate} per second; "
+        f"each {load.input_tokens} tokens of text, a picture of {width} x {height} pixels and "
+        f"{load.output_tokens} tokens of answer. Groups of {format.group_size}, "
+        f"{'symmetric' if format.symmetric else 'with zero points'}."
+    )
