@@ -104,7 +104,7 @@ def main() -> None:
         formats = [WeightFormat(bits, args.group_size, not args.asymmetric) for bits in (4, 3, 2)]
     except ValueError as error:
         made.error(f"--group-size: {error}")
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that the server is stopped then, too
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # so that the server is stopped then, too
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     concurrency = args.concurrency or (8 if args.request_rate == float("inf") else None)
     load = Load(

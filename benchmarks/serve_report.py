@@ -20,8 +20,7 @@ NOTES = (
 LATENCIES = [f"{metric}_p{p}_ms" for metric in ("ttft", "tpot") for p in PERCENTILES]
 ON_CPU = (
     "The KV cache of a CPU is as large as VLLM_CPU_KVCACHE_SPACE says, so its tokens tell nothing of the weights, and "
-    "vLLM does not tell how much memory those take: look at what is resident, which has all of Python, torch and the "
-    "cache in it."
+    "vLLM does not tell how much memory those take. Host memory is that of all its processes, with Python and torch."
 )
 
 
@@ -105,7 +104,7 @@ def _memory(runs: dict[str, dict[int, dict]]) -> str:
         "weights_gib": ("weights, GiB", ".2f", 1),
         "kv_gib": ("KV cache, GiB", ".2f", 1),
         "kv_tokens": ("KV cache, tokens", ",.0f", 1),
-        "resident_bytes": ("resident, MB", ",.0f", 1e6),
+        "resident_bytes": ("host memory, MB", ",.0f", 1e6),
         "start_seconds": ("start, s", ".0f", 1),
     }
     told = [name for name in columns if any(line.get(name) is not None for r in runs.values() for line in r.values())]

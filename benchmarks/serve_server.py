@@ -29,7 +29,7 @@ FACTS = {
     "kv_gib": r"Available KV cache memory: ([\d.]+) GiB",
     "kv_tokens": r"KV cache size: ([\d,]+) tokens",
 }
-KERNEL = re.compile(r"Using (\w+LinearKernel) for")
+KERNEL = re.compile(r"Using (\w+LinearKernel) for (?:CompressedTensorsWNA16|mixed-precision linear)")
 ERROR = re.compile(r"(?:ERROR .*?\] |^)(?:[\w.]+\.)?(\w*(?:Error|Exception|Interrupt): .+)", re.MULTILINE)
 
 

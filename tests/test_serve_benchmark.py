@@ -89,6 +89,7 @@ def test_load():
 
 LOG = """\
 (Worker pid=1) INFO 11-21 10:00:00 [cuda.py:1] Using MarlinLinearKernel for CompressedTensorsWNA16
+(Worker pid=1) INFO 11-21 10:00:00 [cuda.py:1] Using OtherLinearKernel for nothing of ours
 (Worker pid=1) INFO 11-21 10:00:01 [linear.py:9] vlmq: 28 of 28 quantised weights in this process
 (Worker pid=1) INFO 11-21 10:00:02 [runner.py:2] Model loading took 5.25 GiB memory and 1.234567 seconds
 (Worker pid=1) INFO 11-21 10:00:03 [worker.py:3] Available KV cache memory: 60.5 GiB
@@ -120,7 +121,7 @@ if "bad" in sys.argv[2]:
 if "slow" in sys.argv[2]:
     time.sleep(60)
 child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(15, lambda *a: 0); time.sleep(60)"])
-print("Using WrongLinearKernel for this", flush=True)
+print("Using WrongLinearKernel for mixed-precision linear", flush=True)
 class Healthy(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
