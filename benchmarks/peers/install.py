@@ -15,7 +15,10 @@ HERE = Path(__file__).parent
 PEERS = {  # name of runner, of environment and of the list of versions: what is asked for
     "llm_compressor": ("llmcompressor", "torchvision"),
     "gptq_model": ("gptqmodel", "torchvision"),
+    "auto_round": ("auto-round", "torchvision"),
+    "llm_compressor_0_12": ("llmcompressor", "torchvision"),  # packs 3 bits as compressed-tensors did before 0.18
 }
+MEASURED = ("llm_compressor", "gptq_model")  # in benchmarks/quantize.py; the others only write files for tests/foreign
 
 
 def environments() -> Path:
@@ -40,11 +43,12 @@ def install(folder: Path, peer: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"some of {', '.join(PEERS)}; default: all")
+    usual = f"default: {', '.join(MEASURED)}"
+    parser.add_argument("peers", nargs="*", metavar="PEER", help=f"some of {', '.join(PEERS)}; {usual}")
     parser.add_argument("--folder", type=Path, default=environments())
     args = parser.parse_args()
     if wrong := set(args.peers) - set(PEERS):
         parser.error(f"unknown peer {', '.join(sorted(wrong))}; choose from {', '.join(PEERS)}")
-    for peer in args.peers or PEERS:
+    for peer in args.peers or MEASURED:
         install(args.folder, peer)
         print(f"{peer}: {python_of(args.folder, peer)}")
