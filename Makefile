@@ -48,7 +48,7 @@ install: .venv/installed
 	$(call environment,.venv,cpu)
 
 # The plugin's tests on the oldest vLLM that is supported, in an environment of its own.
-OLDEST_TESTS := $(patsubst %,tests/test_%.py,plugin layers names format)
+OLDEST_TESTS := tests/layers $(patsubst %,tests/test_%.py,plugin names names_families format)
 test-oldest: oldest
 	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
 	.venv-oldest/bin/python -m pytest -m "not slow" -k tiny tests/e2e/test_equality.py
