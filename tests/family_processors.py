@@ -39,8 +39,8 @@ OPEN{{ message.role }}
 class Processor:
     """One row: classes by name, with their settings; what a part of a message becomes in the text.
 
-    named: special tokens that the processor asks of the tokenizer by name. turn: first and last token of a message,
-    the last one ends the answer. video, video_processor: None where the family has no videos.
+    named: special tokens that the processor asks of the tokenizer by name. words: plain tokens that vLLM looks up.
+    turn: first and last token of a message, the last one ends the answer. video, video_processor: None where the family has no videos.
     """
 
     processor: str
@@ -50,6 +50,7 @@ class Processor:
     turn: tuple[str, str]
     specials: tuple[str, ...] = ()
     named: dict[str, str] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
     settings: dict = field(default_factory=dict)
     video: str | None = None
     video_processor: str | None = None
@@ -148,6 +149,7 @@ PROCESSORS = {
             "boi_token": "<start_of_image>",
             "eoi_token": "<end_of_image>",
         },
+        words=tuple("\n" * count for count in range(1, 5)),
         settings={"image_seq_length": 4},
     ),
 }
@@ -173,6 +175,7 @@ def _build_tokenizer(row: Processor) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False))
+    bpe.add_tokens(list(row.words))
     bpe.add_special_tokens(["<|endoftext|>", *row.turn, *row.specials, *row.named.values()])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,

@@ -77,8 +77,11 @@ def qkv_weights(formats=(W4, FORMATS[5], W2), rows=(128, 64, 64), columns=128):
 
 
 def row_layer(weight: QuantizedWeight):
+    return row_layer_of(config_of({"fc": weight}), weight)
+
+
+def row_layer_of(quantisation: VLMQConfig, weight: QuantizedWeight):
     rows, columns = weight.codes.shape
-    quantisation = config_of({"fc": weight})
     return vllm_linear.RowParallelLinear(
         columns, rows, bias=False, params_dtype=torch.bfloat16, quant_config=quantisation, prefix="fc"
     )

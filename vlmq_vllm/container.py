@@ -53,13 +53,13 @@ class Container:
         vLLM's reload first calls with a parameter on the meta device and counts copied elements, to know when a layer
         is complete; cutting may copy too and must not be counted. Raises ValueError for a tensor that is not expected.
         """
-        name, segment = param.vlmq_name, self.segments[index]
-        if not param.is_meta:
-            piece = segment.cut(name, tensor)
+        name, place = param.vlmq_name, self._view(param, index)
+        if param.is_meta:
+            place.copy_(place)
+        else:
+            piece = self.segments[index].cut(name, tensor)
+            place.copy_(place.new_zeros(1) if piece is None else piece)
             self._tell_rounding(name, tensor)
-        place = self._view(param, index)
-        if place is not None:
-            place.copy_(place if param.is_meta else piece)
         self.arrived.add((index, name))
 
     def is_full(self, layer: torch.nn.Module) -> bool:
@@ -94,12 +94,10 @@ class Container:
         sizes = [math.prod(_shape(segment, name)) for segment in self.segments]
         return part, [0, *accumulate(sizes)]
 
-    def _view(self, param: torch.Tensor, index: int) -> torch.Tensor | None:
-        """The place of a segment's tensor in its flat parameter, None when nothing of it is kept."""
-        shape = _shape(self.segments[index], param.vlmq_name)
-        if shape == (0,):
-            return None
+    def _view(self, param: torch.Tensor, index: int) -> torch.Tensor:
+        """The place of a segment's tensor in its flat parameter."""
         _, offsets = self.offsets[param.vlmq_name]
+        shape = _shape(self.segments[index], param.vlmq_name)
         return param.data[offsets[index] : offsets[index + 1]].view(shape)
 
     def _check_arrived(self) -> None:
@@ -115,9 +113,8 @@ class Container:
         segment = self.segments[index]
         tensors = {}
         for name, part in segment.parts().items():
-            tensor = self._view(getattr(layer, self.prefix + name), index)
-            if tensor is not None:
-                tensors[part] = tensor
+            if part in segment.shapes():
+                tensors[part] = self._view(getattr(layer, self.prefix + name), index)
         values = DENSE if segment.format is None else "weight_scale"
         if not torch.isfinite(tensors[values]).all():
             name = next(name for name, part in segment.parts().items() if part == values)
@@ -142,8 +139,11 @@ def register(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.n
 
 
 def _shape(segment: Segment, name: str) -> tuple[int, ...]:
-    """Shape on this rank of what is kept of the tensor `name`, (0,) for nothing."""
-    return segment.shapes().get(segment.parts().get(name), (0,))
+    """Shape on this rank of what is kept of the tensor `name`: (0,) when the segment has none, (1,) for one that must
+    arrive but adds nothing, so that vLLM's reload, which counts elements, awaits it as well."""
+    if name not in segment.parts():
+        return (0,)
+    return segment.shapes().get(segment.parts()[name], (1,))
 
 
 def _is_dummy_load() -> bool:

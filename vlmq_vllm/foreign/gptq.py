@@ -7,8 +7,8 @@ A linear layer [O, I] is stored along I first, every tensor turned over against 
     qzeros  int32 [G, O * bits / 32]   the same stream along O; version 1 stores every zero point less one
     g_idx   int32 [I]                  group of each column; only the plain order can be served
 
-Version 2 (`checkpoint_format: gptq_v2`) stores zero points as they are. In version 1 a zero point of 0 is stored as
-the highest code. A weight is symmetric if all its zero points are the middle, whatever config.json says.
+Version 2 (`checkpoint_format: gptq_v2`) stores zero points as they are. GPTQModel makes version 1 by taking one from
+each code of a word at once, so that a zero point of 0 borrows from its neighbour; with 3 bits every code wraps alone. A weight is symmetric if all its zero points are the middle, whatever config.json says.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from vlmq_vllm.format import BITS, WORD, WeightFormat, pack, unpack, words
 
 PARTS = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
 FORMATS = {"gptq": 1, "gptq_v2": 2}
-AUTO_ROUND = {"auto_round:auto_gptq": 1, "auto_round:gptq": 1, "auto_gptq": 1, "auto_round:gptq_v2": 2}
+AUTO_ROUND = {"auto_round:auto_gptq": 1, "auto_gptq": 1, "auto_round": 2, "auto_round:gptqmodel": 2}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class GPTQPacking:
         """Zero points [words(rows), G] as `format.py` packs them, from those of a file [G, words(rows)]."""
         if self.version == 2:
             return stored.T
+        if WORD % bits == 0:  # ones are added to whole words, as they were taken from them: a 0 borrowed from the next
+            return (stored + sum(1 << shift for shift in range(0, WORD, bits))).T
         return pack((unpack(stored, bits, rows) + 1) % (1 << bits), bits).T
 
 
