@@ -15,7 +15,8 @@ NOTES = (
     "Load by `vllm bench serve`: pictures of random pixels beside random words, the same requests for every variant; "
     "a server of its own for each, one after the other, in every round; no cache of prefixes or pictures. TTFT: time "
     "to the first token. TPOT: time for each later one. (n x): over bf16's figure in the same round, so above 1 is "
-    "better for throughput, below 1 for times and memory."
+    "better for throughput, below 1 for times and memory. Others: cores that processes of no concern to the benchmark "
+    "kept busy during the load."
 )
 LATENCIES = [f"{metric}_p{p}_ms" for metric in ("ttft", "tpot") for p in PERCENTILES]
 ON_CPU = (
@@ -88,12 +89,13 @@ def _head(machine: dict) -> str:
 
 def _speed(runs: dict[str, dict[int, dict]]) -> str:
     titles = [f"{name} p{p}, ms" for name in ("TTFT", "TPOT") for p in PERCENTILES]
-    rows = [["served", "runs", "requests/s", "from - to", "output tokens/s", *titles]]
+    rows = [["served", "runs", "requests/s", "from - to", "output tokens/s", *titles, "others"]]
     for name, rounds in runs.items():
         speeds = [line["requests_per_second"] for line in rounds.values()]
         cells = [_cell(runs, name, figure) for figure in ("output_tokens_per_second", *LATENCIES)]
+        others = f"{median(line['others_cores'] for line in rounds.values()):.1f}"
         requests = _cell(runs, name, "requests_per_second", ".2f")
-        rows.append([name, str(len(rounds)), requests, f"{min(speeds):.2f} - {max(speeds):.2f}", *cells])
+        rows.append([name, str(len(rounds)), requests, f"{min(speeds):.2f} - {max(speeds):.2f}", *cells, others])
     return _markdown(rows)
 
 

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_server import NAME, QUIET, first_error, read_log, serve
+from serve_server import NAME, QUIET, Clock, first_error, read_log, serve
 
 PERCENTILES = (50, 90, 99)
 DENSE = "bf16"
@@ -89,8 +89,9 @@ class Bench:
         """Figures of one variant. Raises RuntimeError that says in a line why there are none."""
         variant, log = VARIANTS[name], self.work / f"{name}.log"
         with serve(model, [*variant.options, *self.options], log, self.patience) as server:
-            resident = server.resident()
+            resident, before = server.resident(), Clock.now(server)
             found = self._load(model, server.port)
+            found["others_cores"] = round(Clock.now(server).others_since(before), 2)
         facts = read_log(log.read_text())
         if variant.kernel and facts["kernels"] != [variant.kernel]:
             chosen = ", ".join(facts["kernels"]) or "none that it names"

@@ -7,6 +7,7 @@ weights; there the memory that its processes share out among them (proportional 
 import contextlib
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -43,8 +44,37 @@ class Server:
 
     def resident(self) -> int:
         """Bytes in memory of all its processes; pages that several of them share count once."""
+        return sum(process.memory_full_info().pss for process in self._processes())
+
+    def cpu_seconds(self) -> float:
+        """Processor time that its processes have used."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
+
+    def _processes(self) -> list[psutil.Process]:
         first = psutil.Process(self.process.pid)
-        return sum(process.memory_full_info().pss for process in (first, *first.children(recursive=True)))
+        return [first, *first.children(recursive=True)]
+
+
+@dataclass(frozen=True)
+class Clock:
+    """A moment: seconds, and processor seconds that everything else on this machine has used by then.
+
+    Ours are the server's and those of children that have ended, such as the one that makes the load.
+    """
+
+    at: float
+    others: float
+
+    @classmethod
+    def now(cls, server: Server) -> "Clock":
+        times = psutil.cpu_times()
+        busy = times.user + times.nice + times.system  # a guest's time is in user and nice
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return cls(time.monotonic(), busy - server.cpu_seconds() - ended.ru_utime - ended.ru_stime)
+
+    def others_since(self, before: "Clock") -> float:
+        """Cores that others kept busy, on average."""
+        return max(0.0, (self.others - before.others) / (self.at - before.at))
 
 
 @contextlib.contextmanager

@@ -35,7 +35,8 @@ RESULT = {
 
 
 def run_line(variant: str, number: int, **figures) -> dict:
-    kept = {"requests_per_second": 10.0, "output_tokens_per_second": 320.0, "file_bytes": 8e6, "kernels": []}
+    kept = {"requests_per_second": 10.0, "output_tokens_per_second": 320.0, "file_bytes": 8e6}
+    kept |= {"kernels": [], "others_cores": 0.25}
     return {"kind": "run", "variant": variant, "round": number} | kept | figures
 
 
@@ -130,6 +131,13 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 """
 
 
+def test_others():
+    """Of three seconds, one and a half of a core."""
+    before, after = serve_server.Clock(10.0, 100.0), serve_server.Clock(13.0, 101.5)
+    assert after.others_since(before) == 0.5
+    assert serve_server.Clock(11.0, 99.99).others_since(before) == 0.0  # the system counts in hundredths
+
+
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """In place of vLLM a server that is healthy at once and has a child that does not end when it is asked to."""
@@ -149,6 +157,17 @@ def test_stopped(fake, error):
         raise error
     gone, alive = psutil.wait_procs(group, 5)
     assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_others_of_a_server(fake):
+    """This process is neither the server nor a child of the benchmark that has ended: its work is that of others."""
+    with fake(Path("good")) as server:
+        before, begun = serve_server.Clock.now(server), time.process_time()
+        while time.process_time() < begun + 0.5:
+            pass
+        after = serve_server.Clock.now(server)
+    spent = after.others_since(before) * (after.at - before.at)
+    assert spent > 0.4  # the system counts in hundredths, of the server's two processes as well
 
 
 def test_not_started(fake):
