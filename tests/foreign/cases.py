@@ -14,9 +14,9 @@ GPTQ_MODEL = {
     "gptq-2bit-g32": {"bits": 2, "group_size": 32},
     "gptq-2bit-asym": {"bits": 2, "group_size": 32, "sym": False},
     "gptq-2bit-asym-v2": {"bits": 2, "group_size": 32, "sym": False, "format": "gptq_v2"},
-    "gptq-8bit-rows": {"bits": 8, "group_size": -1},
-    "gptq-mixed": {"bits": 3, "group_size": 32, "dynamic": DOWN_8 | EXCLUDED},
-    "gptq-desc-act": {"bits": 4, "group_size": 32, "desc_act": True},
+    "gptq-8bit-rows": {"bits": 8, "group_size": -1, "act_group_aware": False},
+    "gptq-mixed": {"bits": 3, "group_size": 32, "act_group_aware": False, "dynamic": DOWN_8 | EXCLUDED},
+    "gptq-desc-act": {"bits": 2, "group_size": 32, "desc_act": True},
 }
 
 G32 = {"group_size": 32, "sym": True, "format": "auto_round:auto_gptq"}
@@ -31,8 +31,8 @@ AUTO_ROUND = {
     "round-2bit-g32": G32 | {"bits": 2},
     "round-4bit-asym": G32 | {"bits": 4, "sym": False},
     "round-2bit-asym-own": G32 | {"bits": 2, "sym": False, "format": "auto_round"},
-    "round-3bit-asym-gptqmodel": G32 | {"bits": 3, "sym": False, "format": "auto_round:gptqmodel"},
-    "round-3bit-auto-gptq": G32 | {"bits": 3, "format": "auto_gptq"},
+    "round-2bit-asym-gptqmodel": G32 | {"bits": 2, "sym": False, "format": "auto_round:gptqmodel"},
+    "round-2bit-auto-gptq": G32 | {"bits": 2, "format": "auto_gptq"},
     "round-mixed": G32 | {"bits": 3, "layer_config": MIXED},
 }
 
@@ -60,7 +60,7 @@ LLM_COMPRESSOR = {
 LLM_COMPRESSOR_0_12 = {  # the last one with compressed-tensors < 0.18: ten 3-bit codes in a word, weight_g_idx
     "packed-3bit-tens": {"decoder": rounded(3, 32)},
     "packed-3bit-tens-asym": {"decoder": rounded(3, 32, symmetric=False)},
-    "packed-actorder": {"decoder": rounded(4, 32, actorder="group")},
+    "packed-actorder": {"decoder": rounded(2, 32, actorder="group")},
 }
 
 CASES = {  # the peer in benchmarks/peers/install.py: its writer and its checkpoints

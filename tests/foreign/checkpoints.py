@@ -1,11 +1,11 @@
 """The committed checkpoints: how one becomes small enough to commit, and a complete folder again.
 
-`checkpoints/base` is the unquantised model. Every other folder holds what its peer wrote and base does not have:
-config.json and other settings untouched, the tensors that differ as own.safetensors, and in same.json the tensors
-that are those of base, bit for bit, by the peer's name and base's. expected.safetensors is the truth (README.md).
+`checkpoints/base` holds what all of them share: tokenizer, processor, and every tensor of the unquantised model that
+is no decoder linear's (shared.safetensors). Every other folder is what its peer wrote beyond that: config.json and
+other settings untouched, and own.safetensors. expected.safetensors is the truth (README.md).
 """
 
-import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,21 +13,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-CHECKPOINTS = Path(__file__).with_name("checkpoints")
-KEPT = ("config.json", "quant*_config.json", "recipe.yaml", "expected.safetensors")  # of what a peer wrote
+CHECKPOINTS = Path(__file__).resolve().with_name("checkpoints")
 NAMES = sorted(path.name for path in CHECKPOINTS.glob("*-*"))
+REFUSED = ("gptq-desc-act", "packed-actorder")  # columns out of order: no weights are expected of them
+KEPT = ("config.json", "quant*_config.json", "recipe.yaml", "expected.safetensors")  # of what a peer wrote
 
 
 def restore(name: str, folder: Path) -> None:
     """Write the checkpoint `name` into the new `folder` as its peer wrote it; tokenizer and processor are base's."""
     source = CHECKPOINTS / name
-    shutil.copytree(CHECKPOINTS / "base", folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    shutil.copytree(CHECKPOINTS / "base", folder, ignore=shutil.ignore_patterns("shared.safetensors"))
     for path in source.glob("*"):
-        if path.name not in ("own.safetensors", "same.json", "expected.safetensors"):
+        if path.suffix != ".safetensors":
             shutil.copy(path, folder)
-    base = load_file(CHECKPOINTS / "base" / "model.safetensors")
-    same = json.loads((source / "same.json").read_text())
-    tensors = load_file(source / "own.safetensors") | {ours: base[theirs] for ours, theirs in same.items()}
+    own = load_file(source / "own.safetensors")
+    shared = load_file(CHECKPOINTS / "base" / "shared.safetensors")
+    tensors = own | {_named_like(own, key): tensor for key, tensor in shared.items()}
     save_file(tensors, folder / "model.safetensors", metadata=_metadata(source / "own.safetensors"))
 
 
@@ -36,24 +37,40 @@ def expected(name: str) -> dict[str, torch.Tensor]:
     return load_file(CHECKPOINTS / name / "expected.safetensors")
 
 
+def share(built: Path) -> None:
+    """Make `checkpoints/base` from the unquantised model."""
+    folder = CHECKPOINTS / "base"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(built, folder, ignore=shutil.ignore_patterns("model.safetensors"))
+    tensors = load_file(built / "model.safetensors")
+    save_file({key: tensor for key, tensor in tensors.items() if "_proj." not in key}, folder / "shared.safetensors")
+
+
 def shrink(written: Path, name: str) -> None:
-    """Make `checkpoints/name` from what a peer wrote into the folder `written`."""
+    """Make `checkpoints/name` from what a peer wrote into the folder `written`.
+
+    Raises ValueError if a tensor that should be base's is not, bit for bit.
+    """
+    (file,) = written.glob("model*.safetensors")
+    own = load_file(file)
+    for key, tensor in load_file(CHECKPOINTS / "base" / "shared.safetensors").items():
+        other = own.pop(_named_like(own, key))
+        if other.dtype != tensor.dtype or not torch.equal(other, tensor):
+            raise ValueError(f"{name}: {key} is not that of checkpoints/base; make all checkpoints anew")
     folder = CHECKPOINTS / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in (path for pattern in KEPT for path in written.glob(pattern)):
-        shutil.copy(path, folder)
-    base = load_file(CHECKPOINTS / "base" / "model.safetensors")
-    (file,) = written.glob("model*.safetensors")
-    own, same = {}, {}
-    for key, tensor in load_file(file).items():
-        twins = (other for other, value in base.items() if value.dtype == tensor.dtype and torch.equal(value, tensor))
-        if twin := next(twins, None):
-            same[key] = twin
-        else:
-            own[key] = tensor
+        if path.name != "expected.safetensors" or name not in REFUSED:
+            shutil.copy(path, folder)
     save_file(own, folder / "own.safetensors", metadata=_metadata(file))
-    (folder / "same.json").write_text(json.dumps(same, indent=0, sort_keys=True) + "\n")
+
+
+def _named_like(own: dict[str, torch.Tensor], key: str) -> str:
+    """Base has the hub's names; some peers write those of transformers' modules."""
+    if not any(name.startswith("model.language_model.") for name in own):
+        return key
+    return re.sub(r"^visual\.", "model.visual.", re.sub(r"^model\.", "model.language_model.", key))
 
 
 def _metadata(file: Path) -> dict[str, str] | None:

@@ -37,8 +37,8 @@ def write(base: str, out: str, format: str, **settings) -> None:
 def dequantise(folder: Path) -> dict[str, torch.Tensor]:
     """Scales are widened first, so that no product is rounded.
 
-    The layers are made here, of the classes that packed them: AutoRound's own loader has no layer for zero points in
-    GPTQ's packing on a CPU, and leaves random weights.
+    The layers are made here, of the classes that packed them: on a CPU AutoRound's loader has no layer for zero points
+    in GPTQ's packing and leaves random weights. A layer with g_idx fails where it is not square: made without one.
     """
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     tensors = load_file(folder / "model.safetensors")
@@ -49,7 +49,7 @@ def dequantise(folder: Path) -> dict[str, torch.Tensor]:
         kind = layer_class(settings.get("packing_format", "gptq"), bits, group_size, settings["sym"])
         qweight, qzeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
         columns = qweight.shape[0] * 32 // bits
-        layer = kind(bits, group_size, columns, qweight.shape[1], bias=False)
+        layer = kind(bits, group_size, columns, qweight.shape[1], bias=False, g_idx=False)
         layer.qweight, layer.qzeros, layer.scales = qweight, qzeros, scales.float()
         found[name] = layer(torch.eye(columns)).T.contiguous()
     return found

@@ -21,8 +21,8 @@ def write(base: str, out: str, **settings) -> None:
 
 
 def dequantise(folder: Path) -> dict[str, torch.Tensor]:
-    """Scales are widened first, so that no product is rounded."""
-    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH).model
+    """Loaded in the scales' own dtype, not the model's; scales are then widened, so that no product is rounded."""
+    model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
     found = {}
     for name in map(in_memory, TRUTH):
         layer = model.get_submodule(name)
