@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from serve_machine import machine, without_folders
@@ -40,7 +41,7 @@ def compare(bench: Bench, models: Models, names: list[str], rounds: int, journal
             try:
                 folder = models.folder(VARIANTS[name].bits, VARIANTS[name].stock)
                 found = bench.run(name, folder)
-            except (RuntimeError, OSError, SafetensorError) as error:
+            except (RuntimeError, OSError, SafetensorError, psutil.Error) as error:
                 failed.add(name)
                 journal.add("failed", variant=name, round=number, reason=without_folders(str(error), bench.work))
             else:
@@ -100,6 +101,9 @@ def main() -> None:
         made.error("--layers goes with --shape; a model has the layers that it has")
     if args.model and not (args.model / "config.json").is_file():
         made.error(f"--model {args.model} has no config.json; give the folder of a 16-bit model")
+    for folder in (args.work, args.out and args.out.absolute().parent):
+        if folder and not folder.is_dir():
+            made.error(f"{folder} is no folder; create it or choose another one")
     try:
         formats = [WeightFormat(bits, args.group_size, not args.asymmetric) for bits in (4, 3, 2)]
     except ValueError as error:

@@ -90,7 +90,12 @@ class Bench:
         variant, log = VARIANTS[name], self.work / f"{name}.log"
         with serve(model, [*variant.options, *self.options], log, self.patience) as server:
             resident, before = server.resident(), Clock.now(server)
-            found = self._load(model, server.port)
+            try:
+                found = self._load(model, server.port)
+            except RuntimeError as error:
+                if server.process.poll() is None:
+                    raise
+                raise RuntimeError(f"vllm serve ended under the load: {first_error(log.read_text())}") from error
             found["others_cores"] = round(Clock.now(server).others_since(before), 2)
         facts = read_log(log.read_text())
         if variant.kernel and facts["kernels"] != [variant.kernel]:

@@ -193,6 +193,22 @@ def test_failures_go_on(fake, tmp_path, monkeypatch):
     assert "| w2 | 2 | 2.00 |" in journal.out.with_suffix(".md").read_text()
 
 
+def test_server_ends_under_load(fake, tmp_path, monkeypatch):
+    """The reason is the server's, not that nobody answered."""
+
+    def load(bench, model, port):
+        with (tmp_path / "bf16.log").open("a") as log:
+            print("MemoryError: too much", file=log)
+        psutil.Process().children()[0].kill()
+        time.sleep(0.5)
+        raise RuntimeError("3 of 3 requests failed: ClientConnectorError: Cannot connect")
+
+    monkeypatch.setattr(serve_run.Bench, "_load", load)
+    (tmp_path / "good").mkdir()
+    with pytest.raises(RuntimeError, match="ended under the load: MemoryError: too much"):
+        serve_run.Bench(LOAD, (), tmp_path, 20.0, 20.0).run("bf16", tmp_path / "good")
+
+
 def test_chosen():
     journal = serve_report.Journal(None)
     assert serve.chosen(["bf16", "marlin-w4", "vllm-w4"], False, journal) == ["bf16", "vllm-w4"]
@@ -209,6 +225,7 @@ def test_chosen():
         ("--group-size 48", "multiples of"),
         ("--model /nowhere", "give the folder"),
         ("--variants w5", "invalid choice"),
+        ("--out /nowhere/found.jsonl", "/nowhere is no folder"),
     ],
 )
 def test_refused_arguments(arguments, told, monkeypatch, capsys):
