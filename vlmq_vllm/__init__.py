@@ -1,15 +1,28 @@
 """vlmq-vllm: low-bit vision-language models, quantised offline (`offline/`) and served by vLLM (this package).
 
-Importing this package loads neither torch nor vLLM nor Triton; vLLM calls `register` in each of its processes.
+Importing this package loads neither torch nor vLLM, Triton or transformers; vLLM calls `register` in each of its
+processes, and transformers learns about vlmq when it imports its own table of quantisers.
 """
 
 from pathlib import Path
 
+from vlmq_vllm.hook import after_import
+
 __version__ = "0.1.0"
+OLDEST, NEWEST = (0, 26), (0, 32)  # releases of vLLM that the tests run with
 
 _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").exists():  # a checkout: offline/ and kernels/ lie beside this folder
     __path__.append(str(_root))
+
+
+def _register_with_transformers() -> None:
+    from vlmq_vllm.huggingface import register
+
+    register()
+
+
+after_import("transformers.quantizers.auto", _register_with_transformers)
 
 
 def register() -> None:
@@ -20,12 +33,24 @@ def register() -> None:
     """
     import logging
 
+    logger = logging.getLogger(__name__)
     try:
         from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+        from vllm.version import __version_tuple__
 
+        release = __version_tuple__[:2]
+        if not OLDEST <= release <= NEWEST and release != (0, 0):  # which is a build from source
+            logger.warning(
+                "this is vLLM %d.%d; vlmq-vllm %s is tested with %d.%d to %d.%d, install one of these if vlmq "
+                "checkpoints do not load",
+                *release,
+                __version__,
+                *OLDEST,
+                *NEWEST,
+            )
         if "vlmq" not in QUANTIZATION_METHODS:
             from vlmq_vllm.config import VLMQConfig
 
             register_quantization_config("vlmq")(VLMQConfig)
     except Exception:
-        logging.getLogger(__name__).exception("vlmq could not register with vLLM; vlmq checkpoints will not load")
+        logger.exception("vlmq could not register with vLLM; vlmq checkpoints will not load")

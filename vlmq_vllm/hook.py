@@ -1,0 +1,48 @@
+"""Runs a function when a module has been imported by someone else, without importing it: `import vlmq_vllm` must stay
+cheap, and yet transformers has to know vlmq by the time it reads a config.json.
+
+Only the standard library is used here, and nothing of the import is changed but what happens after it.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+
+
+def after_import(name: str, action: Callable[[], None]) -> None:
+    """Call `action` once when the module `name` has been imported, now if it is there. What it raises is logged."""
+    if name in sys.modules:
+        _call(action)
+    else:
+        sys.meta_path.insert(0, _Finder(name, action))
+
+
+class _Finder(MetaPathFinder):
+    """Finds the one module as Python's own finder does, and adds the action to its loader."""
+
+    def __init__(self, name: str, action: Callable[[], None]) -> None:
+        self.name, self.action = name, action
+
+    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def exec_module(module) -> None:
+                execute(module)
+                _call(self.action)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _call(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except Exception:
+        logging.getLogger(__name__).exception("vlmq could not register with transformers")

@@ -1,0 +1,178 @@
+"""transformers' side: `from_pretrained` of a vlmq checkpoint gives its weights in 16 bits instead of random ones.
+
+Packed weights are unpacked one after the other while transformers loads, on the device that each belongs to, with the
+numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype: it takes that memory and is saved as
+such. Names in the files become those in memory by transformers' own rules; experts, which are packed one by one, are
+laid into transformers' fused parameters. Everything about packed weights is checked before anything is loaded.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, TensorInfo, read_headers, read_modules
+from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.format import PARTS, QuantizedWeight
+
+# Fused parameter of all experts -> the projections whose rows it holds, first those of expert 0.
+FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
+
+def register() -> None:
+    """Make quant_method "vlmq" known to transformers. Harmless when repeated."""
+    if "vlmq" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config("vlmq")(VLMQTransformersConfig)
+        auto.register_quantizer("vlmq")(VLMQQuantizer)
+
+
+class VLMQTransformersConfig(QuantizationConfigMixin):
+    """The quantization_config of config.json, as far as transformers asks; the files are what is believed."""
+
+    def __init__(self, **fields) -> None:
+        QuantizationSpec.from_dict(fields)
+        self.__dict__ |= fields
+        self.dequantize = True  # transformers then takes the model for unquantised as soon as it is loaded
+
+
+class VLMQQuantizer(HfQuantizer):
+    """What from_pretrained calls, in this order. Raises CheckpointError."""
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **_) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("a vlmq model is loaded from its folder, not from a state_dict; leave it out")
+        folder = Path(checkpoint_files[0]).parent
+        self.modules, self.headers, self.model = read_modules(folder), read_headers(folder), model
+
+    def update_weight_conversions(self, weight_conversions: list, *_) -> list:
+        """transformers' rules from names in files to names in memory, behind ours for packed weights.
+
+        From 5.23 on it hands over the model once more.
+        """
+        unpack = Unpack(self)
+        self.own = [WeightConverter([f"{part}$" for part in PARTS], "weight", [unpack])]
+        for fused, projections in FUSED.items():
+            sources = [rf"experts\.\d+\.{name}\.{part}$" for name in projections for part in PARTS]
+            self.own.insert(0, WeightConverter(sources, f"experts.{fused}", [unpack]))
+        rules = [*self.own, *weight_conversions]
+        unpack.places = find_places(self.model, rules, self.headers, self.modules)
+        return rules
+
+    def _process_model_after_weight_loading(self, model, **_) -> None:
+        """Weights that had another name in the file came in the file's dtype; our rules are not for saving."""
+        plan = {re.compile(name.replace("*", ".*")): dtype for name, dtype in model._get_dtype_plan(self.dtype).items()}
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                special = (dtype for pattern, dtype in plan.items() if pattern.search(name))
+                parameter.data = parameter.data.to(next(special, self.dtype))
+        model._weight_conversions = [rule for rule in model._weight_conversions if rule not in self.own]
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self.dtype = dtype
+        return dtype
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Place:
+    """The packed modules that make up a parameter of `shape`, by rows; `sources`: each one's rule without the part."""
+
+    modules: tuple[ModuleInfo, ...]
+    sources: tuple[str, ...]
+    shape: torch.Size
+
+
+class Unpack(ConversionOps):
+    """Packed tensors in, one parameter out, in the dtype of its scales.
+
+    From transformers 5.23 on, an operation with a `hf_quantizer` is given tensors as stored, not in the model's dtype.
+    """
+
+    def __init__(self, hf_quantizer: VLMQQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+        self.places: dict[str, Place] = {}
+
+    def __deepcopy__(self, memo) -> "Unpack":
+        """transformers copies a rule for every tensor that it applies to."""
+        return self
+
+    def convert(self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str, **_) -> dict[str, torch.Tensor]:
+        """`input_dict`: by rule, the tensors of all modules in their natural order."""
+        place = self.places[full_layer_name]
+        queues = {rule: iter(tensors) for rule, tensors in input_dict.items()}
+        weight, row = None, 0
+        for module, source in zip(place.modules, place.sources, strict=True):
+            parts = {
+                part: next(queues[f"{source}{part}$"]) for part in module.format.shapes(module.rows, module.columns)
+            }
+            scale = parts["weight_scale"]
+            if weight is None:
+                weight = torch.empty(place.shape, dtype=scale.dtype, device=scale.device)
+            rows = weight.view(-1, module.columns)[row : row + module.rows]
+            rows.copy_(QuantizedWeight.from_tensors(module.format, parts).dequantize(scale.dtype))
+            row += module.rows
+        return {full_layer_name: weight}
+
+
+def find_places(
+    model: torch.nn.Module, rules: list, headers: dict[str, TensorInfo], modules: dict[str, ModuleInfo]
+) -> dict[str, Place]:
+    """In-memory name of every parameter that is packed -> its place.
+
+    Raises CheckpointError where the modules do not make up their parameter, and, unless the model's class is another
+    than the one that was saved (one without lm_head, say), for modules without parameter and parameters without tensor.
+    """
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
+    empty = model.state_dict()
+    same = type(model).__name__ in (model.config.architectures or ())
+    packed: dict[str, list[tuple[str, str]]] = {}
+    missing = {name for name, _ in model.named_parameters()} - set(model.all_tied_weights_keys)
+    for name in sorted(headers, key=dot_natural_key):
+        target, source = rename_source_key(name, renamings, converters, model.base_model_prefix, empty)
+        missing -= {target, name}
+        module, _, part = name.rpartition(".")
+        if part == "weight_packed" and target in empty:
+            packed.setdefault(target, []).append((module, source.removesuffix(f"{part}$")))
+        elif part == "weight_packed" and same:
+            raise CheckpointError(f"{module} is packed, but transformers' {type(model).__name__} has no {target}")
+    if missing and same:
+        raise CheckpointError(f"{min(missing)} is in no file; copy the checkpoint again or quantise anew")
+    return {target: _place(target, empty[target].shape, found, modules) for target, found in packed.items()}
+
+
+def _place(target: str, shape: torch.Size, found: list[tuple[str, str]], modules: dict[str, ModuleInfo]) -> Place:
+    """Raises CheckpointError unless the modules `found`, (name, rule) in natural order, make up the parameter."""
+    names, sources = zip(*found, strict=True)
+    infos = tuple(modules[name] for name in names)
+    projections = FUSED.get(target.rpartition(".")[2], ()) if len(shape) == 3 else ()
+    if projections:
+        expected = [f"{expert}.{projection}" for expert in range(shape[0]) for projection in projections]
+        whole = [".".join(name.split(".")[-2:]) for name in names] == expected
+    else:
+        whole = len(names) == 1
+    rows = sum(info.rows for info in infos)
+    fits = rows == shape[:-1].numel() and all(info.columns == shape[-1] for info in infos)
+    if not (whole and fits):
+        raise CheckpointError(
+            f"{names[0]} and what belongs to it ({len(names)} packed weights, together {rows} x {infos[0].columns}) do "
+            f"not make up transformers' {target} {list(shape)}"
+        )
+    return Place(infos, sources, shape)
