@@ -34,13 +34,15 @@ DECODER = (
     WeightFormat(4, 32, False),
     WeightFormat(3, 64, True),
 )
+ROW = WeightFormat(4, -1, False)
 VISION = (DEFAULT, WeightFormat(4, 64, False), WeightFormat(4, -1, True))
 EXPERTS = {"gate_proj": WeightFormat(3, 32, False), "up_proj": WeightFormat(3, 32, False), "down_proj": DEFAULT}
 ALONE = re.compile(r"\.1\.self_attn\.k_proj$")
 
 
-def build(name: str, folder: Path) -> tuple[Path, Path]:
-    """The family `name` in float16 in `folder`/source, and quantised in `folder`/quantised."""
+def build(name: str, folder: Path, ranks: int = 1) -> tuple[Path, Path]:
+    """The family `name` in float16 in `folder`/source, and quantised in `folder`/quantised, so that every weight can be
+    cut over `ranks`."""
     source, out = folder / "source", folder / "quantised"
     family_models.build(name, source)
     path = source / "model.safetensors"
@@ -51,16 +53,18 @@ def build(name: str, folder: Path) -> tuple[Path, Path]:
     config = json.loads((source / "config.json").read_text().replace('"bfloat16"', '"float16"'))
     (source / "config.json").write_text(json.dumps(config))
     shutil.copytree(source, out)
-    _quantize(Source(source), out, config)
+    _quantize(Source(source), out, config, ranks)
     return source, out
 
 
-def _quantize(source: Source, out: Path, config: dict) -> None:
+def _quantize(source: Source, out: Path, config: dict, ranks: int) -> None:
     tensors = load_file(out / "model.safetensors")
     formats = {}
     for name, format in _formats(source):
         place = source.places[f"{name}.weight"]
         weight = source.parameter(f"{name}.weight")
+        if format.part(weight.shape[1], weight.shape[1] // ranks) is None:
+            format = ROW
         packed = round_to_nearest(weight.float(), format, torch.float16, MINMAX).tensors()
         tensors |= {f"{place.module}.{part}": tensor for part, tensor in packed.items()}
         tensors.pop(place.tensor, None)

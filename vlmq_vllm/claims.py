@@ -51,7 +51,7 @@ class Claims:
             return
         named = [f"{name} ({self.reasons.get(name, WITHOUT_LAYER)})" for name in unclaimed[:SHOWN]]
         if self.partial:
-            logger.warning(
+            logger.info(
                 "vlmq: no layer in this process (a pipeline stage or a draft model?) for %d quantised modules: %s ...",
                 len(unclaimed),
                 ", ".join(unclaimed[:SHOWN]),

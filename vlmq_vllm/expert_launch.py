@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from vlmq_vllm import cpu
-from vlmq_vllm.launch import Piece, kind_of
+from vlmq_vllm.launch import Piece, check_triton, kind_of
 
 Tensors = Mapping[str, torch.Tensor]
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
@@ -63,6 +63,7 @@ def prepare(
 
 
 def _triton(experts: list[list[Piece]], dtype: torch.dtype, experts_per_token: int, with_router: bool) -> Tensors:
+    check_triton()
     from vlmq_vllm.kernels import op  # noqa: F401, defines torch.ops.vlmq
     from vlmq_vllm.kernels.expert_weights import ExpertWeights
     from vlmq_vllm.kernels.repack import repack

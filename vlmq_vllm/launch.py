@@ -10,6 +10,7 @@ here, and a weight that has to be dequantised is named in the log with the reaso
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import groupby
 
 import torch
@@ -104,6 +105,12 @@ def kind_of(piece: Piece, dtype: torch.dtype) -> str:
     return "dense"
 
 
+def check_triton() -> None:
+    """Raises RuntimeError unless Triton can be imported."""
+    if find_spec("triton") is None:
+        raise RuntimeError("vlmq's kernels need Triton, which is not installed; pip install triton")
+
+
 def _dense(piece: Piece, dtype: torch.dtype) -> tuple[Launch, Tensors]:
     dense = piece.tensors["weight"].clone() if piece.format is None else piece.codes().dequantize(dtype)
     return Launch("dense", len(dense), ("weight",)), {"weight": dense}
@@ -116,7 +123,8 @@ def _int4(pieces: list[Piece], dtype: torch.dtype) -> tuple[Launch, Tensors]:
 
 
 def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> tuple[Launch, Tensors]:
-    """Neighbours of one format become one weight."""
+    """Neighbours of one format become one weight. Raises RuntimeError where Triton is missing."""
+    check_triton()
     from vlmq_vllm.kernels import op  # noqa: F401, defines torch.ops.vlmq
     from vlmq_vllm.kernels.repack import repack
 

@@ -99,6 +99,11 @@ class VLMQMoEMethod(FusedMoEMethodBase):
 
     def _check(self, layer: torch.nn.Module, names: list[str]) -> None:
         """All experts must be there, with one format for all gates and ups and one for all downs."""
+        if self.moe.is_lora_enabled:
+            raise ValueError(
+                f"{self.prefix}: vLLM's LoRA for mixtures of experts needs its own kernels, not for vlmq weights; "
+                "serve without --enable-lora, or quantise again without the experts"
+            )
         if layer.activation.value not in ACTIVATIONS:
             raise ValueError(
                 f"{self.prefix}: experts with the activation {layer.activation.value!r} are not served at low bits "

@@ -19,6 +19,7 @@ MARK = "engines: "
 TIE = 0.04  # two log-probabilities, each within 0.02, may change places
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers may share the cores that there are
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -28,17 +29,27 @@ TEXTS = ("What is the colour of the picture?", "How many signs are there in the 
 
 @dataclass
 class Job:
-    """One engine. pictures: how many pictures each question shows; video: a question about a film as well."""
+    """One engine. pictures: how many pictures each question shows; video: a question about a film as well. times: how
+    often all is asked; reload: weights are loaded again before the last time. lora: folder of an adapter that is used.
+    choices: what an answer may be. prompt_logs: whether to ask for them; vLLM then reads nothing from its prefix cache.
+    """
 
     folder: str
     options: dict = field(default_factory=dict)
     pictures: tuple[int, ...] = (0, 1)
     video: bool = False
+    times: int = 1
+    reload: bool = False
+    lora: str = ""
+    choices: tuple[str, ...] = ()
+    prompt_logs: bool = True
 
 
 def run(jobs: list[Job], timeout: float) -> list[list]:
-    """For every job, for every question, [log-probabilities of the prompt's tokens, steps of a greedy answer], a step
-    being [token id, log-probability, margin to the next]; in place of a job that fails, the last line of its error.
+    """For every job what it answers to every question; in place of a job that fails, the last line of its error.
+
+    prompt: log-probabilities of the prompt's tokens. steps of a greedy answer: [token id, log-probability, margin to
+    the next]. cached: how many of the prompt's tokens were in the prefix cache.
     """
     done = subprocess.run(
         [sys.executable, __file__, json.dumps([asdict(job) for job in jobs])],
@@ -62,17 +73,16 @@ def difference(first: list, second: list, tie: float = TIE) -> float:
     assert not isinstance(first, str), first
     assert not isinstance(second, str), second
     worst = 0.0
-    for (prompt, steps), (other_prompt, other_steps) in zip(first, second, strict=True):
-        pairs = list(zip(prompt, other_prompt, strict=True))
-        for (token, logprob, margin), (other_token, other_logprob, other_margin) in zip(
-            steps, other_steps, strict=True
-        ):
+    for one, other in zip(first, second, strict=True):
+        pairs = list(zip(one["prompt"], other["prompt"], strict=True))
+        steps = zip(one["steps"], other["steps"], strict=True)
+        for (token, logprob, margin), (other_token, other_logprob, other_margin) in steps:
             if token != other_token:
                 if min(margin, other_margin) >= tie:
                     return math.inf
                 break
             pairs.append((logprob, other_logprob))
-        worst = max(worst, *(abs(one - other) for one, other in pairs))
+        worst = max(worst, *(abs(a - b) for a, b in pairs))
     return worst
 
 
@@ -93,21 +103,40 @@ def main(jobs: str) -> None:
 
 def answers(job: Job) -> list:
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
 
     defaults = {"dtype": "bfloat16", "max_model_len": 512, "max_num_seqs": 4, "enforce_eager": True, "seed": 0}
-    limits = {"image": max(1, *job.pictures), "video": int(job.video)}
-    llm = LLM(job.folder, **defaults | {"limit_mm_per_prompt": limits} | job.options)
-    chats = [_chat(count, i) for i, count in enumerate(job.pictures)]
+    defaults["limit_mm_per_prompt"] = {"image": max(1, *job.pictures), "video": int(job.video)}
+    defaults |= {"enable_lora": True, "max_lora_rank": 8} if job.lora else {}
+    llm = LLM(job.folder, **defaults | job.options)
+    prompts = [_prompt(llm, i, "image", [_picture(i + j) for j in range(n)]) for i, n in enumerate(job.pictures)]
     if job.video:
-        chats.append([{"role": "user", "content": [{"type": "video", "video": None}]}])
-    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=2, prompt_logprobs=0, ignore_eos=True)
-    outputs = llm.chat(chats, sampling, use_tqdm=False)
-    return [[_prompt(output), _steps(output.outputs[0])] for output in outputs]
+        prompts.append(_prompt(llm, 0, "video", [_film()]))
+    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=2, ignore_eos=True)
+    sampling.prompt_logprobs = 0 if job.prompt_logs else None
+    if job.choices:
+        sampling.ignore_eos, sampling.structured_outputs = False, StructuredOutputsParams(choice=list(job.choices))
+    lora = LoRARequest("adapter", 1, job.lora) if job.lora else None
+    outputs = []
+    for time in range(job.times):
+        if job.reload and time == job.times - 1:
+            llm.collective_rpc("reload_weights")
+            llm.reset_prefix_cache()
+            llm.llm_engine.reset_encoder_cache()  # the worker dropped it with the weights, the scheduler does not know
+        outputs += llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
+    return [
+        {"prompt": _logs(output), "steps": _steps(output.outputs[0]), "cached": output.num_cached_tokens}
+        for output in outputs
+    ]
 
 
-def _chat(pictures: int, number: int) -> list[dict]:
-    parts = [{"type": "image_pil", "image_pil": _picture(number + i)} for i in range(pictures)]
-    return [{"role": "user", "content": [*parts, {"type": "text", "text": TEXTS[number % len(TEXTS)]}]}]
+def _prompt(llm, number: int, kind: str, shown: list) -> dict:
+    """A question about pictures or films, as the model's chat template writes it."""
+    content = [{"type": kind} for _ in shown] + [{"type": "text", "text": TEXTS[number % len(TEXTS)]}]
+    chat = [{"role": "user", "content": content}]
+    text = llm.get_tokenizer().apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    return {"prompt": text} | ({"multi_modal_data": {kind: shown}} if shown else {})
 
 
 def _picture(number: int):
@@ -121,9 +150,16 @@ def _picture(number: int):
     return Image.fromarray(pixels)
 
 
-def _prompt(output) -> list[float]:
+def _film():
+    """Four frames."""
+    import numpy as np
+
+    return np.stack([np.asarray(_picture(i)) for i in range(4)])
+
+
+def _logs(output) -> list[float]:
     """Log-probabilities of the prompt's own tokens, the first of which has none."""
-    return [next(iter(each.values())).logprob for each in output.prompt_logprobs[1:]]
+    return [next(iter(each.values())).logprob for each in (output.prompt_logprobs or [])[1:]]
 
 
 def _steps(completion) -> list:

@@ -29,12 +29,13 @@ def make_experts(gate_up: WeightFormat, down: WeightFormat) -> dict:
     return {f"experts.{i}.{name}": random_weight(*shapes[name]) for i in range(COUNT) for name in SHARDS}
 
 
-def make_layer(weights: dict, rank=0, ranks=1, here=None, dtype=torch.bfloat16):
+def make_layer(weights: dict, rank=0, ranks=1, here=None, dtype=torch.bfloat16, lora=False):
     """A layer of one rank: of `ranks` tensor-parallel ones, or with the experts `here` of an expert-parallel one."""
     here = list(range(COUNT)) if here is None else here
     moe = SimpleNamespace(
         num_logical_experts=COUNT,
         experts_per_token=CHOSEN,
+        is_lora_enabled=lora,
         moe_parallel_config=SimpleNamespace(tp_rank=rank, tp_size=ranks),
     )
     config = config_of(weights)
@@ -178,6 +179,11 @@ def test_experts_that_cannot_be_served_are_refused(change, message):
     change(weights)
     with pytest.raises(ValueError, match=message):
         make_layer(weights)
+
+
+def test_lora_is_refused():
+    with pytest.raises(ValueError, match="experts: vLLM's LoRA .*serve without --enable-lora"):
+        make_layer(make_experts(W4, W4), lora=True)
 
 
 def test_cut_that_cannot_be_served_is_refused():

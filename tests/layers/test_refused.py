@@ -16,6 +16,8 @@ from vllm_layers import (
     random_weight,
 )
 
+from vlmq_vllm import launch
+
 
 def test_tied_head_is_refused():
     weight = random_weight(W4, 64, 128)
@@ -64,6 +66,24 @@ def test_tensor_that_is_not_the_expected_one_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             load_part(layer, part, tensor)
+
+
+def test_missing_triton_is_named(monkeypatch):
+    monkeypatch.setattr(launch.Piece, "device", torch.device("cuda"))
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    weight = random_weight(W4, 64, 128)
+    layer = column_layer(weight)
+    load(layer, weight)
+    with pytest.raises(RuntimeError, match="need Triton, which is not installed; pip install triton"):
+        finish(layer)
+
+
+def test_processed_weights_of_another_process_are_refused_by_vllm():
+    """vLLM 0.32's weight cache asks every method; ours says no, as layouts differ between devices."""
+    layer = column_layer(random_weight(W4, 64, 128))
+    protocol = pytest.importorskip("vllm.model_executor.model_loader.weight_cache.protocol")
+    with pytest.raises(protocol.UnsupportedQuantForIPCError, match="VLMQLinearMethod does not support"):
+        protocol.check_ipc_quant_support(layer)
 
 
 def test_scale_that_is_not_finite_is_named():

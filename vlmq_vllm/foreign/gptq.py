@@ -8,7 +8,8 @@ A linear layer [O, I] is stored along I first, every tensor turned over against 
     g_idx   int32 [I]                  group of each column; only the plain order can be served
 
 Version 2 (`checkpoint_format: gptq_v2`) stores zero points as they are. GPTQModel makes version 1 by taking one from
-each code of a word at once, so that a zero point of 0 borrows from its neighbour; with 3 bits every code wraps alone. A weight is symmetric if all its zero points are the middle, whatever config.json says.
+each code of a word at once, so that a zero point of 0 borrows from its neighbour; with 3 bits every code wraps alone. A
+weight is symmetric if all its zero points are the middle, whatever config.json says.
 """
 
 from dataclasses import dataclass
