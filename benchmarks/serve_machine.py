@@ -65,8 +65,9 @@ def installed(package: str) -> str:
 
 def _told(load: Load, format: WeightFormat) -> str:
     width, height = load.image
+    rate = "" if load.rate == float("inf") else f", {load.rate} per second"
     return (
-        f"{load.requests} requests a run, at most {load.concurrency or load.requests} at once, {load.rate} per second; "
+        f"{load.requests} requests a run, at most {load.concurrency or load.requests} at once{rate}; "
         f"each {load.input_tokens} tokens of text, a picture of {width} x {height} pixels and "
         f"{load.output_tokens} tokens of answer. Groups of {format.group_size}, "
         f"{'symmetric' if format.symmetric else 'with zero points'}."
