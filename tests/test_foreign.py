@@ -119,6 +119,8 @@ def test_configuration_that_cannot_be_served_is_refused(name, change, message, t
             lambda t, m: t.update({f"{m}.qweight": t[f"{m}.qweight"][1:].clone()}),
             r"qweight has 5 rows, no whole number of 3-bit",
         ),
+        ("gptq-3bit-g32", lambda t, m: t.update({f"{m}.weight": torch.zeros(1)}), "weight is one too many"),
+        ("packed-3bit-tens", lambda t, m: t.update({f"{m}.weight": torch.zeros(1)}), "weight is one too many"),
         ("packed-3bit-tens", lambda t, m: t.pop(f"{m}.weight_shape"), "weight_shape is missing"),
         (
             "packed-3bit-tens",

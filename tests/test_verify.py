@@ -119,7 +119,7 @@ TENSORS = {
     ),
     "a weight in both forms": (
         lambda t: set_item(t, "weight", torch.zeros(768, 256)),
-        "owns both weight and weight_packed",
+        "weight is one too many",
     ),
     "a scale of zero": (
         lambda t: t[f"{MODULE}.weight_scale"].__setitem__((5, 1), 0),

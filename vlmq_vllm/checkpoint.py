@@ -12,6 +12,7 @@ CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -196,13 +197,22 @@ def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_s
         module, _, part = name.rpartition(".")
         if part in PARTS:
             parts.setdefault(module, {})[part] = info
-    twice = sorted(module for module in parts if f"{module}.weight" in headers)
-    if twice:
-        raise CheckpointError(f"{twice[0]} owns both weight and weight_packed; quantise again")
+    check_surplus(parts, headers, PARTS)
     unused = sorted(set(spec.overrides) - set(parts))
     if unused:
         raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")
     return {module: _check(module, found, spec.format_of(module), read_shape) for module, found in parts.items()}
+
+
+def check_surplus(modules: Collection[str], headers: dict[str, TensorInfo], parts: Collection[str]) -> None:
+    """Raises CheckpointError for a tensor of a quantised module that is neither one of `parts` nor a bias."""
+    for name in headers:
+        module, _, part = name.rpartition(".")
+        if part not in parts and part != "bias" and module in modules:
+            raise CheckpointError(
+                f"{name} is one too many: {module} is quantised, its tensors are {', '.join(parts)} and bias; copy the "
+                "checkpoint again or quantise anew"
+            )
 
 
 def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read_shape) -> ModuleInfo:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, TensorInfo, read_headers
+from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, TensorInfo, check_surplus, read_headers
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.foreign.tensors import Tensors
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack
@@ -68,6 +68,7 @@ class PackQuantizedSpec:
                 if leaf == "weight_packed":
                     modules[module], is_whole = self._module(module, headers, tensors)
                     whole |= {module} if is_whole else set()
+        check_surplus(modules, headers, PARTS)
         return PackQuantizedPacking(frozenset(whole)), modules
 
     def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> tuple[ModuleInfo, bool]:

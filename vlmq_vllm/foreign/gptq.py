@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, TensorInfo, read_headers
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, TensorInfo, check_surplus, read_headers
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.foreign.tensors import Tensors
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack, unpack, words
@@ -97,6 +97,7 @@ class GPTQSpec:
                 module, _, leaf = name.rpartition(".")
                 if leaf == "qweight":
                     modules[module] = self._module(module, headers, tensors)
+        check_surplus(modules, headers, (*PARTS, "g_idx"))
         return GPTQPacking(self.version), modules
 
     def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> ModuleInfo:
