@@ -30,7 +30,8 @@ TEXTS = ("What is the colour of the picture?", "How many signs are there in the 
 @dataclass
 class Job:
     """One engine. pictures: how many pictures each question shows; video: a question about a film as well. times: how
-    often all is asked; reload: weights are loaded again before the last time. lora: folder of an adapter that is used.
+    often all is asked; reload: weights are loaded again before the last time; sleep: the engine sleeps before it, at
+    this level. lora: folder of an adapter that is used.
     choices: what an answer may be. prompt_logs: whether to ask for them; vLLM then reads nothing from its prefix cache.
     """
 
@@ -40,6 +41,7 @@ class Job:
     video: bool = False
     times: int = 1
     reload: bool = False
+    sleep: int = 0
     lora: str = ""
     choices: tuple[str, ...] = ()
     prompt_logs: bool = True
@@ -120,7 +122,11 @@ def answers(job: Job) -> list:
     lora = LoRARequest("adapter", 1, job.lora) if job.lora else None
     outputs = []
     for time in range(job.times):
-        if job.reload and time == job.times - 1:
+        last = time == job.times - 1
+        if job.sleep and last:
+            llm.sleep(job.sleep)
+            llm.wake_up()
+        if (job.reload or job.sleep == 2) and last:
             llm.collective_rpc("reload_weights")
             llm.reset_prefix_cache()
             llm.llm_engine.reset_encoder_cache()  # the worker dropped it with the weights, the scheduler does not know

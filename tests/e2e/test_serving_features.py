@@ -1,7 +1,7 @@
 """What vLLM's engine can do beside answering, with a quantised model: each feature with the dequantised twin beside it.
 
-Not here: sleeping and waking, which vLLM's CPU worker ignores (tests/test_cuda.py has them for a GPU), and what needs
-several processes (test_serving_parallel.py).
+Sleeping and waking is tested on a GPU only: vLLM's CPU worker ignores it. What needs several processes is in
+test_serving_parallel.py.
 """
 
 import json
@@ -23,13 +23,17 @@ TOLERANCE = 0.02  # as in test_serving_families.py
 CHOICES = ("red", "blue picture")
 FEATURES = {
     "pictures and a film": {"pictures": (0, 1, 2), "video": True},
-    "prefix cache": {"times": 2, "prompt_logs": False},
+    "prefix cache": {"pictures": (1, 2), "times": 2, "prompt_logs": False, "options": {"block_size": 32}},
     "chunked prefill": {"options": {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}},
     "reload": {"times": 2, "reload": True},
     "lora": {"lora": True},
     "structured": {"choices": CHOICES},
     "dummy": {"options": {"load_format": "dummy"}},
 }
+if torch.cuda.is_available():
+    FEATURES |= {
+        f"sleep {level}": {"times": 2, "sleep": level, "options": {"enable_sleep_mode": True}} for level in (1, 2)
+    }
 
 
 def write_adapter(folder: Path) -> str:
