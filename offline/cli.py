@@ -12,6 +12,7 @@ from vlmq_vllm.offline.commands.compare import compare
 from vlmq_vllm.offline.commands.data import data
 from vlmq_vllm.offline.commands.dequantize import dequantize
 from vlmq_vllm.offline.commands.doctor import doctor
+from vlmq_vllm.offline.commands.export import export
 from vlmq_vllm.offline.commands.info import info
 from vlmq_vllm.offline.commands.plan import plan
 from vlmq_vllm.offline.commands.quantize import quantize
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-for command in (plan, quantize, verify, info, compare, dequantize, doctor):
+for command in (plan, quantize, verify, info, compare, dequantize, export, doctor):
     app.command()(command)
 app.add_typer(data, name="data")
 

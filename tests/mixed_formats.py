@@ -4,6 +4,7 @@ group per row, and linears left alone, side by side in the layers of decoder, vi
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,10 +29,17 @@ FORMATS = (
 )
 
 
-def quantize_mixed(model: Path, out: Path, formats: tuple[WeightFormat | None, ...] = FORMATS) -> dict[str, str]:
-    """Write `model` to the new folder `out`, its linears in `formats` by turns. In-memory name -> name in the files.
+def by_turns(index: int, name: str) -> WeightFormat | None:
+    """The format of the model's linear number `index`."""
+    return FORMATS[index % len(FORMATS)]
 
-    Experts are written one by one and all of them, whatever the turn.
+
+def quantize_mixed(
+    model: Path, out: Path, choose: Callable[[int, str], WeightFormat | None] = by_turns
+) -> dict[str, str]:
+    """Write `model` to the new folder `out`, each linear as `choose` says. In-memory name -> name in the files.
+
+    `choose` is called with number and in-memory name. Experts are written one by one and all of them.
     """
     source = Source(model)
     tensors = load_file(model / "model.safetensors")
@@ -40,7 +48,7 @@ def quantize_mixed(model: Path, out: Path, formats: tuple[WeightFormat | None, .
     untied = [name for name in linears if f"{name}.weight" in source.places]
     for i, name in enumerate(untied):
         place = source.places[f"{name}.weight"]
-        format = formats[i % len(formats)] or (DEFAULT if place.expert is not None else None)
+        format = choose(i, name) or (DEFAULT if place.expert is not None else None)
         if format is None:
             continue
         weight = source.parameter(f"{name}.weight")

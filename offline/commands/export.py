@@ -1,0 +1,17 @@
+"""`vlmq export`: the same weights for other software."""
+
+from typing import Annotated
+
+import typer
+
+from vlmq_vllm.offline.commands.arguments import Out, Quantized
+
+Format = Annotated[str, typer.Option("--format", help="compressed-tensors or gptq.")]
+
+
+def export(folder: Quantized, out: Out, target: Format) -> None:
+    """Rewrite FOLDER for software that reads compressed-tensors or GPTQ, without quantising again."""
+    from vlmq_vllm.offline.export.run import export as write
+
+    note = write(folder, out, target)
+    typer.echo(f"{out}: the same codes as {target}" + (f"; {note}" if note else ""))
