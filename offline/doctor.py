@@ -15,7 +15,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-VLLM = ">=0.26,<0.33"  # what vlmq_vllm/compat.py is written for
+from vlmq_vllm import NEWEST, OLDEST
+
+VLLM = f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"
 REQUIRED = ("torch", "torchvision", "transformers", "safetensors")
 OTHERS = ("triton", "compressed-tensors")  # come with vLLM; any version of them
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16")

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from importlib.util import find_spec
 
 import torch
 from vllm import _custom_ops as ops
@@ -22,6 +23,22 @@ def complete_head(layer: torch.nn.Module, prefix: str) -> None:
         first = layer.shard_indices.padded_org_vocab_start_index
         layer.prefix, layer.tp_rank = prefix, first * layer.tp_size // layer.org_vocab_size_padded
         layer.input_size, layer.output_size = layer.embedding_dim, layer.num_embeddings_padded
+
+
+def lacks_router() -> bool:
+    """Whether this vLLM leaves the routing of experts to their method: 0.26's build for CPUs does."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu() and find_spec("vllm.model_executor.layers.fused_moe.cpu_fused_moe") is not None
+
+
+def select_experts(layer: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """0.26's own routing on a CPU: weights and ids [T, k] for x [T, H] and router logits [T, E]."""
+    from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
+
+    names = ("top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group", "custom_routing_function")
+    names += ("scoring_func", "routed_scaling_factor", "e_score_correction_bias")
+    return select_experts(x, logits, **{name: getattr(layer, name) for name in names})
 
 
 def batch_invariant() -> bool:

@@ -12,6 +12,7 @@ import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vlmq_vllm.checkpoint import ModuleInfo
+from vlmq_vllm.compat import lacks_router, select_experts
 from vlmq_vllm.container import Container, register
 from vlmq_vllm.expert_launch import ACTIVATIONS, prepare
 from vlmq_vllm.segments import Segment, cut_format
@@ -31,6 +32,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         self.prefix = prefix
         self.experts = experts
         self.config = config
+        self.routes = lacks_router()
 
     def create_weights(
         self,
@@ -91,6 +93,15 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         gate, up = self._run(layer, W13, x, ids, None).chunk(2, dim=-1)
         inner = ACTIVATIONS[layer.activation.value](gate) * up
         return self._run(layer, W2, inner, ids, topk_weights).sum(dim=1)
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM calls `apply_monolithic` in place of `apply`."""
+        return self.routes
+
+    def apply_monolithic(self, layer, x: torch.Tensor, router_logits: torch.Tensor, input_ids=None) -> torch.Tensor:
+        """`apply` with the experts that router_logits [T, E] choose."""
+        return self.apply(layer, x, *select_experts(layer, x, router_logits))
 
     def _run(self, layer, prefix: str, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None) -> torch.Tensor:
         launch = layer.vlmq_launches[prefix]

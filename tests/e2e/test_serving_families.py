@@ -18,7 +18,6 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 # Both folders stand for the same weights; kernels add up in another order, and the twin's weights are rounded to
 # float16 (2^-11 relative, in each of about 20 products). Logits are about 5. Seen: 0.006 in float16.
 TOLERANCE = 0.02
-OLDEST = ("qwen2_vl", "qwen3_vl", "llava")  # run on vLLM 0.26, too (`make test-oldest`)
 BFLOAT16 = ("gemma3",)  # vLLM refuses to serve it in float16
 
 
