@@ -17,9 +17,7 @@ if (_root / "pyproject.toml").exists():  # a checkout: offline/ and kernels/ lie
 
 
 def _register_with_transformers() -> None:
-    from vlmq_vllm.huggingface import register
-
-    register()
+    import vlmq_vllm.huggingface  # noqa: F401, registers itself
 
 
 after_import("transformers.quantizers.auto", _register_with_transformers)

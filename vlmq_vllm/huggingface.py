@@ -4,6 +4,7 @@ Packed weights are unpacked one after the other while transformers loads, on the
 numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype: it takes that memory and is saved as
 such. Names in the files become those in memory by transformers' own rules; experts, which are packed one by one, are
 laid into transformers' fused parameters. Everything about packed weights is checked before anything is loaded.
+Importing this file registers it, which `vlmq_vllm` sees to as soon as transformers is there.
 """
 
 import re
@@ -28,13 +29,6 @@ from vlmq_vllm.format import PARTS, QuantizedWeight
 
 # Fused parameter of all experts -> the projections whose rows it holds, first those of expert 0.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-
-
-def register() -> None:
-    """Make quant_method "vlmq" known to transformers. Harmless when repeated."""
-    if "vlmq" not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config("vlmq")(VLMQTransformersConfig)
-        auto.register_quantizer("vlmq")(VLMQQuantizer)
 
 
 class VLMQTransformersConfig(QuantizationConfigMixin):
@@ -176,3 +170,7 @@ def _place(target: str, shape: torch.Size, found: list[tuple[str, str]], modules
             f"not make up transformers' {target} {list(shape)}"
         )
     return Place(infos, sources, shape)
+
+
+auto.register_quantization_config("vlmq")(VLMQTransformersConfig)
+auto.register_quantizer("vlmq")(VLMQQuantizer)
