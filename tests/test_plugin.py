@@ -158,16 +158,26 @@ def test_failing_registration_is_logged_and_stops_nothing(monkeypatch, caplog):
     ids=["not quantised", "awq", "no weights"],
 )
 def test_vllm_ends_with_the_message(tmp_path, quantisation, message):
-    """Through vLLM's own configuration, as a server does it before anything is built."""
+    with pytest.raises(RuntimeError, match=message):
+        configure(tmp_path, quantisation, "bfloat16")
+
+
+def test_vllm_ends_float32_with_what_is_supported(tmp_path):
+    message = r"torch.float32 is not supported .* vlmq. Supported dtypes: \[torch.float16, torch.bfloat16\]"
+    with pytest.raises(ValueError, match=message):
+        configure(tmp_path, QuantizationSpec(W4, {}).to_dict({}), "float32")
+
+
+def configure(folder: Path, quantisation: dict | None, dtype: str) -> None:
+    """vLLM's own configuration of a model without weights, as a server makes it before anything is built."""
     from vllm.config import ModelConfig, VllmConfig
 
     register()
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "vocab_size": 64}
     config |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
     config |= {"quantization_config": quantisation} if quantisation else {}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RuntimeError, match=message):
-        VllmConfig(model_config=ModelConfig(str(tmp_path), quantization="vlmq", skip_tokenizer_init=True))
+    (folder / "config.json").write_text(json.dumps(config))
+    VllmConfig(model_config=ModelConfig(str(folder), dtype=dtype, quantization="vlmq", skip_tokenizer_init=True))
 
 
 def test_module_without_a_layer_is_named_with_the_reason():
