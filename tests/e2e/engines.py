@@ -66,6 +66,13 @@ def run(jobs: list[Job], timeout: float) -> list[list]:
     return [json.loads(line) for line in lines]
 
 
+def asked_for(request, argument: str) -> list[str]:
+    """What the tests that are run in the requesting fixture's module have for an argument, so that it can start the
+    engines of those alone."""
+    items = [item for item in request.session.items if item.path == request.path]
+    return list(dict.fromkeys(item.callspec.params[argument] for item in items))
+
+
 def difference(first: list, second: list, tie: float = TIE) -> float:
     """The largest difference of log-probabilities between two jobs' results; infinite when answers differ in a token.
 

@@ -22,13 +22,14 @@ BFLOAT16 = ("gemma3",)  # vLLM refuses to serve it in float16
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
-    """Quantised folder and twin of every family."""
+def folders(request, tmp_path_factory) -> dict[str, tuple[Path, Path]]:
+    """Quantised folder and twin of every family that a test is run for."""
     root = tmp_path_factory.mktemp("families")
-    for name in FAMILIES:
+    names = engines.asked_for(request, "family")
+    for name in names:
         _, quantized = served_models.build(name, root / name)
         dequantize(quantized, root / name / "twin")
-    return {name: (root / name / "quantised", root / name / "twin") for name in FAMILIES}
+    return {name: (root / name / "quantised", root / name / "twin") for name in names}
 
 
 def answers(folders: dict[str, tuple[Path, Path]], **options) -> dict[str, tuple[list, list]]:

@@ -87,7 +87,7 @@ def test_second_answers_come_from_the_prefix_cache(answers):
 
 
 def test_chunks_change_nothing(answers):
-    """The long prompt of `pictures and a film` has parts in common; those of `chunked prefill` are its first two."""
+    """The first two answers of both jobs are to the same questions."""
     assert engines.difference(answers["chunked prefill"][0], answers["pictures and a film"][0][:2]) < TOLERANCE
 
 
