@@ -22,8 +22,9 @@ import torch
 from safetensors.torch import save_file
 from shapes import draw, write_settings
 
-from vlmq_vllm.checkpoint import INDEX, QuantizationSpec, read_config, read_headers, read_modules
+from vlmq_vllm.checkpoint import QuantizationSpec, read_modules
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.headers import INDEX, read_config, read_headers
 
 DEVIATION = 0.02  # of weights, as in shapes.py
 LINEAR = re.compile(r"model\.layers\.(\d+)\..*_proj\.weight")

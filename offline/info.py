@@ -10,9 +10,10 @@ import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmq_vllm.checkpoint import ModuleInfo, TensorInfo, read_config, read_headers, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, read_modules
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, WeightFormat
+from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.units import BYTES
 from vlmq_vllm.offline.writer import REPORT
 

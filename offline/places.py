@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmq_vllm.checkpoint import TensorInfo
+from vlmq_vllm.headers import TensorInfo
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from vlmq_vllm.checkpoint import TensorInfo, read_config, read_headers
 from vlmq_vllm.errors import CheckpointError, QuantizeError
+from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.experts import unfuse
 from vlmq_vllm.offline.models import Family, family_of
 from vlmq_vllm.offline.places import Place, find_places

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from vlmq_vllm.checkpoint import ModuleInfo, read_headers, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, read_modules
 from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.writer import SUMS, sha256
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from vlmq_vllm.checkpoint import INDEX
 from vlmq_vllm.errors import CheckpointError, QuantizeError, RefusedError
+from vlmq_vllm.headers import INDEX
 
 SUMS = "SHA256SUMS"
 REPORT = "vlmq_report.json"

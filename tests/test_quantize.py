@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlmq_vllm.checkpoint import read_headers, read_modules
+from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import unpack
+from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline import stream
 from vlmq_vllm.offline.data.inputs import model_inputs
 from vlmq_vllm.offline.data.sources import read_chats

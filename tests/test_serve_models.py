@@ -9,8 +9,9 @@ import torch
 from benchmark_modules import load
 from safetensors import safe_open
 
-from vlmq_vllm.checkpoint import read_config, read_headers, read_modules
+from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.headers import read_config, read_headers
 
 shapes, serve_models = load("shapes", "serve_models")
 

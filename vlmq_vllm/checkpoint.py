@@ -11,28 +11,16 @@ CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
     }
 """
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import FORMAT_VERSION, PARTS, WeightFormat
+from vlmq_vllm.headers import TensorInfo, Tensors, read_config, read_headers
 from vlmq_vllm.packing import OWN, Packing
 
-INDEX = "model.safetensors.index.json"
 SCALE_DTYPES = ("F16", "BF16", "F32")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Header of one tensor; `dtype` in safetensors' spelling, such as "BF16" or "I32"."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,9 +42,10 @@ class QuantizationSpec:
     def format_of(self, module: str) -> WeightFormat:
         return self.overrides.get(module, self.default)
 
-    def read(self, folder: Path) -> tuple[Packing, dict[str, ModuleInfo]]:
+    def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[Packing, dict[str, ModuleInfo]]:
         """Packing and table of quantised modules of a folder with this config. Raises CheckpointError."""
-        return OWN, check_modules(self, read_headers(folder), _shape_reader(folder))
+        with Tensors(folder, headers) as tensors:
+            return OWN, check_modules(self, headers, lambda name: tensors.get(name).tolist())
 
     def to_dict(self, tool: dict) -> dict:
         """The dictionary that goes into config.json."""
@@ -97,16 +86,6 @@ def _parse(entry: dict, where: str) -> WeightFormat:
         raise CheckpointError(f"quantization_config ({where}): {error}") from None
 
 
-def read_config(folder: Path) -> dict:
-    """config.json of a model folder. Raises CheckpointError when the folder or file is missing or not JSON."""
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give the folder of a model with config.json in it")
-    if not path.is_file():
-        raise CheckpointError(f"{folder} has no config.json; give the folder of a model in Hugging Face's layout")
-    return _read_json(path)
-
-
 def read_spec(folder: Path) -> QuantizationSpec:
     """The quantization_config of a vlmq folder."""
     config = read_config(folder).get("quantization_config")
@@ -115,80 +94,14 @@ def read_spec(folder: Path) -> QuantizationSpec:
     return QuantizationSpec.from_dict(config)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those of the index, or model.safetensors alone."""
-    index = folder / INDEX
-    if index.is_file():
-        names = sorted(set(_read_index(index).values()))
-        paths = [folder / name for name in names]
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{index} points outside its folder ({outside[0]!r}); do not use this checkpoint")
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing or not paths:
-        raise CheckpointError(f"{folder} lacks {missing[0] if missing else '*.safetensors'}; copy it again in full")
-    return paths
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{path} has no weight_map of tensors to files; copy it again from its source")
-    return weight_map
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); copy it again from its source") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no JSON object; copy it again from its source")
-    return content
-
-
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Header of every tensor of a model by name, without reading weights. Raises CheckpointError for a broken file."""
-    headers: dict[str, TensorInfo] = {}
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118, safe_open is not iterable
-                    piece = file.get_slice(name)
-                    info = TensorInfo(path.name, piece.get_dtype(), tuple(piece.get_shape()))
-                    if name in headers:
-                        raise CheckpointError(f"{name} is in {headers[name].file} and in {path.name}")
-                    headers[name] = info
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is damaged ({error}); copy it again from its source") from None
-    _check_index(folder / INDEX, headers)
-    return headers
-
-
-def _check_index(path: Path, headers: dict[str, TensorInfo]) -> None:
-    """The index, where there is one, must name the tensors that are there, each in its file."""
-    if not path.is_file():
-        return
-    listed = _read_index(path)
-    for name in sorted(listed.keys() | headers.keys()):
-        found = headers[name].file if name in headers else "no file"
-        if listed.get(name, "no file") != found:
-            raise CheckpointError(
-                f"{name} is in {found}, but {path} says {listed.get(name, 'no file')}; copy the checkpoint again"
-            )
-
-
 def read_modules(folder: Path) -> dict[str, ModuleInfo]:
     """Every quantised module of a vlmq folder, after checking its tensors' names, dtypes and shapes."""
-    _, modules = read_spec(folder).read(folder)
+    _, modules = read_spec(folder).read(folder, read_headers(folder))
     return modules
 
 
 def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_shape) -> dict[str, ModuleInfo]:
-    """Table of quantised modules from headers; `read_shape(tensor name, info)` gives the two numbers of weight_shape.
+    """Table of quantised modules from headers; `read_shape(tensor name)` gives the two numbers of weight_shape.
 
     Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without module.
     """
@@ -221,7 +134,7 @@ def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read
             raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")
     if found["weight_shape"].shape != (2,) or found["weight_shape"].dtype != "I64":
         raise CheckpointError(f"{module}.weight_shape must be two int64 numbers, found {found['weight_shape']}")
-    rows, columns = read_shape(f"{module}.weight_shape", found["weight_shape"])
+    rows, columns = read_shape(f"{module}.weight_shape")
     if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
         raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
     expected = format.shapes(rows, columns)
@@ -238,12 +151,3 @@ def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read
         if found[part].dtype not in allowed:
             raise CheckpointError(f"{module}.{part} is {found[part].dtype}, it must be {' or '.join(allowed)}")
     return ModuleInfo(format, rows, columns)
-
-
-def _shape_reader(folder: Path):
-    def read_shape(name: str, info: TensorInfo) -> tuple[int, int]:
-        with safe_open(folder / info.file, "pt") as file:
-            rows, columns = file.get_tensor(name).tolist()
-        return rows, columns
-
-    return read_shape

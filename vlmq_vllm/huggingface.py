@@ -23,9 +23,10 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, TensorInfo, read_headers, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_modules
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, QuantizedWeight
+from vlmq_vllm.headers import TensorInfo, read_headers
 
 # Fused parameter of all experts -> the projections whose rows it holds, first those of expert 0.
 FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}

@@ -55,7 +55,7 @@ def inspect(
 
 
 def _tokens(chats: list[dict], model: str, limit: int, max_tokens: int, max_pixels: int | None) -> dict:
-    from vlmq_vllm.checkpoint import read_config
+    from vlmq_vllm.headers import read_config
     from vlmq_vllm.offline.data.inputs import load_processor
     from vlmq_vllm.offline.data.kinds import vision_ids
     from vlmq_vllm.offline.data.survey import survey_tokens

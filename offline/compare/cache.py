@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from vlmq_vllm.checkpoint import weight_files
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.headers import weight_files
 from vlmq_vllm.offline.compare.scores import Score, load, save
 from vlmq_vllm.offline.compare.settings import Settings
 

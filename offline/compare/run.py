@@ -4,8 +4,8 @@ import json
 import random
 from pathlib import Path
 
-from vlmq_vllm.checkpoint import read_config, read_headers
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.offline.compare import engine, hf
 from vlmq_vllm.offline.compare.cache import Cache, key_of
 from vlmq_vllm.offline.compare.questions import end_ids, read_question

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import ModuleInfo, TensorInfo, read_config, read_headers, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, read_modules
 from vlmq_vllm.errors import CheckpointError, RefusedError
+from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.names import FUSED
 from vlmq_vllm.offline.models import FAMILIES
 from vlmq_vllm.offline.skeleton import build_skeleton

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, TensorInfo, check_surplus, read_headers
+from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, check_surplus
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.foreign.tensors import Tensors
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack
+from vlmq_vllm.headers import TensorInfo, Tensors
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,15 @@ class PackQuantizedSpec:
         """Raises CheckpointError for other formats of compressed-tensors and for what changes inputs or caches."""
         if config.get("kv_cache_scheme") is not None:
             raise CheckpointError("the checkpoint quantises the KV cache (kv_cache_scheme), which vlmq does not serve")
+        if config.get("transform_config"):
+            raise CheckpointError("the checkpoint transforms activations (transform_config), which vlmq does not serve")
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError("quantization_config has no config_groups; vlmq reads pack-quantized checkpoints")
         return cls(tuple(dict.fromkeys(_format(name, group, config) for name, group in groups.items())))
 
-    def read(self, folder: Path) -> tuple[PackQuantizedPacking, dict[str, ModuleInfo]]:
+    def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[PackQuantizedPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers and weight_shapes of `folder`. Raises CheckpointError."""
-        headers = read_headers(folder)
         modules, whole = {}, set()
         with Tensors(folder, headers) as tensors:
             for name in headers:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, TensorInfo, check_surplus, read_headers
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_surplus
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.foreign.tensors import Tensors
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack, unpack, words
+from vlmq_vllm.headers import TensorInfo, Tensors
 
 PARTS = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
 FORMATS = {"gptq": 1, "gptq_v2": 2}
@@ -67,6 +67,7 @@ class GPTQSpec:
     group_sizes: tuple[int, ...]
     symmetric: bool
     version: int
+    act_order: bool = False
 
     @classmethod
     def from_dict(cls, config: dict) -> "GPTQSpec":
@@ -76,21 +77,23 @@ class GPTQSpec:
             name, known = config.get("checkpoint_format", "gptq"), FORMATS
         else:
             name, known = config.get("packing_format", "auto_round:auto_gptq"), AUTO_ROUND
-        if name not in known:
+        if type(name) is not str or name not in known:
             raise CheckpointError(
                 f"the checkpoint is packed as {name!r}; of {method}'s packings vlmq reads {', '.join(known)}"
             )
-        for key in ("bits", "group_size"):
-            if type(config.get(key)) is not int:
-                raise CheckpointError(f"quantization_config has {key} {config.get(key)!r}; it must be a number")
+        for key, fits in (("bits", lambda n: n in BITS), ("group_size", lambda n: n == -1 or n > 0)):
+            if type(config.get(key)) is not int or not fits(config[key]):
+                raise CheckpointError(
+                    f"quantization_config has {key} {config.get(key)!r}; vlmq reads {', '.join(map(str, BITS))} bits "
+                    "and group sizes that are positive or -1"
+                )
         exceptions = [*_entries(config, "dynamic"), *_entries(config, "extra_config")]
         sizes = [entry.get("group_size") for entry in (config, *exceptions)]
         sizes = tuple(dict.fromkeys(size for size in sizes if type(size) is int))
-        return cls(config["bits"], sizes, bool(config.get("sym", False)), known[name])
+        return cls(config["bits"], sizes, bool(config.get("sym", False)), known[name], bool(config.get("desc_act")))
 
-    def read(self, folder: Path) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
+    def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers, zero points and g_idx of `folder`. Raises CheckpointError."""
-        headers = read_headers(folder)
         modules = {}
         with Tensors(folder, headers) as tensors:
             for name in headers:
@@ -129,7 +132,8 @@ class GPTQSpec:
                     f"{module}.{part} has shape {list(found[part])}, but {bits} bits in groups of {group_size} and "
                     f"weight {rows} x {columns} need {list(shape)}"
                 )
-        _check_order(module, headers, tensors, columns, format)
+        if self.act_order or f"{module}.g_idx" in headers:
+            _check_order(module, headers, tensors, columns, format)
         return ModuleInfo(format, rows, columns)
 
     def _bits(self, module: str, rows: int, width: int) -> int:
@@ -145,10 +149,10 @@ class GPTQSpec:
         if groups == 1:
             return -1
         fitting = [size for size in self.group_sizes if size > 0 and -(-columns // size) == groups]
-        if not fitting:
+        if len(fitting) != 1:
             raise CheckpointError(
-                f"{module} has {groups} groups for {columns} columns; config.json names groups of "
-                f"{', '.join(map(str, self.group_sizes))}"
+                f"{module} has {groups} groups for {columns} columns; of config.json's groups of "
+                f"{', '.join(map(str, self.group_sizes))} {'none fits' if not fitting else 'several fit'}"
             )
         return fitting[0]
 
@@ -176,9 +180,8 @@ def _entries(config: dict, key: str) -> list[dict]:
 
 def _check_order(module: str, headers, tensors: Tensors, columns: int, format: WeightFormat) -> None:
     name = f"{module}.g_idx"
-    if name not in headers:
-        return
-    if headers[name].shape != (columns,) or not torch.equal(tensors.get(name).long(), format.group_of(columns)):
+    shape = headers[name].shape if name in headers else None
+    if shape != (columns,) or not torch.equal(tensors.get(name).long(), format.group_of(columns)):
         raise CheckpointError(
             f"{name} is not the plain order of columns: the model was quantised with act-order (desc_act); "
             "quantise it without, or with groups that keep the order (static groups)"
