@@ -32,7 +32,7 @@ test-all: install
 
 # What only a GPU can show, with a python3 that has torch for it: the kernels' tests there, then their speed beside
 # whatever peers are installed (benchmarks/README.md). Under ten minutes; writes kernels.jsonl and kernels.md.
-GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product experts op cuda sweep_kernel)
+GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product expert_products op cuda sweep_kernel)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
 	PYTHONPATH=. $(PYTHON) benchmarks/kernels.py --seconds 420 --out kernels.jsonl
@@ -47,11 +47,16 @@ install: .venv/installed
 .venv/installed: $(call environment_files,cpu)
 	$(call environment,.venv,cpu)
 
-# The plugin's tests on the oldest vLLM that is supported, in an environment of its own.
-OLDEST_TESTS := tests/layers $(patsubst %,tests/test_%.py,plugin names names_families format)
+# The plugin's tests on the oldest vLLM that is supported, in an environment of its own: every family eagerly, three
+# compiled, one checkpoint of another quantiser.
+OLDEST_TESTS := tests/layers $(patsubst %,tests/test_%.py,plugin names names_families format foreign)
+OLDEST_SERVED := \
+  $(patsubst %,'tests/e2e/test_serving_families.py::test_compiled_answers_equal_the_twins[%]',qwen2_vl qwen3_vl llava) \
+  'tests/e2e/test_serving_foreign.py::test_answers_equal_the_twins[gptq-mixed]'
 test-oldest: oldest
 	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
 	.venv-oldest/bin/python -m pytest -m "not slow" $(patsubst %,tests/e2e/test_%.py,equality serving_families)
+	.venv-oldest/bin/python -m pytest $(OLDEST_SERVED)
 
 oldest: .venv-oldest/installed
 

@@ -1,5 +1,6 @@
 """Weights of a mixture of experts in the runtime layout: one after the other, each as `layout.RuntimeWeight` says."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +30,22 @@ class ExpertWeights:
                 raise ValueError(f"{name} is of {len(tensor)} experts, packed of {len(self)}; all lie contiguously")
 
     @classmethod
-    def stack(cls, weights: list[RuntimeWeight]) -> "ExpertWeights":
-        """From one weight for every expert. Raises ValueError when they differ in sizes or format."""
-        geometry = weights[0].geometry
+    def stack(cls, weights: Iterable[RuntimeWeight], count: int) -> "ExpertWeights":
+        """From one weight for each of `count` experts, which need not be in memory together.
+
+        Raises ValueError when they differ in sizes or format.
+        """
         for i, weight in enumerate(weights):
+            parts = (weight.packed, weight.scales, weight.zeros)
+            if i == 0:
+                geometry = weight.geometry
+                stacked = [None if part is None else part.new_empty((count, *part.shape)) for part in parts]
             if weight.geometry != geometry:
                 raise ValueError(f"expert {i} is {weight.geometry}, expert 0 {geometry}; they must be alike")
-        zeros = None if weights[0].zeros is None else torch.stack([weight.zeros for weight in weights])
-        packed, scales = (torch.stack([getattr(weight, part) for weight in weights]) for part in ("packed", "scales"))
-        return cls(geometry, packed, scales, zeros)
+            for whole, part in zip(stacked, parts, strict=True):
+                if whole is not None:
+                    whole[i] = part
+        return cls(geometry, *stacked)
 
     def __getitem__(self, expert: int) -> RuntimeWeight:
         """The weight of one expert."""

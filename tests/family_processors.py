@@ -40,7 +40,8 @@ class Processor:
     """One row: classes by name, with their settings; what a part of a message becomes in the text.
 
     named: special tokens that the processor asks of the tokenizer by name. words: plain tokens that vLLM looks up.
-    turn: first and last token of a message, the last one ends the answer. video, video_processor: None where the family has no videos.
+    turn: first and last token of a message, the last one ends the answer. video, video_processor: None where the family
+    has no videos.
     """
 
     processor: str

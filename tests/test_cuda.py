@@ -100,7 +100,7 @@ def test_inductor(weight):
 def test_experts_in_a_graph():
     """Routing is part of the graph: other experts at every replay."""
     weights = [make_weight(4, True, 200, COLUMNS, 128, BF16, "cuda") for _ in range(4)]
-    stacked, x = ExpertWeights.stack([prepare(weight, BF16) for weight in weights]), tokens(9)
+    stacked, x = ExpertWeights.stack([prepare(weight, BF16) for weight in weights], len(weights)), tokens(9)
     ids = torch.zeros(9, 1, dtype=torch.int32, device="cuda")
     experts.multiply(x, stacked, ids)
     graph = torch.cuda.CUDAGraph()

@@ -8,12 +8,12 @@ import torch
 from foreign.checkpoints import NAMES, expected, restore
 from safetensors.torch import load_file, save_file
 
-from vlmq_vllm.checkpoint import read_config, read_headers
+from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.foreign import SPECS
 from vlmq_vllm.foreign.gptq import GPTQPacking
-from vlmq_vllm.foreign.tensors import Tensors
 from vlmq_vllm.format import QuantizedWeight, WeightFormat, pack
+from vlmq_vllm.headers import Tensors, read_config, read_headers
 
 REFUSED = {"gptq-desc-act": "act-order", "packed-actorder": "actorder 'group'"}
 SERVED = [name for name in NAMES if name not in REFUSED]
@@ -21,7 +21,7 @@ SERVED = [name for name in NAMES if name not in REFUSED]
 
 def read(folder: Path):
     config = read_config(folder)["quantization_config"]
-    return SPECS[config["quant_method"]].from_dict(config).read(folder)
+    return SPECS[config["quant_method"]].from_dict(config).read(folder, read_headers(folder))
 
 
 def weight_of(folder: Path, module: str, packing, info) -> QuantizedWeight:
@@ -79,9 +79,14 @@ CHANGES = [
         "packed as 'marlin'; of gptq's packings vlmq reads gptq, gptq_v2",
     ),
     ("gptq-4bit-g64", {"bits": "4"}, "quantization_config has bits '4'"),
-    ("gptq-4bit-g64", {"group_size": 48}, "groups for .* columns; config.json names groups of 48"),
+    ("gptq-4bit-g64", {"group_size": 48}, "groups for .* columns; of config.json's groups of 48 none fits"),
     ("packed-3bit-tens", {"kv_cache_scheme": {"num_bits": 8}}, "quantises the KV cache"),
     ("packed-3bit-tens", {"config_groups": {}}, "has no config_groups"),
+    ("packed-3bit-tens", {"transform_config": {"config_groups": {}}}, "transforms activations"),
+    ("gptq-4bit-g64", {"checkpoint_format": ["gptq"]}, r"packed as \['gptq'\]"),
+    ("gptq-4bit-g64", {"bits": 0}, "quantization_config has bits 0; vlmq reads 2, 3, 4, 8 bits"),
+    ("gptq-4bit-g64", {"dynamic": {"+:x": {"group_size": 120}}}, "groups of 64, 120 several fit"),
+    ("round-2bit-asym-own", {"desc_act": True}, "g_idx is not the plain order of columns"),
     ("packed-3bit-tens", {"config_groups": {"a": {"weights": {"num_bits": 4, "strategy": "channel"}}}}, "no format of"),
     (
         "packed-3bit-tens",
@@ -140,7 +145,24 @@ def test_damaged_tensors_are_named(name, damage, message, tmp_path):
         read(tmp_path / name)
 
 
-def test_group_sizes_of_one_group_are_per_row():
-    spec = SPECS["gptq"].from_dict({"quant_method": "gptq", "bits": 4, "group_size": -1})
-    assert spec._group_size("fc", 128, 1) == -1
-    assert WeightFormat(4, -1, True).groups(128) == 1
+@pytest.mark.parametrize("group_size", [-1, 96, 128])
+def test_weights_of_one_group_are_read_by_row(group_size, tmp_path):
+    """Whatever config.json calls the group of all columns."""
+    weight = QuantizedWeight(
+        WeightFormat(4, -1, False),
+        torch.randint(0, 16, (8, 96), dtype=torch.uint8),
+        torch.rand(8, 1).half(),
+        torch.randint(0, 16, (8, 1), dtype=torch.uint8),
+    )
+    tensors = {
+        "fc.qweight": pack(weight.codes, 4).T.contiguous(),
+        "fc.scales": weight.scale.T.contiguous(),
+        "fc.qzeros": pack(weight.zero.T.contiguous(), 4),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = {"quant_method": "gptq", "checkpoint_format": "gptq_v2", "bits": 4, "group_size": group_size}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    packing, modules = read(tmp_path)
+    assert modules == {"fc": ModuleInfo(weight.format, 8, 96)}
+    found = weight_of(tmp_path, "fc", packing, modules["fc"])
+    assert torch.equal(found.dequantize(), weight.dequantize())

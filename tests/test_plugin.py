@@ -49,6 +49,7 @@ def test_config_reads_the_headers_and_can_be_pickled(checkpoint):
         ({"format_version": 2}, "format_version is 2.*reads 1"),
         ({"bits": 5}, "bits is 5"),
         ({"group_size": 20}, "group_size is 20"),
+        ({"group_size": 1 << 40}, "group_size is 1099511627776"),
         ({"overrides": {"fc": {"bits": 4}}}, "fc.* lacks 'group_size'"),
     ],
 )
@@ -88,6 +89,16 @@ def test_hub_model_whose_headers_cannot_be_had_is_refused(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RuntimeError, match="headers of nobody/nothing cannot be read"):
         VLMQConfig(QuantizationSpec(W4, {})).maybe_update_config("nobody/nothing")
+
+
+def test_hub_model_is_read_where_it_was_downloaded(checkpoint, monkeypatch):
+    folder, config, _ = checkpoint
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: asked.update(options) or folder)
+    quantisation = VLMQConfig.from_config(config["quantization_config"])
+    quantisation.maybe_update_config("somebody/model", revision="main")
+    assert quantisation.modules == {"fc": ModuleInfo(W4, 64, 128)}
+    assert asked["revision"] == "main" and "*.safetensors" in asked["allow_patterns"]
 
 
 def test_override_claims_what_is_vlmq_or_asked_for_and_never_raises():

@@ -24,6 +24,7 @@ def random_weight(format: WeightFormat, rows: int, columns: int, dtype=torch.bfl
 def config_of(weights: dict[str, QuantizedWeight]) -> VLMQConfig:
     config = VLMQConfig(QuantizationSpec(W4, {}))
     config.modules = {name: ModuleInfo(weight.format, *weight.codes.shape) for name, weight in weights.items()}
+    config.biased = set(config.modules)
     return config
 
 
@@ -58,9 +59,12 @@ def check(layer, weight: torch.Tensor, bias: torch.Tensor | None = None, dtype=t
 
 def column_layer(weight: QuantizedWeight, dtype=torch.bfloat16, **kwargs):
     rows, columns = weight.codes.shape
-    return vllm_linear.ColumnParallelLinear(
+    layer = vllm_linear.ColumnParallelLinear(
         columns, rows, params_dtype=dtype, quant_config=config_of({"fc": weight}), prefix="fc", **kwargs
     )
+    if layer.bias is not None:
+        layer.bias.data.zero_()  # as loaded; vLLM leaves it as the memory was
+    return layer
 
 
 def qkv_layer(config: VLMQConfig, heads=4, kv_heads=2, columns=128):

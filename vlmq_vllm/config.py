@@ -14,14 +14,16 @@ from pathlib import Path
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_config
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
 from vlmq_vllm.claims import Claims
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.foreign import SPECS
+from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.names import ModuleTable
 from vlmq_vllm.packing import OWN, Packing
-from vlmq_vllm.unserved import why_unserved
+from vlmq_vllm.unserved import KNOWN, why_unserved
 
+OWNED = ("weight", "bias")
 HOW_TO = "leave out --quantization to serve it as it is, or quantise it first with `vlmq quantize`"
 
 
@@ -33,8 +35,10 @@ class VLMQConfig(QuantizationConfig):
         self.spec = spec
         self.packing: Packing = OWN
         self.modules: dict[str, ModuleInfo] = {}
+        self.plain: set[str] = set()  # modules that own an unpacked weight
+        self.biased: set[str] = set()  # quantised modules that own a bias
         self.mappers: list = []
-        self.table: ModuleTable | None = None
+        self.tables: dict[str, ModuleTable] = {}
         self.claims = Claims()
 
     @classmethod
@@ -86,12 +90,18 @@ class VLMQConfig(QuantizationConfig):
             )
         folder = _folder(model_name, revision)
         try:
-            self.packing, self.modules = self.spec.read(folder)
+            headers = read_headers(folder)
+            self.packing, self.modules = self.spec.read(folder, headers)
             config = read_config(folder)
         except CheckpointError as error:
             raise RuntimeError(f"{model_name} cannot be served: {error}") from None
         if not self.modules:
             raise RuntimeError(f"{model_name} calls itself quantised, but no tensor is; quantise it anew")
+        owners = {
+            part: {name.removesuffix(f".{part}") for name in headers if name.endswith(f".{part}")} for part in OWNED
+        }
+        self.plain, self.biased = owners["weight"], owners["bias"] & self.modules.keys()
+        self.claims.known = config.get("model_type") in KNOWN
         reasons = {name: why_unserved(name, (info.rows, info.columns), config) for name, info in self.modules.items()}
         self.claims.reasons = {name: reason for name, reason in reasons.items() if reason}
 
@@ -99,7 +109,7 @@ class VLMQConfig(QuantizationConfig):
         """Called once per nested model, sometimes twice for the same."""
         if hf_to_vllm_mapper not in self.mappers:
             self.mappers.append(hf_to_vllm_mapper)
-            self.table = None
+            self.tables.clear()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str):
         from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -113,7 +123,7 @@ class VLMQConfig(QuantizationConfig):
             return self._experts_method(layer, prefix.removesuffix(".routed_experts"))
         if not isinstance(layer, LinearBase | VocabParallelEmbedding):
             return None
-        shards = self._table().shards(prefix, self.packed_modules_mapping)
+        shards = self._table("quantised").shards(prefix, self.packed_modules_mapping)
         if shards and not isinstance(layer, LinearBase | ParallelLMHead):
             raise ValueError(
                 f"{shards[0]} is an embedding and quantised; vlmq serves embeddings at 16 bits only, "
@@ -124,7 +134,11 @@ class VLMQConfig(QuantizationConfig):
         if shards:
             return self._linear_method(prefix, shards)
         self.claims.add_plain(prefix)
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        if not isinstance(layer, LinearBase):
+            return None
+        if prefix and not all(self._table("any").shards(prefix, self.packed_modules_mapping) or [None]):
+            self.claims.missing.append(prefix)
+        return UnquantizedLinearMethod()
 
     def get_cache_scale_mapper(self):
         """vLLM's common loader asks for this when the model is built and loading begins: the moment to check.
@@ -140,12 +154,14 @@ class VLMQConfig(QuantizationConfig):
         """Raises ValueError for modules that vLLM built no layer for; see `Claims.finish`."""
         self.claims.finish(self.modules)
 
-    def _table(self) -> ModuleTable:
-        if self.table is None:
+    def _table(self, kind: str) -> ModuleTable:
+        """Of the quantised modules, or of those with any weight."""
+        if kind not in self.tables:
             from vlmq_vllm.compat import map_name
 
-            self.table = ModuleTable(self.modules, [partial(map_name, mapper) for mapper in self.mappers])
-        return self.table
+            names = self.modules if kind == "quantised" else self.plain | self.modules.keys()
+            self.tables[kind] = ModuleTable(names, [partial(map_name, mapper) for mapper in self.mappers])
+        return self.tables[kind]
 
     def _linear_method(self, prefix: str, names: tuple[str | None, ...]):
         from vlmq_vllm.linear import VLMQLinearMethod
@@ -156,7 +172,7 @@ class VLMQConfig(QuantizationConfig):
         return VLMQLinearMethod(shards, self)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str):
-        found = self._table().experts(prefix)
+        found = self._table("quantised").experts(prefix)
         if not found:
             self.claims.add_plain(prefix)
             return None
@@ -173,8 +189,9 @@ def _folder(model_name: str, revision: str | None) -> Path:
         return Path(model_name)
     from huggingface_hub import snapshot_download
 
+    files = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        return Path(snapshot_download(model_name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(model_name, revision=revision, **files))
     except Exception as error:
         raise RuntimeError(
             f"the safetensors headers of {model_name} cannot be read ({error}); download the model and give its folder"

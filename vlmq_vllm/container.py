@@ -42,7 +42,7 @@ class Container:
         for name, (part, offsets) in self.offsets.items():
             floating = part in ("weight_scale", DENSE)
             dtype = self.dtype if floating else torch.int64 if part == "weight_shape" else torch.int32
-            param = register(layer, self.prefix + name, torch.zeros(offsets[-1], dtype=dtype))
+            param = add_parameter(layer, self.prefix + name, torch.zeros(offsets[-1], dtype=dtype))
             param.vlmq_name = name
             param.vlmq_prefix = self.prefix
             param.weight_loader = loader
@@ -59,7 +59,7 @@ class Container:
         else:
             piece = self.segments[index].cut(name, tensor)
             place.copy_(place.new_zeros(1) if piece is None else piece)
-            self._tell_rounding(name, tensor)
+            self._check_rounding(index, name, piece, place)
         self.arrived.add((index, name))
 
     def is_full(self, layer: torch.nn.Module) -> bool:
@@ -67,8 +67,11 @@ class Container:
         return getattr(layer, self.prefix + self._first()).numel() > 0
 
     def pieces(self, layer: torch.nn.Module) -> list[Piece]:
-        """What has arrived, segment by segment. Raises ValueError for what has not, and for values not finite."""
-        if not self.dummy:
+        """What has arrived, segment by segment. Raises ValueError for what has not, and for values not finite.
+
+        Dummy weights never arrive; what is loaded into such a model later is checked.
+        """
+        if self.arrived or not self.dummy:
             self._check_arrived()
         return [self._piece(layer, i) for i in range(len(self.segments))]
 
@@ -77,7 +80,7 @@ class Container:
         empty = getattr(layer, self.prefix + self._first()).new_empty(0)
         for name in self.offsets:
             del layer._parameters[self.prefix + name]
-        register(layer, self.prefix + self._first(), empty)
+        add_parameter(layer, self.prefix + self._first(), empty)
         self.arrived.clear()
 
     def _names(self) -> list[str]:
@@ -126,13 +129,20 @@ class Container:
             tensors["weight_shape"] = torch.tensor(segment.shape)  # what arrived is the shape before it was cut
         return Piece(segment.name, segment.format, tensors)
 
-    def _tell_rounding(self, name: str, tensor: torch.Tensor) -> None:
+    def _check_rounding(self, index: int, name: str, piece: torch.Tensor | None, place: torch.Tensor) -> None:
+        """Say that scales are rounded to the model's dtype; raises ValueError where that makes zeros of them."""
         part, _ = self.offsets[name]
-        if part == "weight_scale" and tensor.dtype != self.dtype:
-            logger.warning_once("Scales are stored as %s and rounded to %s at load", tensor.dtype, self.dtype)
+        if part != "weight_scale" or piece.dtype == self.dtype:
+            return
+        logger.warning_once("Scales are stored as %s and rounded to %s at load", piece.dtype, self.dtype)
+        if ((piece != 0) & (place == 0).to(piece.device)).any():
+            raise ValueError(
+                f"{self.segments[index].name}.{name} holds scales that are too small for {self.dtype}; serve with "
+                "another --dtype"
+            )
 
 
-def register(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
+def add_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
     """Make `tensor` a parameter of the layer, frozen."""
     layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
     return layer._parameters[name]

@@ -97,8 +97,8 @@ def _has_kernel() -> bool:
 
 
 def _common_group(sizes: list[int], columns: int) -> int:
-    """The finest group; one group per row (-1) is as wide as the row filled up to the kernel's step."""
-    grouped = [size for size in sizes if size != -1]
+    """The finest group; one per row (-1, or wider than it) is as wide as the row filled up to the kernel's step."""
+    grouped = [size for size in sizes if 0 < size < columns]
     return math.gcd(*grouped) if grouped else -(-columns // STEP) * STEP
 
 

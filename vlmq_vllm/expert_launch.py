@@ -15,7 +15,7 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from vlmq_vllm import cpu
-from vlmq_vllm.launch import Piece, check_triton, kind_of
+from vlmq_vllm.launch import Piece, check_triton, choose, kind_of
 
 Tensors = Mapping[str, torch.Tensor]
 ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
@@ -49,7 +49,13 @@ class ExpertLaunch:
 def prepare(
     pieces: list[Piece], each: int, dtype: torch.dtype, experts_per_token: int, with_router: bool
 ) -> tuple[ExpertLaunch, Tensors]:
-    """The launch and its tensors for activations of `dtype`; `each` pieces that follow one another are an expert."""
+    """The launch and its tensors for activations of `dtype`; `each` pieces that follow one another are an expert.
+
+    Raises ValueError off the CPU for what the kernels cannot read: experts one by one would wait for the GPU.
+    """
+    _, reason = choose(pieces[0], dtype)
+    if reason and pieces[0].device.type != "cpu":
+        raise ValueError(f"{pieces[0].name} cannot be served on this device: {reason}")
     experts = [pieces[i : i + each] for i in range(0, len(pieces), each)]
     kind = kind_of(pieces[0], dtype)
     rows, columns = sum(piece.shape[0] for piece in experts[0]), pieces[0].shape[1]
@@ -68,8 +74,8 @@ def _triton(experts: list[list[Piece]], dtype: torch.dtype, experts_per_token: i
     from vlmq_vllm.kernels.expert_weights import ExpertWeights
     from vlmq_vllm.kernels.repack import repack
 
-    weights = [repack(expert[0].format, [piece.tensors for piece in expert]) for expert in experts]
-    stacked = ExpertWeights.stack(weights)
+    weights = (repack(expert[0].format, [piece.tensors for piece in expert]) for expert in experts)
+    stacked = ExpertWeights.stack(weights, len(experts))
     if stacked.packed.is_cuda:
         from vlmq_vllm.kernels.warm import warm_experts
 

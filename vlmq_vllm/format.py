@@ -42,7 +42,7 @@ class WeightFormat:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be of type {kind.__name__}")
         if self.bits not in BITS:
             raise ValueError(f"bits is {self.bits}; vlmq has {', '.join(map(str, BITS))}")
-        if self.group_size != -1 and (self.group_size < 1 or self.group_size * self.bits % WORD):
+        if self.group_size != -1 and (not 0 < self.group_size < 1 << 31 or self.group_size * self.bits % WORD):
             step = WORD // math.gcd(WORD, self.bits)
             raise ValueError(
                 f"group_size is {self.group_size}; with {self.bits} bits groups begin on 32-bit words only "

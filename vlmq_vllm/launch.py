@@ -89,8 +89,18 @@ def prepare(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> list[tu
 
 
 def kind_of(piece: Piece, dtype: torch.dtype) -> str:
+    """How the piece is launched; says so in the log where it has to be dequantised."""
+    kind, reason = choose(piece, dtype)
+    if reason is not None:
+        logger.warning_once("Weights are dequantised to %s at load and take its full memory: %s", dtype, reason)
+        logger.debug("%s is dequantised at load: %s", piece.name, reason)
+    return kind
+
+
+def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
+    """How the piece is launched, and why it has to be dequantised if so."""
     if piece.format is None:
-        return "dense"
+        return "dense", None
     fast, reason = "int4", None
     if piece.device.type == "cpu":
         reason = cpu.why_not_int4(piece.format, dtype)
@@ -98,11 +108,7 @@ def kind_of(piece: Piece, dtype: torch.dtype) -> str:
         from vlmq_vllm.kernels.layout import why_not
 
         fast, reason = "triton", why_not(piece.format, *piece.shape)
-    if reason is None:
-        return fast
-    logger.warning_once("Weights are dequantised to %s at load and take its full memory: %s", dtype, reason)
-    logger.debug("%s is dequantised at load: %s", piece.name, reason)
-    return "dense"
+    return (fast, None) if reason is None else ("dense", reason)
 
 
 def check_triton() -> None:

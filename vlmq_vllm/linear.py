@@ -11,7 +11,7 @@ import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from vlmq_vllm.checkpoint import ModuleInfo
-from vlmq_vllm.container import Container, register
+from vlmq_vllm.container import Container, add_parameter
 from vlmq_vllm.launch import prepare
 from vlmq_vllm.segments import plan
 
@@ -47,13 +47,24 @@ class VLMQLinearMethod(LinearMethodBase):
         if not container.is_full(layer):
             return
         self.config.check_complete()
-        with_bias = getattr(layer, "bias", None) is not None
-        launches = prepare(container.pieces(layer), container.dtype, with_bias)
+        launches = prepare(container.pieces(layer), container.dtype, self._has_bias(layer))
         container.empty(layer)
         for i, (_, tensors) in enumerate(launches):
             for name, tensor in tensors.items():
-                register(layer, f"vlmq_{i}_{name}", tensor)
+                add_parameter(layer, f"vlmq_{i}_{name}", tensor)
         layer.vlmq_launches = tuple(launch for launch, _ in launches)
+
+    def _has_bias(self, layer: torch.nn.Module) -> bool:
+        """Raises ValueError for a bias that vLLM built and nothing filled, and for one that is not finite."""
+        bias = getattr(layer, "bias", None)
+        if bias is None:
+            return False
+        names = [name for name, info in self.shards if info is not None]
+        if self.config.biased.isdisjoint(names):
+            raise ValueError(f"{names[0]}.bias is missing, vLLM builds this layer with one; copy the checkpoint again")
+        if not torch.isfinite(bias).all():
+            raise ValueError(f"{names[0]}.bias holds values that are not finite as {bias.dtype}; quantise anew")
+        return True
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., I] to [..., O]."""

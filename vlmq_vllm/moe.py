@@ -13,7 +13,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.compat import lacks_router, select_experts
-from vlmq_vllm.container import Container, register
+from vlmq_vllm.container import Container, add_parameter
 from vlmq_vllm.expert_launch import ACTIVATIONS, prepare
 from vlmq_vllm.segments import Segment, cut_format
 
@@ -68,7 +68,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
             )
             container.empty(layer)
             for name, tensor in tensors.items():
-                register(layer, f"vlmq_{prefix}{name}", tensor)
+                add_parameter(layer, f"vlmq_{prefix}{name}", tensor)
             layer.vlmq_launches[prefix] = launch
 
     def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
@@ -87,7 +87,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
 
         Shared experts are run by vLLM.
         """
-        ids = topk_ids if layer.expert_map is None else layer.expert_map[topk_ids.long()]
+        ids = topk_ids if layer._expert_map is None else layer._expert_map[topk_ids.long()]
         if layer.apply_router_weight_on_input:
             x, topk_weights = x * topk_weights.to(x.dtype), None
         gate, up = self._run(layer, W13, x, ids, None).chunk(2, dim=-1)

@@ -21,6 +21,8 @@ from vlmq_vllm.format import WORD, WeightFormat, pack, unpack
 from vlmq_vllm.packing import OWN, Packing
 
 DENSE = "weight"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = {DENSE: FLOATS, "weight_scale": FLOATS, "weight_shape": (torch.int64, torch.int32)}  # others: int32
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,9 @@ class Segment:
                 f"{where} has shape {list(tensor.shape)}, expected {list(expected)}; the checkpoint is damaged or "
                 "was changed after the server read its headers, copy it again"
             )
-        floating = part in (DENSE, "weight_scale")
-        if tensor.is_floating_point() != floating:
-            kind = "a floating type" if floating else "integers"
-            raise ValueError(f"{where} is {tensor.dtype}, expected {kind}; export the checkpoint again")
+        allowed = DTYPES.get(part, (torch.int32,))
+        if tensor.dtype not in allowed:
+            raise ValueError(f"{where} is {tensor.dtype}, expected {allowed[0]}; export the checkpoint again")
         if part == "weight_shape" and tuple(tensor.tolist()) != self.disk:
             raise ValueError(f"{where} says {tensor.tolist()}, expected {list(self.disk)}; copy the checkpoint again")
 

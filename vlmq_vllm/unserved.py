@@ -35,6 +35,9 @@ SIGLIP = Unserved(
     odd_sizes_only=True,
 )
 INTERNVL_TOWER = Unserved(r"vision_tower\..*", "vLLM builds InternVL's tower without a quantisation config")
+# Families whose layers are all known by name (tests/fixtures/layers).
+KNOWN = ("gemma3", "idefics3", "internvl", "llava", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+KNOWN += ("qwen3_vl_moe", "smolvlm")
 RULES = {
     "llava": (SIGLIP,),
     "llava_onevision": (SIGLIP, PROJECTOR),

@@ -43,10 +43,10 @@ def make_layer(weights: dict, rank=0, ranks=1, here=None, dtype=torch.bfloat16, 
     layer.global_num_experts, layer.activation = COUNT, SimpleNamespace(value="silu")
     layer.apply_router_weight_on_input = False
     layer._map_global_expert_id_to_local_expert_id = lambda e: here.index(e) if e in here else -1
-    layer.expert_map = None
+    layer._expert_map = None
     if len(here) < COUNT:
-        layer.expert_map = torch.tensor([here.index(e) if e in here else -1 for e in range(COUNT)])
-    experts = {key: (name, config.modules[name]) for key, name in config._table().experts("experts").items()}
+        layer._expert_map = torch.tensor([here.index(e) if e in here else -1 for e in range(COUNT)])
+    experts = {key: (name, config.modules[name]) for key, name in config._table("quantised").experts("experts").items()}
     config.claims.add("experts", experts.values())
     layer.quant_method = VLMQMoEMethod(moe, "experts", experts, config)
     layer.quant_method.create_weights(layer, len(here), HIDDEN, INNER // ranks, dtype, global_num_experts=COUNT)
@@ -68,7 +68,7 @@ def load(layer, weights: dict, without: str = "") -> None:
                     expert_id=int(expert),
                     return_success=True,
                 )
-                assert done is (layer.expert_map is None or int(layer.expert_map[int(expert)]) >= 0)
+                assert done is (layer._expert_map is None or int(layer._expert_map[int(expert)]) >= 0)
 
 
 def expected(weights: dict, x, ids, router, inner=slice(None), here=range(COUNT)) -> torch.Tensor:
@@ -127,12 +127,27 @@ def test_inner_size_is_cut(rank, ranks, format):
     assert relative_error(out, expected(weights, *inputs, inner)) < BOUND[torch.bfloat16]
 
 
-def test_experts_of_other_ranks_are_left_out():
-    weights = make_experts(W3, W4)
-    layer = make_layer(weights, here=[1, 4])
+def test_parts_of_gates_need_not_fill_words():
+    """A rank's 24 rows of gate and up: their zero points of 3 bits begin inside a word."""
+    weights = make_experts(FORMATS[5], WeightFormat(4, -1, True))
+    for rank in range(8):
+        layer = make_layer(weights, rank, 8)
+        load(layer, weights)
+        out, inputs = run(finish(layer))
+        inner = slice(24 * rank, 24 * (rank + 1))
+        assert relative_error(out, expected(weights, *inputs, inner)) < BOUND[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)], ids=["whole", "and cut"])
+@pytest.mark.parametrize("format", [W3, FORMATS[5]], ids=["symmetric", "asymmetric"])
+def test_experts_of_other_ranks_are_left_out(format, rank, ranks):
+    weights = make_experts(format, format)
+    layer = make_layer(weights, rank, ranks, here=[1, 4])
     load(layer, weights)
     out, inputs = run(finish(layer))
-    assert relative_error(out, expected(weights, *inputs, here=(1, 4))) < BOUND[torch.bfloat16]
+    size = INNER // ranks
+    inner = slice(rank * size, (rank + 1) * size)
+    assert relative_error(out, expected(weights, *inputs, inner, here=(1, 4))) < BOUND[torch.bfloat16]
 
 
 def test_router_weights_may_belong_to_the_input():
@@ -179,6 +194,16 @@ def test_experts_that_cannot_be_served_are_refused(change, message):
     change(weights)
     with pytest.raises(ValueError, match=message):
         make_layer(weights)
+
+
+def test_format_that_the_kernels_cannot_read_is_refused_off_the_cpu(monkeypatch):
+    """Dequantised experts would run one by one, and wait for the GPU each time."""
+    weights = make_experts(W4, WeightFormat(2, 16, True))
+    layer = make_layer(weights)
+    load(layer, weights)
+    monkeypatch.setattr(launch.Piece, "device", torch.device("cuda"))
+    with pytest.raises(ValueError, match="experts.0.down_proj cannot be served on this device: group_size is 16"):
+        finish(layer)
 
 
 def test_lora_is_refused():

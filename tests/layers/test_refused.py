@@ -60,8 +60,8 @@ def test_tensor_that_is_not_the_expected_one_is_named():
             tensors["weight_packed"][:, 1:],
             r"weight_packed has shape \[64, 15\], expected \[64, 16\]",
         ),
-        ("weight_packed", tensors["weight_packed"].float(), "fc.weight_packed is torch.float32, expected integers"),
-        ("weight_scale", tensors["weight_scale"].int(), "fc.weight_scale is torch.int32, expected a floating type"),
+        ("weight_packed", tensors["weight_packed"].float(), "fc.weight_packed is torch.float32, expected torch.int32"),
+        ("weight_scale", tensors["weight_scale"].int(), "fc.weight_scale is torch.int32, expected torch.float16"),
         ("weight_shape", torch.tensor([128, 64]), r"fc.weight_shape says \[128, 64\], expected \[64, 128\]"),
     ):
         with pytest.raises(ValueError, match=message):
