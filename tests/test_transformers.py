@@ -39,25 +39,7 @@ def written(name, folder):
     build(name, folder / "model")
     quantize_mixed(folder / "model", folder / "packed")
     dequantize(folder / "packed", folder / "twin")
-    if name == MIXTURE:
-        fuse_experts(folder / "twin")
     return folder / "packed", folder / "twin"
-
-
-def fuse_experts(folder):
-    """The published files' layout, [E, in, out]: transformers has no rule for experts that are stored one by one."""
-    path = next(folder.glob("*.safetensors"))
-    tensors = load_file(path)
-    for layer in {name.partition(".experts.")[0] for name in tensors if ".experts." in name}:
-        for fused, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
-            each = [
-                torch.cat([tensors.pop(f"{layer}.experts.{expert}.{part}.weight") for part in parts]).T
-                for expert in range(6)
-            ]
-            tensors[f"{layer}.experts.{fused}"] = torch.stack(each)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    path.unlink()
-    (folder / "model.safetensors.index.json").unlink()
 
 
 def load(folder, **options):
