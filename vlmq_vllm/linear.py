@@ -13,7 +13,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.container import Container, add_parameter
 from vlmq_vllm.launch import prepare
-from vlmq_vllm.segments import plan
+from vlmq_vllm.partition import plan
 
 QKV = {"q": 0, "k": 1, "v": 2}
 

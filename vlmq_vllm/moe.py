@@ -15,7 +15,8 @@ from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.compat import lacks_router, select_experts
 from vlmq_vllm.container import Container, add_parameter
 from vlmq_vllm.expert_launch import ACTIVATIONS, prepare
-from vlmq_vllm.segments import Segment, cut_format
+from vlmq_vllm.partition import cut_format
+from vlmq_vllm.segments import Segment
 
 W13, W2 = "w13_", "w2_"
 SHARDS = {"w1": 0, "w3": 1, "w2": 0}
