@@ -117,6 +117,13 @@ def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_s
     return {module: _check(module, found, spec.format_of(module), read_shape) for module, found in parts.items()}
 
 
+def check_size(module: str, rows: int, columns: int) -> tuple[int, int]:
+    """The two numbers of a weight_shape. Raises CheckpointError for what is no size of a weight."""
+    if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
+        raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
+    return rows, columns
+
+
 def check_surplus(modules: Collection[str], headers: dict[str, TensorInfo], parts: Collection[str]) -> None:
     """Raises CheckpointError for a tensor of a quantised module that is neither one of `parts` nor a bias."""
     for name in headers:
@@ -134,9 +141,7 @@ def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read
             raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")
     if found["weight_shape"].shape != (2,) or found["weight_shape"].dtype != "I64":
         raise CheckpointError(f"{module}.weight_shape must be two int64 numbers, found {found['weight_shape']}")
-    rows, columns = read_shape(f"{module}.weight_shape")
-    if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
-        raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
+    rows, columns = check_size(module, *read_shape(f"{module}.weight_shape"))
     expected = format.shapes(rows, columns)
     if set(found) != set(expected):
         kind = "symmetric" if format.symmetric else "asymmetric"

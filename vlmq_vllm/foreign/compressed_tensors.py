@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, check_surplus
+from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, check_size, check_surplus
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack
 from vlmq_vllm.headers import TensorInfo, Tensors
@@ -76,9 +76,7 @@ class PackQuantizedSpec:
         """Format and sizes, and whether words hold whole codes only."""
         found = {part: headers[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in headers}
         _check_types(module, found, headers)
-        rows, columns = (int(n) for n in tensors.get(f"{module}.weight_shape"))
-        if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
-            raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
+        rows, columns = check_size(module, *tensors.get(f"{module}.weight_shape").tolist())
         shapes = {part: info.shape for part, info in found.items()}
         fitting = {}
         for bits, group_size, symmetric in self.formats:
