@@ -2,7 +2,9 @@
 
 2, 3, 4 and 8 bits side by side in the decoder's fused layers, one linear left alone, vision tower and connector at 4
 bits wherever vLLM takes packed weights there, and a quantised head where it is not tied to the embeddings. All experts
-of a layer have one format for gate and up and one for down. Weights are rounded to nearest.
+of a layer have one format for gate and up and one for down. Weights are rounded to nearest. Every token goes to all
+experts, each with its weight: which of two random experts is second best is decided by the last bit now and then, and a
+token that goes elsewhere has other log-probabilities (seen: by 0.15). tests/layers/test_experts.py has real choices.
 """
 
 import json
@@ -51,6 +53,8 @@ def build(name: str, folder: Path, ranks: int = 1) -> tuple[Path, Path]:
         tensors["language_model.model.norm.weight"] -= 0.75
     save_file(tensors, path, {"format": "pt"})
     config = json.loads((source / "config.json").read_text().replace('"bfloat16"', '"float16"'))
+    if name == "qwen3_vl_moe":
+        config["text_config"]["num_experts_per_tok"] = config["text_config"]["num_local_experts"]
     (source / "config.json").write_text(json.dumps(config))
     shutil.copytree(source, out)
     _quantize(Source(source), out, config, ranks)
