@@ -13,6 +13,7 @@ from answers import answers, difference
 from vlmq_vllm.offline.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.slow  # test_serving_families.py has the same of other random models
 
 # Both folders stand for the same bfloat16 weights; what differs is the order of sums in the kernels, that is one
 # rounding (2^-9) of logits of size about 5 for every layer.
@@ -21,7 +22,7 @@ TOLERANCE = 0.02
 TIES = {"demo": 0.0, "tiny": 2 * TOLERANCE}
 
 
-@pytest.fixture(scope="module", params=[pytest.param("demo", marks=pytest.mark.slow), "tiny"])
+@pytest.fixture(scope="module", params=["demo", "tiny"])
 def model(request, tmp_path_factory) -> tuple[Path, Path, float]:
     """A quantised folder, its twin in bfloat16, and what counts as a tie."""
     root = tmp_path_factory.mktemp(request.param)
@@ -44,7 +45,6 @@ def test_eager_and_reloaded_answers_equal_the_twins(model):
     assert difference(after, before) == 0
 
 
-@pytest.mark.slow
 def test_compiled_answers_equal_the_twins(model):
     """The twin is compiled, too: where the compiler fuses, it rounds less often than the eager model does."""
     quantized, twin, tie = model

@@ -46,6 +46,11 @@ def answers(request, tmp_path_factory) -> dict:
     return {name: (found[2 * i], found[2 * i + 1]) for i, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+FAST = ("gptq-mixed", "packed-3bit-tens-asym")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def test_answers_equal_the_twins(answers, name):
     assert engines.difference(*answers[name]) < TOLERANCE
