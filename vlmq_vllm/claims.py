@@ -18,15 +18,13 @@ SHOWN = 5
 class Claims:
     """Kept while a process builds its layers.
 
-    reasons: why vLLM takes no packed weight for a module, where known. missing: layers for which the checkpoint has no
-    weight at all; an error in families that are `known` by name, elsewhere it may be a name that nobody understood.
+    reasons: why vLLM takes no packed weight for a module, where known. missing: layers without any weight in the files.
     """
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
         self.claimed: set[str] = set()
         self.missing: list[str] = []
-        self.known = False
         self.rows: Counter[tuple[str, str]] = Counter()
         self.partial = False
         self.complete = False
@@ -52,7 +50,11 @@ class Claims:
             return
         self.complete = True
         logger.info("vlmq: %d of %d quantised weights in this process\n%s", len(self.claimed), len(modules), self)
-        self._check_missing()
+        if self.missing:
+            raise ValueError(
+                f"the checkpoint has no weight for {len(self.missing)} of vLLM's layers: "
+                f"{', '.join(self.missing[:SHOWN])}; copy it again or quantise anew"
+            )
         unclaimed = sorted(set(modules) - self.claimed)
         if not unclaimed:
             return
@@ -68,16 +70,6 @@ class Claims:
                 f"{len(unclaimed)} of {len(modules)} quantised modules find no place in vLLM: {', '.join(named)}; "
                 "quantise again without them"
             )
-
-    def _check_missing(self) -> None:
-        if not self.missing:
-            return
-        text = (
-            f"the checkpoint has no weight for {len(self.missing)} of vLLM's layers: {', '.join(self.missing[:SHOWN])}"
-        )
-        if self.known:
-            raise ValueError(f"{text}; copy the checkpoint again or quantise anew")
-        logger.warning("vlmq: %s; if answers make no sense, this is why", text)
 
     def note_partial(self) -> None:
         """With pipeline stages or a draft model a process builds some of the modules and need not claim all."""

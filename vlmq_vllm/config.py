@@ -37,6 +37,7 @@ class VLMQConfig(QuantizationConfig):
         self.modules: dict[str, ModuleInfo] = {}
         self.plain: set[str] = set()  # modules that own an unpacked weight
         self.biased: set[str] = set()  # quantised modules that own a bias
+        self.known = False  # whether the family's layers are all known by name, so that none can be missed
         self.mappers: list = []
         self.tables: dict[str, ModuleTable] = {}
         self.claims = Claims()
@@ -101,7 +102,7 @@ class VLMQConfig(QuantizationConfig):
             part: {name.removesuffix(f".{part}") for name in headers if name.endswith(f".{part}")} for part in OWNED
         }
         self.plain, self.biased = owners["weight"], owners["bias"] & self.modules.keys()
-        self.claims.known = config.get("model_type") in KNOWN
+        self.known = config.get("model_type") in KNOWN
         reasons = {name: why_unserved(name, (info.rows, info.columns), config) for name, info in self.modules.items()}
         self.claims.reasons = {name: reason for name, reason in reasons.items() if reason}
 
@@ -136,7 +137,7 @@ class VLMQConfig(QuantizationConfig):
         self.claims.add_plain(prefix)
         if not isinstance(layer, LinearBase):
             return None
-        if prefix and not all(self._table("any").shards(prefix, self.packed_modules_mapping) or [None]):
+        if self.known and not all(self._table("any").shards(prefix, self.packed_modules_mapping) or [None]):
             self.claims.missing.append(prefix)
         return UnquantizedLinearMethod()
 

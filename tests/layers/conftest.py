@@ -31,12 +31,3 @@ def ranks(monkeypatch):
 
     play(0, 1)
     return play
-
-
-@pytest.fixture
-def caplog_vllm(caplog, monkeypatch):
-    """What vLLM's logger says, which keeps it from others."""
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    return caplog

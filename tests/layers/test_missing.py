@@ -1,5 +1,7 @@
 """What vLLM itself would not notice is missing from a quantised checkpoint: it tracks loaded tensors of others only."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from vllm.model_executor.layers import linear as vllm_linear
@@ -29,26 +31,20 @@ def build(config, prefix: str):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_layer_without_any_tensor_is_named(known, caplog_vllm):
-    """In a family that is known by name it is an error; elsewhere the name may only not have been understood."""
+def test_layer_without_any_tensor_is_named(known):
+    """In a family that is known by name; elsewhere the name may only not have been understood."""
     config = config_of({"fc": random_weight(W3, 64, 64)})
-    config.plain = {"proj", "norm"}
-    config.claims.known = known
+    config.plain, config.known = {"proj", "norm"}, known
     for prefix in ("fc", "proj", "gone"):
         build(config, prefix)
     message = "the checkpoint has no weight for 1 of vLLM's layers: gone"
-    if known:
-        with pytest.raises(ValueError, match=message):
-            config.check_complete()
-    else:
+    with pytest.raises(ValueError, match=message) if known else nullcontext():
         config.check_complete()
-        assert message in caplog_vllm.text
 
 
 def test_part_of_a_fused_layer_without_a_tensor_is_named():
     config = config_of({"fc": random_weight(W3, 64, 64)})
-    config.plain = {"q_proj", "v_proj"}
-    config.claims.known = True
+    config.plain, config.known = {"q_proj", "v_proj"}, True
     build(config, "fc")
     vllm_linear.QKVParallelLinear(64, 32, 2, 1, bias=False, quant_config=config, prefix="qkv_proj")
     with pytest.raises(ValueError, match="no weight for 1 of vLLM's layers: qkv_proj"):
