@@ -20,6 +20,7 @@ TIE = 0.04  # two log-probabilities, each within 0.02, may change places
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers may share the cores that there are
+    "OMP_NUM_THREADS": "1",  # threads of a tiny model wait for each other, above all where a machine does other work
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
