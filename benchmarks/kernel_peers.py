@@ -8,7 +8,6 @@ Read for this: vLLM 0.26 and 0.32, humming-kernels 0.1.10 and 0.1.19, gemlite 0.
 """
 
 import inspect
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -55,7 +54,6 @@ class Kernel:
 
     def why_absent(self) -> str | None:
         """Why this process cannot run it, or None. Imports what it needs."""
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the tables
         for module in self.modules:
             try:
                 import_module(module)

@@ -12,6 +12,7 @@ and targets are in `kernel_cases.py`, the peers in `kernel_peers.py`; `gpu_timin
 
 import argparse
 import datetime
+import os
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,7 @@ def positive(text: str) -> int:
 
 def main() -> None:
     args = parser().parse_args()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the tables
     # transformers, which vLLM imports, looks for a package "kernels"; it must not find this file.
     sys.path[:] = [folder for folder in sys.path if Path(folder).absolute() != HERE]
     if not torch.cuda.is_available():

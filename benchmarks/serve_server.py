@@ -23,6 +23,7 @@ import psutil
 
 NAME = "benchmark"  # under which the model is served
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+TALKATIVE = {"VLLM_LOGGING_LEVEL": "INFO"}  # the figures below stand in its log, however quiet the caller wants vLLM
 # Answers of one request must not be found in a cache by the next one, in a cache of prefixes or of pictures.
 COMMON = ("--dtype", "bfloat16", "--no-enable-prefix-caching", "--mm-processor-cache-gb", "0")
 FACTS = {
@@ -97,7 +98,7 @@ def serve(model: Path, options: list[str], log: Path, patience: float) -> Iterat
                 list(map(str, command)),
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=os.environ | QUIET,
+                env=os.environ | QUIET | TALKATIVE,
                 start_new_session=True,  # a process group of its own: Ctrl-C is ours, and its workers end with it
             )
         _wait_until_healthy(process, port, log, patience)

@@ -1,5 +1,6 @@
 """The kernel benchmark's run without a GPU: refusals, failing peers, time that runs out, arguments."""
 
+import os
 import sys
 from time import monotonic
 
@@ -189,5 +190,7 @@ def test_no_gpu(monkeypatch):
 
 def test_ours_absent(monkeypatch):
     monkeypatch.setitem(kernel_peers.KERNELS, "vlmq", kernel_peers.Kernel("X", (4,), None, ("no_such_kernel",)))
+    before = dict(os.environ)
     with pytest.raises(kernel_bench.Refused, match="no_such_kernel"):
         kernels.present(["vlmq"], Journal(None))
+    assert dict(os.environ) == before  # the serve benchmark's servers once inherited a quiet log from here
