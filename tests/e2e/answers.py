@@ -27,11 +27,11 @@ def answers(folder: Path, *flags: str, timeout: float = 600) -> list[Answer]:
     return json.loads(line.removeprefix(MARK))
 
 
-def run(command: list[str], timeout: float) -> subprocess.CompletedProcess:
-    """A program with its output, both streams together."""
+def run(command: list[str], timeout: float, environment: dict[str, str] = ENVIRONMENT) -> subprocess.CompletedProcess:
+    """A program with its output, both streams together; `environment` is added to this process's own."""
     return subprocess.run(
         command,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -82,11 +82,11 @@ def main(folder: str, *flags: str) -> None:
         llm.reset_prefix_cache()
         llm.llm_engine.reset_encoder_cache()  # the worker dropped it with the weights, the scheduler does not know
         outputs += llm.generate(prompts, sampling, use_tqdm=False)
-    found = [_steps(output.outputs[0]) for output in outputs]
+    found = [steps_of(output.outputs[0]) for output in outputs]
     print(f"\n{MARK}{json.dumps(found)}", flush=True)
 
 
-def _steps(completion) -> Answer:
+def steps_of(completion) -> Answer:
     steps = []
     for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
         best, following = sorted((candidate.logprob for candidate in candidates.values()), reverse=True)[:2]

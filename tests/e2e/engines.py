@@ -8,22 +8,19 @@ import contextlib
 import gc
 import json
 import math
-import os
-import subprocess
 import sys
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import answers
+
 MARK = "engines: "
 TIE = 0.04  # two log-probabilities, each within 0.02, may change places
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
+ENVIRONMENT = answers.ENVIRONMENT | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers may share the cores that there are
     "OMP_NUM_THREADS": "1",  # threads of a tiny model wait for each other, above all where a machine does other work
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
 }
 TEXTS = ("What is the colour of the picture?", "How many signs are there in the first picture and the second?")
 
@@ -54,14 +51,8 @@ def run(jobs: list[Job], timeout: float) -> list[list]:
     prompt: log-probabilities of the prompt's tokens. steps of a greedy answer: [token id, log-probability, margin to
     the next]. cached: how many of the prompt's tokens were in the prefix cache.
     """
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps([asdict(job) for job in jobs])],
-        env=os.environ | ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
+    command = [sys.executable, __file__, json.dumps([asdict(job) for job in jobs])]
+    done = answers.run(command, timeout, ENVIRONMENT)
     lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
     assert done.returncode == 0 and len(lines) == len(jobs), done.stdout[-6000:]
     return [json.loads(line) for line in lines]
@@ -101,7 +92,7 @@ def main(jobs: str) -> None:
 
     for job in json.loads(jobs):
         try:
-            found = answers(Job(**job))
+            found = answers_to(Job(**job))
         except Exception as error:
             traceback.print_exc()
             found = f"{type(error).__name__}: {error}"
@@ -111,7 +102,7 @@ def main(jobs: str) -> None:
             cleanup_dist_env_and_memory()
 
 
-def answers(job: Job) -> list:
+def answers_to(job: Job) -> list:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
@@ -140,7 +131,7 @@ def answers(job: Job) -> list:
             llm.llm_engine.reset_encoder_cache()  # the worker dropped it with the weights, the scheduler does not know
         outputs += llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     return [
-        {"prompt": _logs(output), "steps": _steps(output.outputs[0]), "cached": output.num_cached_tokens}
+        {"prompt": _logs(output), "steps": answers.steps_of(output.outputs[0]), "cached": output.num_cached_tokens}
         for output in outputs
     ]
 
@@ -174,14 +165,6 @@ def _film():
 def _logs(output) -> list[float]:
     """Log-probabilities of the prompt's own tokens, the first of which has none."""
     return [next(iter(each.values())).logprob for each in (output.prompt_logprobs or [])[1:]]
-
-
-def _steps(completion) -> list:
-    steps = []
-    for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
-        best, following = sorted((candidate.logprob for candidate in candidates.values()), reverse=True)[:2]
-        steps.append((token, candidates[token].logprob, best - following))
-    return steps
 
 
 if __name__ == "__main__":
