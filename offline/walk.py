@@ -18,11 +18,11 @@ from vlmq_vllm.offline.grid import MINMAX, MSE, GridSearch
 from vlmq_vllm.offline.linears import holding, linears_of, put, weights_of
 from vlmq_vllm.offline.problems import collect, find_problems, solve_all
 from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.saliency.weighing import Weighing
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import Group, find_stages
 from vlmq_vllm.offline.stream import Stream
-from vlmq_vllm.offline.weighing import Weighing
 
 GRIDS = {"mse": MSE, "minmax": MINMAX, "mse-h": GridSearch(exponent=2, importance=True)}
 

@@ -19,7 +19,7 @@ from vlmq_vllm.offline.gptq import Solver, solve
 from vlmq_vllm.offline.models import FAMILIES
 from vlmq_vllm.offline.moments import Moments
 from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.saliency import gradient_norms, token_weights
+from vlmq_vllm.offline.saliency.gradient import gradient_norms, token_weights
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.verify import verify

@@ -7,7 +7,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, 
 
 from vlmq_vllm.offline.linears import holding, linears_of
 from vlmq_vllm.offline.models import FAMILIES
-from vlmq_vllm.offline.saliency import gradient_norms, rounded_norms, token_weights
+from vlmq_vllm.offline.saliency.gradient import gradient_norms, rounded_norms, token_weights
 from vlmq_vllm.offline.stream import Stream
 
 FAMILY = FAMILIES["qwen2_vl"]

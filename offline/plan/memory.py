@@ -12,10 +12,10 @@ import torch
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.plan.load import FLOAT, Load
 from vlmq_vllm.offline.plan.solving import moments_bytes, stages_of, working_bytes
+from vlmq_vllm.offline.saliency.weighing import weighted_linears
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import RESIDENT, Source
 from vlmq_vllm.offline.units import Unit, stored_bytes
-from vlmq_vllm.offline.weighing import weighted_linears
 
 # The interpreter with torch, transformers, the skeleton of a model, a processor and what kernels keep, as measured on
 # small models with torch 2.13 for CPU and transformers 5.19. CUDA's own libraries come on top of it.

@@ -9,7 +9,7 @@ from vlmq_vllm.offline.experts import is_expert
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.models import Family
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency import gradient_norms, in_attention, rounded_norms, token_weights
+from vlmq_vllm.offline.saliency.gradient import gradient_norms, in_attention, rounded_norms, token_weights
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.stream import Stream
 
