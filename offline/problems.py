@@ -22,19 +22,21 @@ TOGETHER = 1 << 28  # bytes of moments that are solved as one batch of problems
 class Problem:
     """Linears that are solved as one, their weights stacked along the rows.
 
-    rows: of each linear. dtype: of the scales. weights: of the tokens, [N] per batch, or None where all count alike.
+    rows: of each linear. format: what they become. dtype: of the scales. weights: of the tokens, [N] per batch, or None
+    where all count alike.
     """
 
     linears: Group
     rows: list[int]
+    format: WeightFormat
     dtype: torch.dtype
     moments: Moments | None
     weights: list[torch.Tensor] | None
 
     @property
-    def shape(self) -> tuple[int, int, torch.dtype]:
+    def shape(self) -> tuple[int, int, WeightFormat, torch.dtype]:
         """What problems have in common that are solved together."""
-        return sum(self.rows), len(self.moments.h), self.dtype
+        return sum(self.rows), len(self.moments.h), self.format, self.dtype
 
     def stacked(self, layer: torch.nn.Module) -> torch.Tensor:
         """The weights [O, I]."""
@@ -47,20 +49,24 @@ def find_problems(
     stage: list[Group],
     weights: dict[str, list[torch.Tensor]],
     base: str,
+    format_of: Callable[[str], WeightFormat],
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
 ) -> list[Problem]:
-    """The problems of a stage: a linear with token weights is one of its own, the rest of its group another.
+    """The problems of a stage: linears of a group that share their token weights and their format are one.
 
     base: as in the settings; it decides whether and how the moments keep a residual.
     """
     problems = []
     for group in stage:
         columns = layer.get_submodule(group[0]).in_features
-        plain = tuple(linear for linear in group if linear not in weights)
-        for linears in [*((linear,) for linear in group if linear in weights), *([plain] if plain else [])]:
+        alike: dict[tuple, list[str]] = {}
+        for linear in group:
+            alike.setdefault((id(weights.get(linear)), format_of(linear)), []).append(linear)
+        for linears in map(tuple, alike.values()):
             rows = [layer.get_submodule(linear).out_features for linear in linears]
-            problem = Problem(linears, rows, dtype_of(linears[0]), None, weights.get(linears[0]))
+            format, dtype = format_of(linears[0]), dtype_of(linears[0])
+            problem = Problem(linears, rows, format, dtype, None, weights.get(linears[0]))
             known = problem.stacked(layer) if base == "aligned" and is_flat(sum(rows), columns) else None
             problem.moments = Moments(columns, device, base != "gptq", known)
             problems.append(problem)
@@ -95,9 +101,7 @@ def collect(
         stream.inputs_of(layer, index, first, visit)
 
 
-def solve_all(
-    problems: list[Problem], layer: torch.nn.Module, format: WeightFormat, solver: Solver, ranks: Ranks
-) -> list[Solution]:
+def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, ranks: Ranks) -> list[Solution]:
     """The solutions of all problems, on every rank. Their moments are used up."""
     for number, problem in enumerate(problems):
         owner, moments = ranks.owner(number), problem.moments
@@ -111,9 +115,10 @@ def solve_all(
         weights = stack([problems[i].stacked(layer) for i in numbers])
         h, residuals = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
         residual = None if residuals[0] is None else stack(residuals)
-        solutions = solve(weights, stack(h), format, problems[numbers[0]].dtype, solver, residual)
+        first = problems[numbers[0]]
+        solutions = solve(weights, stack(h), first.format, first.dtype, solver, residual)
         found |= dict(zip(numbers, solutions, strict=True))
-    return [_exchanged(ranks, i, problem, found.get(i), format) for i, problem in enumerate(problems)]
+    return [_exchanged(ranks, i, problem, found.get(i)) for i, problem in enumerate(problems)]
 
 
 def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:
@@ -128,10 +133,10 @@ def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:
     return [numbers for found in batches.values() for numbers in found]
 
 
-def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None, format: WeightFormat):
+def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None) -> Solution:
     """The solution of problem `number` on every rank."""
     if ranks.size == 1:
         return solution
-    rows, columns, dtype = problem.shape
+    rows, columns, format, dtype = problem.shape
     shared = solution or Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
     return shared.exchanged(lambda tensor: ranks.broadcast(tensor, ranks.owner(number)))

@@ -25,7 +25,7 @@ from vlmq_vllm.offline.resume import identity, reader
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import Stream, capture, check_replay
-from vlmq_vllm.offline.units import Unit, expected_bytes, find_rest, find_targets, find_units
+from vlmq_vllm.offline.units import Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
 from vlmq_vllm.offline.walk import Row, Walk
 from vlmq_vllm.offline.writer import Parts, Writer, check_destination
 
@@ -65,7 +65,8 @@ class _Run:
         self.ranks = Ranks(device)
         self.units = find_units(source, settings)
         self.targets = find_targets(source, settings, self.units)
-        self.rest = find_rest(source, self.targets)
+        self.rest = find_rest(source, self.targets, self.units)
+        self.formats = {target.name: target.format for target in self.targets}
         self.batches: list[dict] = []
         self.probe: dict | None = None
         self.fingerprints: list[str] = []
@@ -151,7 +152,7 @@ class _Run:
         return Walk(
             self.source,
             options,
-            options.format_of(component),
+            self.formats,
             self.device,
             self.ranks,
             [stream for stream in quantized if stream],
@@ -167,7 +168,8 @@ class _Run:
             raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
         tensors, rows = walk.layer(unit.module, unit.index, last)
         if writer:
-            writer.add(unit.key, tensors, [asdict(row) for row in rows])
+            kept = {name: self.source.read(name) for name in find_kept(self.source, unit, self.targets)}
+            writer.add(unit.key, tensors | kept, [asdict(row) for row in rows])
         self.ranks.wait()
         self.progress.layer(unit.module, rows, self.settings.damp)
 

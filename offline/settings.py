@@ -1,13 +1,13 @@
 """Everything that decides the numbers of a quantisation run, checked before any work."""
 
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 
 METHODS = ("rtn", "gptq", "vlmq")
-BITS = (2, 3, 4)
+BITS = (2, 3, 4, 8)
 KEPT = 16  # bits of what is left alone
 COMPONENTS = ("language", "vision", "connector")
 # What measured best on the demo model at each width (NOTES.md has the table); a setting that is given wins.
@@ -15,12 +15,13 @@ BEST = {
     2: {"act_order": "none", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "all"},
     3: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
     4: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
+    8: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
 }
 ALPHA = {"gptaq": 0.25, "aligned": 1.0}  # the first is its authors', the second measured best
 CHOICES = {
     "bits": BITS,
-    "vision_bits": (*BITS, 8, KEPT),
-    "connector_bits": (*BITS, 8, KEPT),
+    "vision_bits": (*BITS, KEPT),
+    "connector_bits": (*BITS, KEPT),
     "method": METHODS,
     "base": ("gptq", "gptaq", "aligned"),
     "act_order": ("static", "none"),
@@ -37,6 +38,8 @@ class Settings:
 
     bits, group_size, symmetric: the format of every decoder linear. vision_bits, connector_bits: width of the vision
     tower's blocks and of the connector, 16 for leaving them alone.
+    modules: exceptions, from a linear's name in the files, or a pattern of names (`*`), to its width, or to a mapping
+    that gives some of bits, group_size and symmetric; a later one wins.
     method: "rtn" rounds to nearest; "gptq" compensates with plain second moments (and base "gptq" unless another is
     given); "vlmq" weights tokens by saliency.
     base: "gptq" reproduces the layer on the inputs it gets; "gptaq" and "aligned" aim at the full-precision layer's
@@ -75,6 +78,7 @@ class Settings:
     saliency_floor: float = 0.0
     saliency_cap: float = 0.0
     force: bool = False
+    modules: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         best = BEST.get(self.bits, {}) | ({"base": "gptq"} if self.method == "gptq" else {})
@@ -106,6 +110,8 @@ class Settings:
                 self.format_of(component)
         except ValueError as error:
             raise QuantizeError(str(error)) from None
+        for pattern in self.modules:
+            self._exception(pattern, self.format)
 
     @property
     def residual(self) -> bool:
@@ -122,34 +128,29 @@ class Settings:
         bits = {"language": self.bits, "vision": self.vision_bits, "connector": self.connector_bits}[component]
         return None if bits == KEPT else replace(self.format, bits=bits)
 
+    def format_for(self, component: str, module: str) -> WeightFormat | None:
+        """The format of the linear of that name in the files, None where it stays as it is."""
+        format = self.format_of(component)
+        for pattern in self.modules:
+            if fnmatchcase(module, pattern):
+                format = self._exception(pattern, format)
+        return format
+
+    def _exception(self, pattern: str, format: WeightFormat | None) -> WeightFormat | None:
+        """The format of modules of that pattern, `format` without it. Raises QuantizeError for one that cannot be."""
+        found = self.modules[pattern]
+        found = found if isinstance(found, dict) else {"bits": found}
+        if not (isinstance(pattern, str) and found and found.keys() <= {"bits", "group_size", "symmetric"}):
+            raise QuantizeError(
+                f"modules: {pattern!r} has {self.modules[pattern]!r}; give a width, or a mapping of bits, group_size "
+                "and symmetric"
+            )
+        if found.get("bits") == KEPT:
+            return None
+        try:
+            return replace(format or self.format, **found)
+        except ValueError as error:
+            raise QuantizeError(f"modules: {pattern!r}: {error}") from None
+
     def to_dict(self) -> dict:
         return asdict(self)
-
-
-def read_recipe(path: Path) -> dict:
-    """The settings in a YAML file. Raises QuantizeError when it cannot be read or is no mapping."""
-    import yaml
-
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise QuantizeError(f"cannot read the recipe {path} ({error}); give a YAML file of settings") from None
-    if not isinstance(found, dict):
-        raise QuantizeError(f"the recipe {path} holds no settings; write lines such as 'bits: 3'")
-    return {str(key).replace("-", "_"): value for key, value in found.items()}
-
-
-def settings_from(recipe: dict, options: dict) -> Settings:
-    """Settings from a recipe and from options, which win; options that are no settings are passed over.
-
-    Raises QuantizeError for a key of the recipe that does not exist and for a value of another kind.
-    """
-    kinds = {field.name: field.type for field in fields(Settings)}
-    for key, value in recipe.items():
-        if key not in kinds:
-            raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(kinds)}")
-        allowed = (int, float) if "float" in str(kinds[key]) else (kinds[key] if kinds[key] in (int, bool) else str)
-        left_open = value is None and "None" in str(kinds[key])
-        if not (isinstance(value, allowed) or left_open) or (type(value) is bool and kinds[key] is not bool):
-            raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {kinds[key]}")
-    return Settings(**recipe | {key: value for key, value in options.items() if key in kinds})

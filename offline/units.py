@@ -7,11 +7,13 @@ source model follows in units of its own.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
-from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.experts import is_expert
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
@@ -44,43 +46,60 @@ class Target:
 
 
 def find_units(source: Source, settings: Settings) -> list[Unit]:
-    """The units in the order in which they are quantised: tower, connectors, decoder."""
-    family, units = source.family, []
-    stacks = {"vision": family.blocks, "connector": "", "language": family.layers}
-    for component, stack in stacks.items():
-        if settings.format_of(component) is None:
+    """The units in the order in which they are quantised: tower, connectors, decoder. A component of which any linear
+    is quantised is there as a whole."""
+    units = []
+    for component in ("vision", "connector", "language"):
+        if settings.format_of(component) is None and not settings.modules:
             continue
-        if component == "connector":
-            modules = [name for root in family.connectors for name in _connectors(source, root)]
-        else:
-            count = len(source.model.get_submodule(stack))
-            count = min(count, _blocks_used(source.config, count)) if component == "vision" else count
-            modules = [f"{stack}.{i}" for i in range(count)]
-        units += [Unit(f"{component}-{i:05d}", component, name, i) for i, name in enumerate(modules)]
+        modules = _modules(source, component)
+        own = [Unit(f"{component}-{i:05d}", component, name, i) for i, name in enumerate(modules)]
+        linears = (_named_linears(source, unit) for unit in own)
+        if settings.format_of(component) or any(
+            settings.format_for(component, source.module_in_files(name)) for names in linears for name in names
+        ):
+            units += own
     return units
 
 
 def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[Target]:
-    """The units' linears. Raises RefusedError for one that vLLM would not load, unless `settings.force`, and for a
-    component without linears."""
-    targets = []
+    """The units' linears that are quantised. Raises RefusedError for one that vLLM would not load, unless
+    `settings.force`, and for a component without linears; QuantizeError for exceptions that name no linear."""
+    targets, unused = [], set(settings.modules)
     for unit in units:
-        format = settings.format_of(unit.component)
-        module = source.model.get_submodule(unit.module)
-        for linear in linears_of(module):
-            name = f"{unit.module}.{linear}"
-            rows, columns = module.get_submodule(linear).weight.shape
-            _check_served(source, settings, unit, name, (rows, columns))
-            targets.append(Target(name, source.module_in_files(name), unit.component, rows, columns, format))
+        for name, linear in _named_linears(source, unit).items():
+            module = source.module_in_files(name)
+            unused = {pattern for pattern in unused if not fnmatchcase(module, pattern)}
+            format = settings.format_for(unit.component, module)
+            if format is not None:
+                rows, columns = linear.weight.shape
+                _check_served(source, settings, unit, name, (rows, columns), format)
+                targets.append(Target(name, module, unit.component, rows, columns, format))
+    if unused:
+        raise QuantizeError(
+            f"modules: {sorted(unused)[0]!r} names no linear that can be quantised here; give names as in the model's "
+            f"files, such as {targets[0].module if targets else 'model.layers.0.mlp.down_proj'}"
+        )
+    if settings.modules and not targets:
+        raise RefusedError(f"nothing is left to quantise: the exceptions (modules) leave every linear at {KEPT} bits")
     for component in {unit.component for unit in units}:
         if not any(target.component == component for target in targets):
             raise RefusedError(f"this model's {component} has no linear layer to quantise; leave it at {KEPT} bits")
+    _check_experts(source, targets)
     return targets
 
 
-def find_rest(source: Source, targets: list[Target]) -> dict[str, list[str]]:
-    """Every other tensor of the source, by unit key, in files of about SHARD bytes."""
+def find_kept(source: Source, unit: Unit, targets: list[Target]) -> list[str]:
+    """Tensors of a unit that stay as they are (norms, biases, linears at 16 bits), by their names in the files."""
     taken = {source.places[f"{target.name}.weight"].tensor for target in targets}
+    inside = (place.tensor for name, place in source.places.items() if name.startswith(f"{unit.module}."))
+    return sorted(set(inside) - taken)
+
+
+def find_rest(source: Source, targets: list[Target], units: list[Unit]) -> dict[str, list[str]]:
+    """Every tensor of the source that belongs to no unit, by unit key, in files of about SHARD bytes."""
+    taken = {source.places[f"{target.name}.weight"].tensor for target in targets}
+    taken.update(name for unit in units for name in find_kept(source, unit, targets))
     rest: dict[str, list[str]] = {}
     size = SHARD
     for name in sorted(source.headers):
@@ -125,11 +144,47 @@ def _connectors(source: Source, root: str) -> Iterator[str]:
         yield root
 
 
-def _check_served(source: Source, settings: Settings, unit: Unit, name: str, shape: tuple[int, int]) -> None:
+def _modules(source: Source, component: str) -> list[str]:
+    """In-memory names of a component's modules that are quantised one after the other."""
+    family = source.family
+    if component == "connector":
+        return [name for root in family.connectors for name in _connectors(source, root)]
+    stack = {"vision": family.blocks, "language": family.layers}[component]
+    count = len(source.model.get_submodule(stack))
+    count = min(count, _blocks_used(source.config, count)) if component == "vision" else count
+    return [f"{stack}.{i}" for i in range(count)]
+
+
+def _named_linears(source: Source, unit: Unit) -> dict[str, torch.nn.Linear]:
+    module = source.model.get_submodule(unit.module)
+    return {f"{unit.module}.{linear}": module.get_submodule(linear) for linear in linears_of(module)}
+
+
+def _check_experts(source: Source, targets: list[Target]) -> None:
+    """Raises RefusedError unless a layer's experts share a format for gate and up, and one for down."""
+    found: dict[tuple[str, bool], set] = {}
+    counts: dict[tuple[str, bool], int] = {}
+    for target in targets:
+        if is_expert(target.name):
+            key = target.name.rpartition(".")[0].rpartition(".")[0], target.name.endswith("down_proj")
+            found.setdefault(key, set()).add(target.format)
+            counts[key] = counts.get(key, 0) + 1
+    for (experts, down), formats in found.items():
+        whole = len(source.model.get_submodule(experts)) * (1 if down else 2)
+        if len(formats) > 1 or counts[experts, down] != whole:
+            raise RefusedError(
+                f"modules: {experts} would have several formats for {'down' if down else 'gate and up'}; all experts "
+                "of a layer are served in one, give a pattern that names them all"
+            )
+
+
+def _check_served(
+    source: Source, settings: Settings, unit: Unit, name: str, shape: tuple[int, int], format: WeightFormat
+) -> None:
     reason = why_unserved(name, shape, source.config)
     if reason and not settings.force:
         option = f"--{unit.component}-bits {KEPT}"
         raise RefusedError(
-            f"{name} {list(shape)} cannot be served at {settings.format_of(unit.component).bits} bits: {reason}; "
+            f"{name} {list(shape)} cannot be served at {format.bits} bits: {reason}; "
             f"use {option}, or --force to write it all the same"
         )

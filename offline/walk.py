@@ -45,20 +45,23 @@ class Row:
 
 
 class Walk:
-    """The streams in front of a stack's next layer. `quantized` and `full` are empty for method "rtn"."""
+    """The streams in front of a stack's next layer. `quantized` and `full` are empty for method "rtn".
+
+    formats: of every linear that is quantised, by its in-memory name.
+    """
 
     def __init__(
         self,
         source: Source,
         settings: Settings,
-        format: WeightFormat,
+        formats: dict[str, WeightFormat],
         device: torch.device,
         ranks: Ranks,
         quantized: list[Stream],
         full: list[Stream],
         weighted: bool,
     ) -> None:
-        self.source, self.settings, self.format, self.device, self.ranks = source, settings, format, device, ranks
+        self.source, self.settings, self.formats, self.device, self.ranks = source, settings, formats, device, ranks
         self.quantized, self.full = quantized, full
         self.weigh = Weighing(source.family, settings, ranks) if weighted else None
         search, static = GRIDS[settings.grid], settings.act_order == "static"
@@ -78,9 +81,9 @@ class Walk:
             weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
         tensors: dict[str, torch.Tensor] = {}
         rows = []
-        for stage in self._stages(layer, index):
+        for stage in self._stages(layer, index, name):
             for linear, solution in self._solve(layer, index, name, stage, weights, originals):
-                module = self.source.module_in_files(f"{name}.{linear}")
+                module = self.source.module_in_files(_full(name, linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
                 base = self._base(stage) if loss is not None else None
@@ -97,8 +100,9 @@ class Walk:
             layer = self.source.materialise(name, self.device)
             originals = weights_of(layer)
             for linear in originals:
-                found = self.source.quantized(self.source.module_in_files(f"{name}.{linear}"))
-                put(layer, linear, found.to(self.device, torch.float32))
+                found = self.source.quantized(self.source.module_in_files(_full(name, linear)))
+                if found is not None:
+                    put(layer, linear, found.to(self.device, torch.float32))
             self._advance(layer, index, originals)
             self.source.release(name)
 
@@ -109,16 +113,22 @@ class Walk:
         for stream in self.quantized:
             stream.hidden = stream.run(layer, index)
 
-    def _stages(self, layer: torch.nn.Module, index: int) -> list[list[Group]]:
-        """The stages of the layer; without data every linear is one."""
-        if self.settings.method == "rtn":
-            return [[(linear,)] for linear in linears_of(layer)]
+    def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
+        """The stages of the layer, of linears that are quantised; without data every linear is one."""
+        own = self._linears(layer, name)
+        if self.settings.method == "rtn" or not own:
+            return [[(linear,)] for linear in own]
         found = self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None)
         if not found:
             raise QuantizeError(
                 "no calibration sample reaches a part of the model that is to be quantised; add pictures"
             )
-        return found
+        groups = ([tuple(linear for linear in group if linear in own) for group in stage] for stage in found)
+        return [kept for stage in groups if (kept := [group for group in stage if group])]
+
+    def _linears(self, layer: torch.nn.Module, name: str) -> list[str]:
+        """Those of the layer that are quantised."""
+        return [linear for linear in linears_of(layer) if _full(name, linear) in self.formats]
 
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
@@ -126,10 +136,10 @@ class Walk:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return
-        dtype_of = functools.partial(self._dtype, name)
-        problems = find_problems(layer, stage, weights, self._base(stage), dtype_of, self.device)
+        format_of, dtype_of = functools.partial(self._format, name), functools.partial(self._dtype, name)
+        problems = find_problems(layer, stage, weights, self._base(stage), format_of, dtype_of, self.device)
         collect(problems, layer, index, self.quantized, self.full, originals)
-        solutions = solve_all(problems, layer, self.format, self.solver, self.ranks)
+        solutions = solve_all(problems, layer, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):
             for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
                 yield self._placed(layer, linear, part)
@@ -142,16 +152,23 @@ class Walk:
         put(layer, linear, _served(solution.weight))
         return linear, solution
 
+    def _format(self, name: str, linear: str) -> WeightFormat:
+        return self.formats[_full(name, linear)]
+
     def _dtype(self, name: str, linear: str) -> torch.dtype:
         """Of the weight in the source, which the scales get."""
-        return self.source.stored_dtype(f"{name}.{linear}.weight")
+        return self.source.stored_dtype(f"{_full(name, linear)}.weight")
 
     def _rounded(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
         weight = layer.get_submodule(linear).weight
-        return round_to_nearest(weight, self.format, self._dtype(name, linear), self.solver.search)
+        return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), self.solver.search)
 
     def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-        return {linear: _served(self._rounded(layer, name, linear)) for linear in linears_of(layer)}
+        return {linear: _served(self._rounded(layer, name, linear)) for linear in self._linears(layer, name)}
+
+
+def _full(name: str, linear: str) -> str:
+    return f"{name}.{linear}"
 
 
 def _served(weight: QuantizedWeight) -> torch.Tensor:

@@ -42,7 +42,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""
-    from vlmq_vllm.offline.settings import read_recipe, settings_from
+    from vlmq_vllm.offline.recipe import read_recipe, settings_from
 
     settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
     import torch

@@ -64,7 +64,7 @@ def quantize(
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
     from vlmq_vllm.offline.malloc import give_back_large_blocks
-    from vlmq_vllm.offline.settings import read_recipe, settings_from
+    from vlmq_vllm.offline.recipe import read_recipe, settings_from
 
     settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
     import torch

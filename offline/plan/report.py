@@ -110,7 +110,7 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
         load=load,
         parts=parts,
         linears=linears,
-        phases=find_phases(source, settings, units, find_rest(source, targets), load, exact=kind == "cpu"),
+        phases=find_phases(source, settings, units, find_rest(source, targets, units), load, exact=kind == "cpu"),
         quantized=sum(target.rows * target.columns for target in targets),
         packed_bits=sum(map(packed_bits, targets)),
         source_bytes=sum(part.bytes for part in parts),
