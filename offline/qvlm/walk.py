@@ -1,0 +1,200 @@
+"""Q-VLM for weights that are served: the walk through a stack of layers, block by block (2410.08119).
+
+The layers are parted into blocks by the entropy of their full-precision activations (`entropy.py`, `partition.py`).
+In a block every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors are searched
+together (`search.py`) for a small mean squared error behind the block's last layer,
+
+    | block_q(U) - block_r(F) |^2,      U: hidden states behind the quantised layers, F: behind full-precision ones,
+
+as W_q X_q - W_r X_r in equation 3, where both belong to their own prefix. Weights are rounded to nearest.
+
+What the paper leaves open: a "layer" is a layer of the decoder (or a block of the tower), the error that greedy looks
+at is that at the same place for one layer, D is measured once, before anything is quantised.
+
+In memory at a time: a block's layers in float32 and once more with rounded weights, and hidden states of the whole
+data behind each of them. The streams only ever stand between blocks. A block of which some layers were written before
+a run was stopped is searched once more from its beginning: the search is deterministic and comes to the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.offline.grid import MSE, GridSearch
+from vlmq_vllm.offline.linears import put, weights_of
+from vlmq_vllm.offline.qvlm.entropy import dependency
+from vlmq_vllm.offline.qvlm.partition import DEPTH, find_blocks
+from vlmq_vllm.offline.qvlm.ranges import FACTORS, Ranges, find_ranges
+from vlmq_vllm.offline.qvlm.search import Choice, search
+from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.walk import Row
+
+ENTROPY_BITS = 4  # the grid on which D is measured; the paper's lower width of activations
+
+Tensors = dict[str, torch.Tensor]
+
+
+class BlockWalk:
+    """The streams in front of a stack whose layers have the in-memory names `names`, in order.
+
+    format_of: the format of a linear by its in-memory name, None where it stays as it is. quantized, full: U and F,
+    one pair per batch. blocks: the partition; dependencies: D in nats it rests on (none for depth 1); choices: what
+    was searched, by the number of a block's first layer.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        names: Sequence[str],
+        format_of: Callable[[str], WeightFormat | None],
+        device: torch.device,
+        ranks: Ranks,
+        quantized: list[Stream],
+        full: list[Stream],
+        grid: GridSearch = MSE,
+        depth: int = DEPTH,
+        threshold: float | None = None,
+        factors: Sequence[float] = FACTORS,
+    ) -> None:
+        self.source, self.names, self.format_of, self.device, self.ranks = source, names, format_of, device, ranks
+        self.quantized, self.full, self.grid, self.factors = quantized, full, grid, factors
+        self.dependencies = self._dependencies() if depth > 1 else [0.0] * (len(names) - 1)
+        self.blocks = find_blocks(self.dependencies, depth, threshold)
+        self.choices: dict[int, Choice] = {}
+        self.behind = 0  # layers that the streams have passed
+        self.results: dict[int, tuple[Tensors, list[Row]]] = {}
+
+    @torch.no_grad()
+    def layer(self, name: str, index: int, last: bool = False) -> tuple[Tensors, list[Row]]:
+        """Layer `index`, quantised with its whole block: tensors by their names in the files, and report rows.
+
+        last: nothing comes behind it, so that the streams need not move on.
+        """
+        if index >= self.behind:
+            self._solve(self._block(index), last or self._block(index).stop == len(self.names))
+        return self.results.pop(index)
+
+    @torch.no_grad()
+    def replay(self, name: str, index: int) -> None:
+        """Layer `index` has been quantised before. Behind a block's last layer the streams move past the block."""
+        self.results.pop(index, None)
+        block = self._block(index)
+        if index < block.stop - 1 or self.behind >= block.stop:
+            return
+        for k in block:
+            layer = self.source.materialise(self.names[k], self.device)
+            for stream in self.full:
+                stream.hidden = stream.run(layer, k)
+            for linear in self._formats(layer, k):
+                found = self.source.quantized(self.source.module_in_files(f"{self.names[k]}.{linear}"))
+                put(layer, linear, found.to(self.device, torch.float32))
+            for stream in self.quantized:
+                stream.hidden = stream.run(layer, k)
+            self.source.release(self.names[k])
+        self.behind = block.stop
+
+    def _block(self, index: int) -> range:
+        return next(block for block in self.blocks if index in block)
+
+    @torch.no_grad()
+    def _dependencies(self) -> list[float]:
+        """D(k, k + 1) of all neighbours, from one pass of the full-precision stream."""
+        streams, found = [replace(stream) for stream in self.full], []
+        for k, name in enumerate(self.names[:-1]):
+            layer = self.source.materialise(name, self.device)
+            ahead = [stream.hidden for stream in streams]
+            for stream in streams:
+                stream.hidden = stream.run(layer, k)
+            self.source.release(name)
+            behind = [stream.hidden for stream in streams]
+            found.append(dependency(ahead, behind, ENTROPY_BITS, self.ranks, self.device))
+        return found
+
+    def _formats(self, layer: torch.nn.Module, index: int) -> dict[str, WeightFormat]:
+        """The linears of layer `index` that are quantised."""
+        found = {linear: self.format_of(f"{self.names[index]}.{linear}") for linear in weights_of(layer)}
+        return {linear: format for linear, format in found.items() if format is not None}
+
+    def _solve(self, block: range, last: bool) -> None:
+        """Search a block and keep its layers' results; the streams move past it."""
+        layers = [_Layer(self, k) for k in block]
+        targets = [layer.targets() for layer in layers]
+        start = [stream.hidden for stream in self.quantized]
+
+        def step(k: int, choice: int, state: list[torch.Tensor]) -> list[torch.Tensor]:
+            layers[k].hold(self.factors[choice])
+            return layers[k].run(state)
+
+        def error(k: int, state: list[torch.Tensor]) -> float:
+            return mean_square(state, targets[k], self.ranks, self.device)
+
+        choice = self.choices[block.start] = search(len(block), len(self.factors), start, step, error)
+        for layer, number in zip(layers, choice.joint, strict=True):
+            self.results[layer.index] = layer.result(self.factors[number])
+            if not last:
+                layer.hold(self.factors[number])
+                start = layer.run(start)
+            self.source.release(layer.name)
+        for stream, hidden in zip(self.quantized, start, strict=True):
+            stream.hidden = hidden
+        self.behind = block.stop
+
+
+class _Layer:
+    """A layer of a block while it is searched; `held` is the factor its linears are rounded with at the moment."""
+
+    def __init__(self, walk: BlockWalk, index: int) -> None:
+        self.walk, self.index, self.name = walk, index, walk.names[index]
+        self.module = walk.source.materialise(self.name, walk.device)
+        self.originals = weights_of(self.module)
+        self.held: float | None = None
+        self.ranges: dict[str, Ranges] = {}
+
+    def targets(self) -> list[torch.Tensor]:
+        """What the full-precision layer passes on, per batch; the full-precision stream moves behind it."""
+        for stream in self.walk.full:
+            stream.hidden = stream.run(self.module, self.index)
+        return [stream.hidden for stream in self.walk.full]
+
+    def hold(self, factor: float) -> None:
+        """Put the weights in place as they would be served."""
+        if factor != self.held:
+            for linear, weight in self._rounded(factor).items():
+                put(self.module, linear, weight.dequantize(weight.scale.dtype).float())
+            self.held = factor
+
+    def run(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The hidden states behind the layer for those in front of it."""
+        pairs = zip(self.walk.quantized, state, strict=True)
+        return [replace(stream, hidden=hidden).run(self.module, self.index) for stream, hidden in pairs]
+
+    def result(self, factor: float) -> tuple[Tensors, list[Row]]:
+        tensors, rows = {}, []
+        for linear, weight in self._rounded(factor).items():
+            module = self.walk.source.module_in_files(f"{self.name}.{linear}")
+            tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
+            rows.append(Row(module, None, None, 0, "equal", None))
+        return tensors, rows
+
+    def _rounded(self, factor: float) -> dict[str, QuantizedWeight]:
+        if not self.ranges:
+            source, grid = self.walk.source, self.walk.grid
+            for linear, format in self.walk._formats(self.module, self.index).items():
+                dtype = source.stored_dtype(f"{self.name}.{linear}.weight")
+                self.ranges[linear] = find_ranges(self.originals[linear], format, dtype, grid)
+        return {linear: ranges.rounded(self.originals[linear], factor) for linear, ranges in self.ranges.items()}
+
+
+def mean_square(
+    state: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], ranks: Ranks, device: torch.device
+) -> float:
+    """Mean squared difference over all elements of all batches on all processes."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for found, wanted in zip(state, targets, strict=True):
+        sums += torch.stack([(found - wanted).square().sum().double(), sums.new_tensor(float(wanted.numel()))])
+    total, count = ranks.add(sums).tolist()
+    return total / max(count, 1.0)

@@ -1,0 +1,122 @@
+"""Entropies against numpy loops, and partitions of dependencies made by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.qvlm.entropy import channel_ranges, conditional_entropy, dependency, joint, soft_codes
+from vlmq_vllm.offline.qvlm.partition import find_blocks
+from vlmq_vllm.offline.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+def assigned(value: float, low: float, high: float, levels: int) -> np.ndarray:
+    """Equation 5 for one element, in units of the grid's step."""
+    step = (high - low) / (levels - 1)
+    weights = np.array([np.exp(-(((value - low) / step - m) ** 2)) for m in range(levels)])
+    return weights / weights.sum()
+
+
+def reference(ahead: np.ndarray, behind: np.ndarray, levels: int) -> float:
+    """Equation 4, element by element."""
+    table = np.zeros((levels, levels))
+    for n in range(len(ahead)):
+        for c in range(ahead.shape[1]):
+            first = assigned(ahead[n, c], ahead[:, c].min(), ahead[:, c].max(), levels)
+            second = assigned(behind[n, c], behind[:, c].min(), behind[:, c].max(), levels)
+            table += np.outer(first, second)
+    table /= table.sum()
+    return -(table * np.log(table / table.sum(1, keepdims=True))).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (7, 3), (33, 5)])
+def test_dependency_is_that_of_loops_in_numpy(bits, tokens, channels):
+    ahead = torch.randn(tokens + 1, channels)
+    behind = ahead.roll(1, 0) * 3 + torch.randn(tokens + 1, channels)
+    expected = reference(ahead.double().numpy(), behind.double().numpy(), 1 << bits)
+    found = dependency([ahead], [behind], bits, Ranks(CPU), CPU)
+    assert found == pytest.approx(expected, abs=1e-5)  # float32 against float64; entropies are of order 1
+
+
+def test_batches_of_any_cut_give_the_same_table():
+    ahead, behind = torch.randn(2, 12, 5).unbind(0)
+    whole = dependency([ahead], [behind], 4, Ranks(CPU), CPU)
+    parts = [3, 1, 8]
+    shaped = [[part[None] for part in x.split(parts)] for x in (ahead, behind)]
+    assert dependency(*shaped, 4, Ranks(CPU), CPU) == pytest.approx(whole, abs=1e-6)
+
+
+def test_dependency_does_not_depend_on_scale_and_offset():
+    ahead, behind = torch.randn(2, 40, 3).unbind(0)
+    one = dependency([ahead], [behind], 4, Ranks(CPU), CPU)
+    other = dependency([ahead * 1000 + 5], [behind * 0.01 - 3], 4, Ranks(CPU), CPU)
+    assert other == pytest.approx(one, abs=1e-3)  # the offsets cost float32 two to three digits
+
+
+def test_soft_codes_are_even_on_a_middle_and_nearest_otherwise():
+    bounds = torch.tensor([0.0]), torch.tensor([3.0])
+    found = soft_codes(torch.tensor([[1.5], [2.1]]), bounds, 4)[:, 0]
+    torch.testing.assert_close(found[0], found[0].flip(0))
+    assert found[1].argmax() == 2
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+
+
+def test_a_constant_channel_lies_on_one_point():
+    x = torch.full((5, 2), 3.0)
+    found = soft_codes(x, channel_ranges([x]), 4)
+    assert torch.isfinite(found).all() and (found.argmax(-1) == 0).all()
+
+
+def test_conditional_entropy_of_tables_with_a_known_one():
+    torch.testing.assert_close(conditional_entropy(torch.eye(4)), torch.tensor(0.0))
+    independent = torch.ones(4, 4)
+    torch.testing.assert_close(conditional_entropy(7 * independent), torch.tensor(np.log(4), dtype=torch.float32))
+
+
+def test_a_subsample_takes_tokens_evenly():
+    """Tokens repeat with period 4, so that every fourth would be one token; a stride of 3 sees all alike."""
+    x = torch.arange(4.0).repeat(30)[:, None]
+    full = dependency([x], [x * 2], 2, Ranks(CPU), CPU)
+    assert dependency([x], [x * 2], 2, Ranks(CPU), CPU, elements=40) == pytest.approx(full, abs=1e-6)
+
+
+def test_the_table_is_differentiable_in_both():
+    a, b = torch.randn(2, 6, 3, dtype=torch.float64).unbind(0)
+    ranges = channel_ranges([a]), channel_ranges([b])
+    assert torch.autograd.gradcheck(
+        lambda a, b: conditional_entropy(joint(a, b, *ranges, 4)), (a.requires_grad_(), b.requires_grad_())
+    )
+
+
+@pytest.mark.parametrize(
+    ("dependencies", "depth", "threshold", "blocks"),
+    [
+        ([], 3, None, [(0, 1)]),
+        ([1.0], 3, None, [(0, 1), (1, 2)]),  # the median itself is not above the median
+        ([1.0], 3, 0.5, [(0, 2)]),
+        ([2.0, 2.0, 2.0], 3, 1.0, [(0, 3), (3, 4)]),
+        ([2.0, 2.0, 2.0], 2, 1.0, [(0, 2), (2, 4)]),
+        ([2.0, 2.0, 2.0], 1, 1.0, [(0, 1), (1, 2), (2, 3), (3, 4)]),
+        ([0.2, 5.0], 3, 1.0, [(0, 3)]),  # on average above, though the first pair alone is not
+        ([0.2, 1.5], 3, 1.0, [(0, 1), (1, 3)]),
+        ([1.0, 3.0, 1.0, 2.0, 3.0], 3, None, [(0, 1), (1, 3), (3, 6)]),  # median 2, and (1 + 3) / 2 is not above it
+    ],
+)
+def test_blocks_are_runs_above_the_threshold(dependencies, depth, threshold, blocks):
+    found = find_blocks(dependencies, depth, threshold)
+    assert [(block.start, block.stop) for block in found] == blocks
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_every_layer_is_in_one_block_of_at_most_the_depth(depth):
+    found = find_blocks(torch.rand(31).tolist(), depth)
+    assert [k for block in found for k in block] == list(range(32))
+    assert max(map(len, found)) == depth
+
+
+def test_a_depth_of_none_is_refused():
+    with pytest.raises(QuantizeError, match="depth of at least 1"):
+        find_blocks([1.0], 0)

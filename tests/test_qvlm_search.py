@@ -1,0 +1,101 @@
+"""The search in a block on toys of which every choice can be tried, and factors on weights' ranges."""
+
+import itertools
+
+import pytest
+import torch
+
+from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.gptq import round_to_nearest
+from vlmq_vllm.offline.grid import MINMAX, MSE
+from vlmq_vllm.offline.qvlm.ranges import find_ranges
+from vlmq_vllm.offline.qvlm.search import search
+
+
+def multiplied(factors: list[list[float]]):
+    """Layers that multiply a number; what is wanted behind each is 1. (step, error) as search asks for them."""
+    return (lambda k, c, state: state * factors[k][c]), (lambda k, state: (state - 1) ** 2)
+
+
+def test_joint_is_strictly_better_where_the_best_first_step_leads_astray():
+    """1.2 is nearer to 1 than 0.7, but only 0.7 can be put right: 0.7 * 1.3 = 0.91, while 1.2 * 1.3 = 1.56."""
+    found = search(2, 2, 1.0, *multiplied([[1.2, 0.7], [1.3, 2.0]]))
+    assert found.greedy == (0, 0) and found.greedy_error == pytest.approx(0.56**2)
+    assert found.joint == (1, 0) and found.error == pytest.approx(0.09**2)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("candidates", [1, 2, 5])
+def test_joint_lies_between_greedy_and_the_best_of_all(depth, candidates):
+    better = 0
+    for _ in range(20):
+        weights = torch.randn(depth, candidates, 4, 4, dtype=torch.float64) / 2
+        targets = torch.randn(depth, 3, 4, dtype=torch.float64)
+
+        def step(k, c, state, weights=weights):
+            return torch.tanh(state @ weights[k, c])
+
+        def error(k, state, targets=targets):
+            return float((state - targets[k]).square().mean())
+
+        start = torch.randn(3, 4, dtype=torch.float64)
+        found = search(depth, candidates, start, step, error)
+        errors = {}
+        for choice in itertools.product(range(candidates), repeat=depth):
+            state = start
+            for k, c in enumerate(choice):
+                state = step(k, c, state)
+            errors[choice] = error(depth - 1, state)
+        assert found.error == errors[found.joint] and found.greedy_error == errors[found.greedy]
+        assert min(errors.values()) <= found.error <= found.greedy_error
+        better += found.error < found.greedy_error
+    assert bool(better) == (depth > 1 and candidates > 1)
+
+
+def test_a_block_of_one_layer_is_greedy_and_is_looked_at_once():
+    tried = []
+
+    def step(k, c, state):
+        tried.append(c)
+        return (state - c) ** 2
+
+    found = search(1, 4, 2.0, step, lambda k, state: state)
+    assert found.joint == found.greedy == (2,) and tried == [0, 1, 2, 3]
+
+
+def test_of_equal_candidates_the_first_is_taken():
+    found = search(2, 3, 1.0, *multiplied([[1.1, 1.1, 1.1], [0.8, 0.8, 0.8]]))
+    assert found.joint == found.greedy == (0, 0)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("shape", "group"), [((5, 64), 32), ((3, 100), 32), ((7, 33), -1)])
+@pytest.mark.parametrize("search", [MSE, MINMAX])
+def test_a_factor_of_one_is_plain_rounding(bits, symmetric, shape, group, search):
+    weight, format = torch.randn(shape), WeightFormat(bits, group, symmetric)
+    expected = round_to_nearest(weight, format, torch.bfloat16, search).tensors()
+    found = find_ranges(weight, format, torch.bfloat16, search).rounded(weight).tensors()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("factor", [0.5, 0.9, 1.3])
+def test_a_factor_multiplies_the_range_and_clips_at_it(symmetric, factor):
+    """What is rounded is the weight cut to factor * [scale * (0 - zero), scale * (top - zero)]."""
+    weight, format = torch.randn(6, 64), WeightFormat(3, 32, symmetric)
+    ranges = find_ranges(weight, format, torch.float32)
+    zero = format.middle if ranges.zero is None else ranges.zero.float().repeat_interleave(32, 1)
+    scale = factor * ranges.scale.repeat_interleave(32, 1)
+    low, high = scale * (0 - zero), scale * (7 - zero)
+    found = ranges.rounded(weight, factor).dequantize()
+    assert ((found - weight.clamp(low, high)).abs() <= scale * 0.5 + 1e-6).all()
+
+
+def test_a_factor_per_group_is_each_groups_own():
+    weight, format = torch.randn(4, 64), WeightFormat(2, 32, False)
+    ranges = find_ranges(weight, format, torch.bfloat16)
+    factors = torch.tensor([[1.0, 0.8]]).expand(4, 2)
+    found = ranges.rounded(weight, factors).dequantize()
+    torch.testing.assert_close(found[:, :32], ranges.rounded(weight).dequantize()[:, :32])
+    torch.testing.assert_close(found[:, 32:], ranges.rounded(weight, 0.8).dequantize()[:, 32:])
