@@ -46,7 +46,7 @@ def test_config_reads_the_headers_and_can_be_pickled(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version is 2.*reads 1"),
+        ({"format_version": 3}, "format_version is 3.*reads 1 and 2"),
         ({"bits": 5}, "bits is 5"),
         ({"group_size": 20}, "group_size is 20"),
         ({"group_size": 1 << 40}, "group_size is 1099511627776"),

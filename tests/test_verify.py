@@ -139,7 +139,7 @@ CONFIGS = {
     "other width": ({"bits": 4}, r"weight_packed has shape .* but 4 bits"),
     "other groups": ({"group_size": 32}, r"weight_scale has shape .* groups of 32"),
     "symmetric": ({"symmetric": True}, "config.json says symmetric"),
-    "newer format": ({"format_version": 2}, "format_version is 2, this vlmq-vllm reads 1"),
+    "newer format": ({"format_version": 3}, "format_version is 3, this vlmq-vllm reads 1 and 2"),
     "other method": ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
     "bits 5": ({"bits": 5}, "bits is 5; vlmq has 2, 3, 4, 8"),
     "override without module": (

@@ -9,18 +9,24 @@ CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
         "overrides": {"<exact module name>": {"bits": 4, "group_size": 64, "symmetric": true}},
         "tool": {...},            # what made it; never read back
     }
+
+With `"activation_bits": 8` the inputs of every quantised module are rounded token by token (`activations.py`). Readers
+of version 1 do not know the key and would leave it out in silence, so such a checkpoint, and no other, is of version 2.
 """
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from vlmq_vllm.activations import ACTIVATION_BITS
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import FORMAT_VERSION, PARTS, WeightFormat
 from vlmq_vllm.headers import TensorInfo, Tensors, read_config, read_headers
 from vlmq_vllm.packing import OWN, Packing
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
+VERSIONS = {16: FORMAT_VERSION, 8: FORMAT_VERSION + 1}  # by activation_bits
+BESIDE_ROUNDED = (4, 8)  # bits of weights whose inputs may be rounded to 8 bits
 
 
 @dataclass(frozen=True)
@@ -34,10 +40,27 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """The parsed quantization_config: a default format and exceptions by exact module name."""
+    """The parsed quantization_config: a default format and exceptions by exact module name.
+
+    `activation_bits`: 8 rounds the inputs of every quantised module. Raises CheckpointError for widths of inputs that
+    do not exist, and of weights that are not served beside 8.
+    """
 
     default: WeightFormat
     overrides: dict[str, WeightFormat]
+    activation_bits: int = 16
+
+    def __post_init__(self) -> None:
+        if type(self.activation_bits) is not int or self.activation_bits not in ACTIVATION_BITS:
+            raise CheckpointError(
+                f"activation_bits is {self.activation_bits!r}; vlmq has {' and '.join(map(str, ACTIVATION_BITS))}"
+            )
+        for where, format in {"the default": self.default, **self.overrides}.items():
+            if self.activation_bits == 8 and format.bits not in BESIDE_ROUNDED:
+                raise CheckpointError(
+                    f"activation_bits is 8 and {where} has weights of {format.bits} bits; with inputs of 8 bits "
+                    f"weights have {' or '.join(map(str, BESIDE_ROUNDED))}, quantise anew"
+                )
 
     def format_of(self, module: str) -> WeightFormat:
         return self.overrides.get(module, self.default)
@@ -49,10 +72,12 @@ class QuantizationSpec:
 
     def to_dict(self, tool: dict) -> dict:
         """The dictionary that goes into config.json."""
+        rounded = {"activation_bits": self.activation_bits} if self.activation_bits != 16 else {}
         return {
             "quant_method": "vlmq",
-            "format_version": FORMAT_VERSION,
+            "format_version": VERSIONS[self.activation_bits],
             **asdict(self.default),
+            **rounded,
             "overrides": {name: asdict(format) for name, format in sorted(self.overrides.items())},
             "requires": "pip install vlmq-vllm",
             "tool": tool,
@@ -65,14 +90,20 @@ class QuantizationSpec:
         if method != "vlmq":
             raise CheckpointError(f"quant_method is {method!r}; only 'vlmq' can be read here")
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"format_version is {version!r}, this vlmq-vllm reads {FORMAT_VERSION}; install one that fits"
-            )
+        if version not in VERSIONS.values():
+            known = " and ".join(map(str, VERSIONS.values()))
+            raise CheckpointError(f"format_version is {version!r}, this vlmq-vllm reads {known}; install one that fits")
         overrides = config.get("overrides", {})
         if not isinstance(overrides, dict):
             raise CheckpointError("quantization_config.overrides must map module names to formats")
-        return cls(_parse(config, "default"), {name: _parse(entry, name) for name, entry in overrides.items()})
+        formats = {name: _parse(entry, name) for name, entry in overrides.items()}
+        spec = cls(_parse(config, "default"), formats, config.get("activation_bits", 16))
+        if version != VERSIONS[spec.activation_bits]:
+            raise CheckpointError(
+                f"activation_bits is {spec.activation_bits}, which is format_version {VERSIONS[spec.activation_bits]}, "
+                f"and config.json says {version}; copy the checkpoint again or quantise anew"
+            )
+        return spec
 
 
 def _parse(entry: dict, where: str) -> WeightFormat:
