@@ -11,9 +11,9 @@ from time import monotonic
 
 import gpu_timing
 import torch
+from journal import Journal
 from kernel_cases import Block, Case, gigabytes_per_second
 from kernel_peers import DENSE, KERNELS, OURS, Product
-from kernel_report import Journal
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 

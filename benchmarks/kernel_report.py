@@ -3,9 +3,6 @@
 A line is a dict with a "kind": machine, speed, absent, failed, skipped or refused. Nothing is measured here.
 """
 
-import json
-from pathlib import Path
-
 from kernel_cases import LAYERS, Case, target_of
 from kernel_peers import DENSE, KERNELS, OURS
 
@@ -16,38 +13,6 @@ NOTES = (
     "kernel's time over ours, above 1 where ours is faster. Every kernel's result was compared with the float64 "
     "product of the same dequantised weight before it was timed."
 )
-
-
-class Journal:
-    """All lines so far, in FILE as well when there is one; the tables go beside it."""
-
-    def __init__(self, out: Path | None) -> None:
-        self.lines: list[dict] = []
-        self.out = out
-        self._rewrite()
-
-    def add(self, kind: str, **fields) -> None:
-        self.lines.append({"kind": kind} | fields)
-        if self.out:
-            with self.out.open("a") as file:
-                print(json.dumps(self.lines[-1]), file=file)
-
-    def tables(self) -> str:
-        text = report(self.lines)
-        if self.out:
-            self.out.with_suffix(".md").write_text(text)
-        return text
-
-    def refuse(self, reason: str) -> None:
-        """Forget every figure of ours, and the tables."""
-        self.lines = [line for line in self.lines if (line["kind"], line.get("kernel")) != ("speed", OURS)]
-        self._rewrite()
-        self.add("refused", kernel=OURS, reason=reason)
-
-    def _rewrite(self) -> None:
-        if self.out:
-            self.out.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-            self.out.with_suffix(".md").unlink(missing_ok=True)
 
 
 def report(lines: list[dict]) -> str:

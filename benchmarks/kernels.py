@@ -13,20 +13,19 @@ and targets are in `kernel_cases.py`, the peers in `kernel_peers.py`; `gpu_timin
 import argparse
 import datetime
 import os
-import shutil
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import monotonic
 
 import gpu_limits
 import gpu_timing
 import torch
+from installation import installed, nvidia_smi
+from journal import Journal
 from kernel_bench import Bench, Clock, Lost, Refused, Setting
 from kernel_cases import BITS, NAMES, TOKENS, Block, chosen, ordered
 from kernel_peers import DENSE, KERNELS, OURS, PEERS
-from kernel_report import Journal
+from kernel_report import report
 
 BEGAN = monotonic()
 HERE = Path(__file__).absolute().parent
@@ -72,7 +71,8 @@ def guarded(args: argparse.Namespace, setting: Setting, journal: Journal) -> str
     try:
         run(args, setting, journal)
     except Refused as error:
-        journal.refuse(str(error))
+        journal.drop(lambda line: (line["kind"], line.get("kernel")) == ("speed", OURS))
+        journal.add("refused", kernel=OURS, reason=str(error))
         return f"no speeds, since our own kernel is wrong: {error}"
     except Lost as error:
         trouble = f"stopped early: {error}"
@@ -100,20 +100,8 @@ def machine(args: argparse.Namespace, setting: Setting) -> dict:
 
 def driver() -> str:
     """Version of the driver, highest clocks and power limit, as nvidia-smi tells them."""
-    query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    if not shutil.which("nvidia-smi"):
-        return "unknown, no nvidia-smi"
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return "; ".join((done.stdout or done.stderr).split("\n")).strip("; ")
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    told = nvidia_smi("driver_version,clocks.max.sm,clocks.max.mem,power.limit")
+    return "unknown, no nvidia-smi" if told is None else told
 
 
 def public(arguments: list[str]) -> list[str]:
@@ -158,7 +146,9 @@ def main() -> None:
     device = f"cuda:{torch.cuda.current_device()}"
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     torch.manual_seed(args.seed)
-    journal = Journal(args.out)
+    journal = Journal(args.out, report)
+    if args.out:
+        args.out.with_suffix(".md").unlink(missing_ok=True)  # should this run have no tables, an older one's go too
     # A graph cannot be captured on the default stream, and kernels keep a workspace for every stream: one for all.
     with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
         copy = gpu_limits.copy_bandwidth(device)

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import psutil
 import torch
+from journal import Journal
 from safetensors import SafetensorError
 from serve_machine import machine, without_folders
 from serve_models import Models, size
-from serve_report import Journal
+from serve_report import report
 from serve_run import VARIANTS, Bench, Load
 from shapes import SHAPES
 
@@ -122,7 +123,7 @@ def main() -> None:
     )
     model = None if args.shape else (args.model or DEMO).absolute()
     gpu = torch.cuda.is_available()
-    journal = Journal(args.out)
+    journal = Journal(args.out, report)
     journal.add("machine", **machine(model, args.shape, args.layers, formats[0], load, gpu))
     names = chosen(args.variants, gpu, journal)
     with tempfile.TemporaryDirectory(prefix="vlmq-serve-", dir=args.work) as folder:

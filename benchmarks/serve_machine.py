@@ -3,12 +3,10 @@
 import datetime
 import os
 import shlex
-import shutil
-import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from installation import installed, nvidia_smi
 from quantize_report import processor, public
 from serve_run import Load
 
@@ -47,20 +45,8 @@ def without_folders(text: str, work: Path) -> str:
 
 def graphics_card() -> str:
     """Name, version of the driver, highest clocks and power limit, as nvidia-smi tells them."""
-    query = "name,driver_version,clocks.max.sm,clocks.max.mem,power.limit"
-    if not shutil.which("nvidia-smi"):
-        return "a GPU of unknown name, no nvidia-smi"
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"], capture_output=True, text=True
-    )
-    return "; ".join((done.stdout or done.stderr).split("\n")).strip("; ")
-
-
-def installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    told = nvidia_smi("name,driver_version,clocks.max.sm,clocks.max.mem,power.limit")
+    return "a GPU of unknown name, no nvidia-smi" if told is None else told
 
 
 def _told(load: Load, format: WeightFormat) -> str:

@@ -5,8 +5,6 @@ a variant to the 16-bit model in the same round, and the median of those, so tha
 round to round does not show in it. Nothing is measured here.
 """
 
-import json
-from pathlib import Path
 from statistics import median
 
 from serve_run import DENSE, PERCENTILES, VARIANTS
@@ -23,28 +21,6 @@ ON_CPU = (
     "The KV cache of a CPU is as large as VLLM_CPU_KVCACHE_SPACE says, so its tokens tell nothing of the weights, and "
     "vLLM does not tell how much memory those take. Host memory is that of all its processes, with Python and torch."
 )
-
-
-class Journal:
-    """All lines so far, in FILE as well when there is one; the tables go beside it."""
-
-    def __init__(self, out: Path | None) -> None:
-        self.lines: list[dict] = []
-        self.out = out
-        if out:
-            out.write_text("")
-
-    def add(self, kind: str, **fields) -> None:
-        self.lines.append({"kind": kind} | fields)
-        if self.out:
-            with self.out.open("a") as file:
-                print(json.dumps(self.lines[-1]), file=file)
-
-    def tables(self) -> str:
-        text = report(self.lines)
-        if self.out:
-            self.out.with_suffix(".md").write_text(text)
-        return text
 
 
 def report(lines: list[dict]) -> str:

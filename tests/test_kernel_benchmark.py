@@ -12,8 +12,8 @@ from kernel_problems import BF16
 gpu_timing, kernel_bench, kernel_peers, kernel_cases, kernel_report, kernels = load(
     "gpu_timing", "kernel_bench", "kernel_peers", "kernel_cases", "kernel_report", "kernels"
 )
+from journal import Journal  # noqa: E402
 from kernel_cases import BITS, TOKENS, Block, Layer  # noqa: E402
-from kernel_report import Journal  # noqa: E402
 
 SMALL = Block(Layer("7b", "o", 256, 320), 4, (1, 5))
 SETTING = kernel_bench.Setting("cpu", BF16, 128, True, 1000, 4000.0)
@@ -51,7 +51,7 @@ def bench(monkeypatch, tmp_path):
     def make(seconds=60.0, peer_seconds=60.0, setting=SETTING, **others):
         for name, kernel in others.items():
             monkeypatch.setitem(kernel_peers.KERNELS, name, kernel)
-        journal = Journal(tmp_path / "found.jsonl")
+        journal = Journal(tmp_path / "found.jsonl", kernel_report.report)
         journal.add("machine", **MACHINE)
         clock = kernel_bench.Clock(monotonic() + seconds, peer_seconds)
         return kernel_bench.Bench(setting, list(others), journal, clock)
@@ -192,5 +192,5 @@ def test_ours_absent(monkeypatch):
     monkeypatch.setitem(kernel_peers.KERNELS, "vlmq", kernel_peers.Kernel("X", (4,), None, ("no_such_kernel",)))
     before = dict(os.environ)
     with pytest.raises(kernel_bench.Refused, match="no_such_kernel"):
-        kernels.present(["vlmq"], Journal(None))
+        kernels.present(["vlmq"], Journal(None, kernel_report.report))
     assert dict(os.environ) == before  # the serve benchmark's servers once inherited a quiet log from here

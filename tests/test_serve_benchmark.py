@@ -18,6 +18,7 @@ psutil = pytest.importorskip("psutil", reason="comes with vLLM")
 serve, serve_machine, serve_models, serve_report, serve_run, serve_server = load(
     "serve", "serve_machine", "serve_models", "serve_report", "serve_run", "serve_server"
 )
+from journal import Journal  # noqa: E402
 
 FORMAT = WeightFormat(4, 64, True)
 LOAD = serve_run.Load(3, 2, float("inf"), (112, 84), 16, 5, 7)
@@ -89,7 +90,7 @@ def test_failures_go_on(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(serve_run.Bench, "_load", lambda bench, model, port: {"requests_per_second": 2.0})
     models = serve_models.Models(tmp_path, tmp_path / "good", None, None, FORMAT)
     monkeypatch.setattr(models, "folder", lambda bits, stock: tmp_path / ("bad" if bits == 3 else "good"))
-    journal = serve_report.Journal(tmp_path / "found.jsonl")
+    journal = Journal(tmp_path / "found.jsonl", serve_report.report)
     journal.add(kind="machine", **serve_machine.machine(tmp_path, None, None, FORMAT, LOAD, False))
     bench = serve_run.Bench(LOAD, (), tmp_path, 20.0, 20.0)
     serve.compare(bench, models, ["marlin-w4", "w3", "w2"], 2, journal)

@@ -12,6 +12,7 @@ pytest.importorskip("psutil", reason="comes with vLLM")
 serve, serve_machine, serve_report, serve_run, serve_server = load(
     "serve", "serve_machine", "serve_report", "serve_run", "serve_server"
 )
+from journal import Journal  # noqa: E402
 
 FORMAT = WeightFormat(4, 64, True)
 LOAD = serve_run.Load(3, 2, float("inf"), (112, 84), 16, 5, 7)
@@ -115,7 +116,7 @@ def test_others():
 
 
 def test_chosen():
-    journal = serve_report.Journal(None)
+    journal = Journal(None, serve_report.report)
     assert serve.chosen(["bf16", "marlin-w4", "vllm-w4"], False, journal) == ["bf16", "vllm-w4"]
     assert [(line["kind"], line["variant"]) for line in journal.lines] == [("skipped", "marlin-w4")]
     assert serve.chosen(["bf16", "marlin-w4"], True, journal) == ["bf16", "marlin-w4"]
