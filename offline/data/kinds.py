@@ -7,11 +7,18 @@ around them, the template is run once more with marks in their place.
 import re
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+
+import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import render, tokenizing
 
 KINDS = ("vision", "user", "answer", "special")
+OTHER, VISION, ANSWER = range(3)  # what a token is to a method that tells them apart
+UNKNOWN = "which tokens are its answer's cannot be told"
+UNKNOWN_ADVICE = "leave it out, or choose a saliency that needs no answers"
 VISION_IDS = (("image_token_id", "image_token_index"), ("video_token_id", "video_token_index"))  # new name, old name
 
 
@@ -34,24 +41,105 @@ def count_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> dict
     processor write around them. All but "vision" are None where the template rewrites the texts.
     """
     seen = sum(number in vision for number in ids)
-    spans = _spans(chat, processor)
-    if spans is None:
+    plain = _plain(chat, processor)
+    if plain is None:
         return {"vision": seen, "user": None, "answer": None, "special": None}
-    text, starts, ends, roles = spans
-    encoded = processor.tokenizer(text, return_offsets_mapping=True, **tokenizing(text, processor))
     counts = {"user": 0, "answer": 0}
-    for begin, end in encoded["offset_mapping"]:
-        i = bisect_right(starts, begin) - 1  # a token belongs to the text that it begins in
-        if end > begin and i >= 0 and begin < ends[i]:
-            counts["answer" if roles[i] == "assistant" else "user"] += 1
+    for token in plain:
+        if token.role:
+            counts["answer" if token.role == "assistant" else "user"] += 1
     return {"vision": seen, **counts, "special": len(ids) - seen - sum(counts.values())}
 
 
-def _spans(chat: dict, processor) -> tuple[str, list[int], list[int], list[str]] | None:
-    """The rendered chat, and where its texts begin and end in it and whose they are; None where they are not in it."""
+def token_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> torch.Tensor:
+    """OTHER, VISION or ANSWER for each of a sample's input ids, int8 [T].
+
+    Answers are the assistant's texts with the mark behind them that ends a turn: a model is trained to write it. Raises
+    QuantizeError where answers cannot be found again among `ids`.
+    """
+    plain = _plain(chat, processor)
+    if plain is None:
+        raise QuantizeError(f"{chat['line']}: {UNKNOWN} (the chat template rewrites texts); {UNKNOWN_ADVICE}")
+    kinds = torch.tensor([VISION if number in vision else OTHER for number in ids], dtype=torch.int8)
+    # What a processor writes for a picture is many vision tokens and few others; those it does not write are the same.
+    places = [i for i, number in enumerate(ids) if number not in vision]
+    tokens = [token for token in plain if token.id not in vision]
+    same = SequenceMatcher(None, [t.id for t in tokens], [ids[i] for i in places], autojunk=False)
+    for begin, other, size in same.get_matching_blocks():
+        for token, place in zip(tokens[begin : begin + size], places[other : other + size], strict=True):
+            if token.answer:
+                kinds[place] = ANSWER
+    if int((kinds == ANSWER).sum()) != sum(token.answer for token in tokens):
+        raise QuantizeError(f"{chat['line']}: {UNKNOWN} (the processor writes them otherwise); {UNKNOWN_ADVICE}")
+    return kinds
+
+
+@dataclass(frozen=True)
+class _Token:
+    """A token of the rendered chat, before pictures are put in. role: whose text it begins in, or None.
+
+    answer: whether it holds a part of an answer or is the mark behind one.
+    """
+
+    id: int
+    role: str | None
+    answer: bool
+
+
+def _plain(chat: dict, processor) -> list[_Token] | None:
+    """The tokens of the rendered chat; None where its texts are not in it."""
+    spans = _spans(chat, processor)
+    if spans is None:
+        return None
+    text, starts, ends, parts = spans
+
+    def at(place: int) -> int | None:
+        """Number of the text that the character at `place` belongs to."""
+        i = bisect_right(starts, place) - 1
+        return i if i >= 0 and place < ends[i] else None
+
+    encoded = processor.tokenizer(text, return_offsets_mapping=True, **tokenizing(text, processor))
+    marks = _marks(processor.tokenizer, encoded["input_ids"])
+    tokens = []
+    open_turn = False  # nothing but white space has come behind the last text of an assistant's message
+    for number, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        first, last = (at(begin), at(end - 1)) if end > begin else (None, None)
+        inner = last if first is None else first
+        mark = open_turn and inner is None and number in marks
+        role = None if first is None else parts[first].role
+        tokens.append(_Token(number, role, mark or (inner is not None and parts[inner].role == "assistant")))
+        if inner is not None:
+            open_turn = parts[inner].role == "assistant" and parts[inner].last
+        elif not text[begin:end].isspace():
+            open_turn = False
+    return tokens
+
+
+def _marks(tokenizer, ids: list[int]) -> set[int]:
+    """Ids that can end a turn: special tokens other than the chat's first, which opens one."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (added | set(tokenizer.all_special_ids)) - set(ids[:1])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A text of a chat. last: nothing comes behind it in its message."""
+
+    role: str
+    text: str
+    last: bool
+
+
+def _spans(chat: dict, processor) -> tuple[str, list[int], list[int], list[_Part]] | None:
+    """The rendered chat, and where its texts begin and end in it; None where they are not in it."""
     if not processor.tokenizer.is_fast:
         return None
-    texts = [(message["role"], part) for message in chat["messages"] for part in message["content"] if "text" in part]
+    texts = [
+        _Part(message["role"], part["text"], number == len(message["content"]))
+        for message in chat["messages"]
+        for number, part in enumerate(message["content"], 1)
+        if "text" in part
+    ]
     numbers = iter(range(len(texts)))
     marked = [
         message | {"content": [_mark(part, numbers) for part in message["content"]]} for message in chat["messages"]
@@ -59,7 +147,7 @@ def _spans(chat: dict, processor) -> tuple[str, list[int], list[int], list[str]]
     pieces = re.split("\ue000(\\d+)\ue001", render(marked, processor))  # template, number, template, ..., template
     rendered = render(chat["messages"], processor)
     for clean in (str, str.strip):  # some templates strip what they are given
-        filled = _fill(pieces, [(role, clean(part["text"])) for role, part in texts])
+        filled = _fill(pieces, [replace(part, text=clean(part.text)) for part in texts])
         if filled[0] == rendered:
             return filled
     return None
@@ -69,13 +157,13 @@ def _mark(part: dict, numbers: Iterator[int]) -> dict:
     return {"type": "text", "text": f"\ue000{next(numbers)}\ue001"} if "text" in part else part
 
 
-def _fill(pieces: list[str], texts: list[tuple[str, str]]) -> tuple[str, list[int], list[int], list[str]]:
-    """The texts in place of their marks, with their beginnings, ends and roles."""
-    text, starts, ends, roles = pieces[0], [], [], []
+def _fill(pieces: list[str], texts: list[_Part]) -> tuple[str, list[int], list[int], list[_Part]]:
+    """The texts in place of their marks, with their beginnings and ends, in the order in which they are rendered."""
+    text, starts, ends, parts = pieces[0], [], [], []
     for number, literal in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
-        role, inner = texts[number]
+        part = texts[number]
         starts.append(len(text))
-        ends.append(len(text) + len(inner))
-        roles.append(role)
-        text += inner + literal
-    return text, starts, ends, roles
+        ends.append(len(text) + len(part.text))
+        parts.append(part)
+        text += part.text + literal
+    return text, starts, ends, parts
