@@ -1,0 +1,157 @@
+"""The search for channel scales (AWQ, 2306.00978, section 3.2; with token weights as in MBQ and QIG, 2603.17809).
+
+For a group of linears with inputs x_n [I] an exponent r is chosen,
+
+    s = m^r / sqrt(max m^r min m^r),     m = mean_n |x_n|, m^r at least 1e-4,     r = 0, 0.05 ... 0.95,
+
+by the least loss of weights rounded under s (`losses.py`); equal losses go to the smaller r. Where columns share a
+channel of what lies in front of them, m is their mean, and before s is tried it becomes what folds without loss
+(`fold.py`). Groups are searched and folded in the order of the forward pass: a search sees the layer's own function,
+which folding does not change, as is checked for every layer.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.grid import GridSearch
+from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.scaling.fold import Changed, DtypeOf, effective, fold, place
+from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
+from vlmq_vllm.offline.scaling.losses import Rounding, Trial, candidate_losses
+from vlmq_vllm.offline.stages import Group
+from vlmq_vllm.offline.stream import Stream
+
+RATIOS = tuple(step / 20 for step in range(20))
+LEAST = 1e-4  # of m^r
+PARITY = 1e-4  # of the layer's largest value
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """What became of a layer. ratios: r of every linear, None where nothing can be scaled or no token counts.
+
+    changed: parameters that are not quantised afterwards, by their names in the layer, in the dtype they are stored in.
+    """
+
+    ratios: dict[str, float | None]
+    changed: dict[str, torch.Tensor]
+
+
+class Scaling:
+    """What the search needs besides a layer and its streams.
+
+    search: how rounding to nearest finds its grids. loss: "mae" or "mse". inputs: what 8-bit activations do to what a
+    linear reads, [.., I] to [.., I], or None.
+    """
+
+    def __init__(
+        self,
+        search: GridSearch,
+        ranks: Ranks,
+        loss: str = "mae",
+        inputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self.search, self.ranks, self.loss, self.inputs = search, ranks, loss, inputs
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        stages: list[list[Group]],
+        streams: list[Stream],
+        weights: dict[str, list[torch.Tensor]],
+        format_of: Callable[[str], WeightFormat | None],
+        dtype_of: DtypeOf,
+    ) -> Scaled:
+        """Scale the groups of layer `index` in its place, in new parameters; `streams` stand in front of it.
+
+        weights: of the tokens, [N] per batch, by linear; a group takes those of its first linear that has some.
+        format_of: of a linear, None where it is not quantised: then its group is left alone. Raises QuantizeError
+        where folding moves the layer's output.
+        """
+        rounding = Rounding(self.search, format_of, lambda linear: dtype_of(f"{linear}.weight"), self.inputs)
+        probe = min(streams, key=lambda stream: stream.hidden.numel(), default=None)
+        before = probe.call(layer, index) if probe else None
+        ratios: dict[str, float | None] = {}
+        changed: Changed = {}
+        for stage in stages:
+            ratios |= dict.fromkeys(linear for group in stage for linear in group)
+            found = self.ranks.first(find_scalable(layer, index, stage, probe) if probe else None) or []
+            found = [scalable for scalable in found if _all_quantised(scalable, format_of)]
+            trials, folds = self._trials(layer, index, found, streams, weights, dtype_of)
+            if not trials:
+                continue
+            sums = self.ranks.add(candidate_losses(layer, index, streams, trials, rounding, self.loss))
+            for trial, divided, (*losses, total) in zip(trials, folds, sums.tolist(), strict=True):
+                if total > 0:
+                    best = min(range(len(losses)), key=lambda i, losses=losses: (not losses[i] < math.inf, losses[i]))
+                    ratios |= dict.fromkeys(trial.scalable.linears, RATIOS[best])
+                    if best:
+                        fold(layer, trial.scalable, trial.candidates[best], divided[best])
+                        changed |= divided[best]
+        self._check(layer, index, probe, before)
+        stored = {name: value.to(dtype_of(name)) for name, value in changed.items()}
+        for name, value in stored.items():  # a norm's bias is rounded only here
+            place(layer, name, value.float())
+        return Scaled(ratios, stored)
+
+    def _trials(
+        self, layer, index, found: list[Scalable], streams, weights, dtype_of
+    ) -> tuple[list[Trial], list[list[Changed]]]:
+        """The groups that tokens reach with their candidates, and what folding each would put in front of them."""
+        trials, folds = [], []
+        for scalable, mean in zip(found, self._means(layer, index, found, streams), strict=True):
+            if mean is not None:
+                pairs = [effective(layer, scalable, scales_of(mean, ratio), dtype_of) for ratio in RATIOS]
+                own = next((weights[linear] for linear in scalable.linears if linear in weights), None)
+                trials.append(Trial(scalable, [scales for scales, _ in pairs], own))
+                folds.append([changed for _, changed in pairs])
+        return trials, folds
+
+    def _means(self, layer, index, found: list[Scalable], streams: list[Stream]) -> list[torch.Tensor | None]:
+        """Mean |x| [R] float32 over all ranks' tokens of what each group reads; None where no token arrives."""
+        sums = {}
+        for scalable in found:
+            linear = layer.get_submodule(scalable.linears[0])
+            sums[scalable.linears[0]] = linear.weight.new_zeros(linear.in_features + 1, dtype=torch.float64)
+
+        def visit(linear: str, inputs: torch.Tensor) -> None:
+            sums[linear][:-1] += inputs.abs().sum(0, dtype=torch.float64)
+            sums[linear][-1] += len(inputs)
+
+        for stream in streams if found else ():
+            stream.inputs_of(layer, index, sums, visit)
+        means = []
+        for scalable, total in zip(found, sums.values(), strict=True):
+            total = self.ranks.add(total)
+            channel = scalable.channel.to(total.device)
+            mean = total.new_zeros(scalable.channels).index_add(0, channel, total[:-1] / total[-1])
+            means.append((mean / torch.bincount(channel)).float() if total[-1] > 0 else None)
+        return means
+
+    def _check(self, layer, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
+        """The output of the layer must be what it was; all ranks raise if one of them must."""
+        error = float((probe.call(layer, index) - before).abs().max() / before.abs().max()) if probe else 0.0
+        if self.ranks.any(not error < PARITY):
+            raise QuantizeError(
+                f"scaling layer {index} moved its output by {error:.1e} of its largest value ({PARITY:.0e} at most); "
+                "its parts are joined in a way that vlmq does not know: please report it, or leave scaling out"
+            )
+
+
+def scales_of(mean: torch.Tensor, ratio: float) -> torch.Tensor:
+    """s [R] for mean |x| [R] and the exponent `ratio`."""
+    scales = mean.pow(ratio).clamp_min(LEAST)
+    return scales / (scales.max() * scales.min()).sqrt()
+
+
+def _all_quantised(scalable: Scalable, format_of: Callable[[str], WeightFormat | None]) -> bool:
+    """Whether every linear whose weight would change is quantised afterwards."""
+    linears = scalable.linears if scalable.offset is not None else (scalable.source, *scalable.linears)
+    return all(format_of(linear) is not None for linear in linears)
