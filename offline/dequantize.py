@@ -15,10 +15,10 @@ from vlmq_vllm.checkpoint import ModuleInfo, read_modules
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import TensorInfo, Tensors, read_config, read_headers
+from vlmq_vllm.names import EXPERT_PARTS
 from vlmq_vllm.offline.writer import Writer
 
 EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def dequantize(folder: Path, out: Path) -> None:
@@ -55,7 +55,7 @@ def find_experts(modules: dict[str, ModuleInfo], headers: dict[str, TensorInfo])
     for module in modules:
         if expert := EXPERT.fullmatch(module):
             layer, projection = expert.groups()
-            fused = next(name for name, projections in FUSED.items() if projection in projections)
+            fused = next(name for name, projections in EXPERT_PARTS.items() if projection in projections)
             packed.setdefault(f"{layer}.{fused}", []).append(module)
     return {name: _by_expert(name, found, modules, headers) for name, found in packed.items()}
 
@@ -69,7 +69,7 @@ def _by_expert(name: str, found: list[str], modules: dict, headers: dict) -> lis
     shape = modules[found[0]].rows, modules[found[0]].columns
     experts: list[list[str]] = []
     for expert in range(router.shape[0]):
-        experts.append([f"{layer}.{expert}.{projection}" for projection in FUSED[fused]])
+        experts.append([f"{layer}.{expert}.{projection}" for projection in EXPERT_PARTS[fused]])
         for module in experts[-1]:
             if module not in modules:
                 raise CheckpointError(f"{module} is not packed, others are; copy the checkpoint again or quantise anew")

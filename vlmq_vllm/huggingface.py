@@ -27,9 +27,7 @@ from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_modules
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import TensorInfo, read_headers
-
-# Fused parameter of all experts -> the projections whose rows it holds, first those of expert 0.
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+from vlmq_vllm.names import EXPERT_PARTS
 
 
 class VLMQTransformersConfig(QuantizationConfigMixin):
@@ -57,7 +55,7 @@ class VLMQQuantizer(HfQuantizer):
         """
         unpack = Unpack(self)
         self.own = [WeightConverter([f"{part}$" for part in PARTS], "weight", [unpack])]
-        for fused, projections in FUSED.items():
+        for fused, projections in EXPERT_PARTS.items():
             sources = [rf"experts\.\d+\.{name}\.{part}$" for name in projections for part in PARTS]
             self.own.insert(0, WeightConverter(sources, f"experts.{fused}", [unpack]))
         rules = [*self.own, *weight_conversions]
@@ -157,7 +155,7 @@ def _place(target: str, shape: torch.Size, found: list[tuple[str, str]], modules
     """Raises CheckpointError unless the modules `found`, (name, rule) in natural order, make up the parameter."""
     names, sources = zip(*found, strict=True)
     infos = tuple(modules[name] for name in names)
-    projections = FUSED.get(target.rpartition(".")[2], ()) if len(shape) == 3 else ()
+    projections = EXPERT_PARTS.get(target.rpartition(".")[2], ()) if len(shape) == 3 else ()
     if projections:
         expected = [f"{expert}.{projection}" for expert in range(shape[0]) for projection in projections]
         whole = [".".join(name.split(".")[-2:]) for name in names] == expected

@@ -21,6 +21,10 @@ FUSED = {
     "kv_proj": ("k_proj", "v_proj"),
 }
 
+# transformers' parameter of all experts, which models publish, too -> the projections whose outputs it holds for each
+# expert, one after the other. vlmq packs every projection of every expert alone.
+EXPERT_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+
 Mapper = Callable[[str], str | None]
 
 
