@@ -14,14 +14,15 @@ columns that are frozen already. Before any is, the normal equations give the wh
 here this is "aligned". Pure functions of tensors; which model they come from is `walk.py`'s business.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.factor import aligned, find_factor, push_of
-from vlmq_vllm.offline.grid import MSE, GridSearch, find_grid, to_codes
+from vlmq_vllm.offline.grid import MSE, GridSearch, blocks_of, find_grid, to_codes
+from vlmq_vllm.offline.solution import Solution
 from vlmq_vllm.offline.sweep import Sweep
 
 
@@ -32,7 +33,8 @@ class Solver:
     act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
     compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
-    aligned: D moves the weights beforehand (above), not column by column as in GPTAQ.
+    aligned: D moves the weights beforehand (above), not column by column as in GPTAQ. compensate: without it codes are
+    the nearest ones, on grids for which a search with importance gets the blocks of H: AWQ's clipping (2306.00978).
     """
 
     search: GridSearch = MSE
@@ -40,57 +42,22 @@ class Solver:
     damp: float = 0.01
     alpha: float = 0.25
     aligned: bool = False
+    compensate: bool = True
 
 
 DEFAULT = Solver()
 
 
-@dataclass(frozen=True)
-class Solution:
-    """A solved weight. `loss` [O]: weighted squared output error per token of each row, as the solver saw it (in
-    GPTAQ's case against the moved targets); `damp`: damping that was needed (None: H could not be factorised and the
-    weight was rounded to nearest); `dead`: inputs that were always zero."""
-
-    weight: QuantizedWeight
-    loss: torch.Tensor | None
-    damp: float | None
-    dead: int
-
-    @classmethod
-    def empty(cls, format: WeightFormat, rows: int, columns: int, dtype: torch.dtype, device) -> "Solution":
-        """A place for a solution that another process found, see `exchanged`."""
-        groups = format.groups(columns)
-        codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
-        scale = torch.zeros(rows, groups, dtype=dtype, device=device)
-        zero = None if format.symmetric else torch.zeros(rows, groups, dtype=torch.uint8, device=device)
-        return cls(QuantizedWeight(format, codes, scale, zero), torch.zeros(rows, device=device), None, 0)
-
-    def exchanged(self, broadcast: Callable[[torch.Tensor], None]) -> "Solution":
-        """The solution after every tensor of it went through `broadcast`, which overwrites it with the owner's."""
-        numbers = torch.tensor([-1.0 if self.damp is None else self.damp, self.dead], dtype=torch.float64)
-        numbers = numbers.to(self.loss.device)
-        for tensor in (self.weight.codes, self.weight.scale, self.weight.zero, self.loss, numbers):
-            if tensor is not None:
-                broadcast(tensor)
-        damp, dead = numbers.tolist()
-        return replace(self, damp=None if damp < 0 else damp, dead=int(dead))
-
-    def split(self, rows: list[int]) -> list["Solution"]:
-        """The solutions of weights that were solved as one, stacked along O."""
-        w = self.weight
-        zeros = [None] * len(rows) if w.zero is None else w.zero.split(rows)
-        parts = zip(w.codes.split(rows), w.scale.split(rows), zeros, self.loss.split(rows), strict=True)
-        return [
-            replace(self, weight=QuantizedWeight(w.format, codes, scale, zero), loss=loss)
-            for codes, scale, zero, loss in parts
-        ]
-
-
 def round_to_nearest(
-    weight: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: GridSearch = MSE
+    weight: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    search: GridSearch = MSE,
+    importance: torch.Tensor | None = None,
+    clipped: torch.Tensor | None = None,
 ) -> QuantizedWeight:
-    """Codes of a weight [O, I] without compensation."""
-    scale, zero = find_grid(weight, format, dtype, search)
+    """Codes of a weight [O, I] without compensation; `importance` and `clipped` as in `find_grid`."""
+    scale, zero = find_grid(weight, format, dtype, search, importance, clipped)
     group = format.group_of(weight.shape[1], weight.device)
     offset = format.middle if zero is None else zero.float()[:, group]
     codes = to_codes(weight, scale.float()[:, group], offset, format.levels).to(torch.uint8)
@@ -104,13 +71,21 @@ def solve(
     dtype: torch.dtype,
     solver: Solver = DEFAULT,
     residual: torch.Tensor | None = None,
+    clipped: torch.Tensor | None = None,
 ) -> list[Solution]:
     """Quantise weights [B, O, I] float32 with moments H [B, I, I]; scales are stored in `dtype`.
 
     residual: D [B, I, I], or where the solver is `aligned` and O < I perhaps W D [B, O, I]; overwritten. The B
     problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding
-    and `damp` None: the caller must say so.
+    and `damp` None: the caller must say so. clipped: [O] bool, the rows whose ranges may shrink (None: all), for a
+    solver that does not compensate, which takes no residual.
     """
+    if not solver.compensate:
+        assert residual is None, "a residual moves the targets of a solver that compensates"
+        return [
+            _nearest(w, part, format, dtype, solver.search, 0.0, clipped) for w, part in zip(weights, h, strict=True)
+        ]
+    assert clipped is None, "ranges are kept from shrinking only where nothing is compensated"
     importance = h.diagonal(dim1=1, dim2=2)
     if solver.act_order:
         order = torch.argsort(importance, dim=1, descending=True, stable=True)
@@ -132,10 +107,16 @@ def solve(
         for i, weight, loss in zip(solved, quantized, losses, strict=True):
             found[i] = Solution(weight, loss, factors[i][1], dead[i])
     for i in set(range(len(h))) - found.keys():
-        rounded = round_to_nearest(weights[i], format, dtype, solver.search)
-        error = rounded.dequantize() - weights[i]
-        found[i] = Solution(rounded, ((error @ h[i]) * error).sum(1), None, dead[i])
+        found[i] = _nearest(weights[i], h[i], format, dtype, solver.search, None, None)
     return [found[i] for i in range(len(h))]
+
+
+def _nearest(weight, h, format, dtype, search, damp, clipped) -> Solution:
+    """The solution without compensation; `damp` None says that H was singular and is no guide for grids either."""
+    blocks = blocks_of(h, format) if search.importance and damp is not None else None
+    rounded = round_to_nearest(weight, format, dtype, search, blocks, clipped)
+    error = rounded.dequantize() - weight
+    return Solution(rounded, ((error @ h) * error).sum(1), damp, int((h.diagonal() == 0).sum()))
 
 
 def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from vlmq_vllm.format import WeightFormat
 
 CHUNK = 1 << 18  # weights per slice of the search, so that its temporaries stay in the cache
+BLOCKS_CHUNK = 1 << 22  # the same with blocks of H, which every slice reads: few slices, 16 MiB for each temporary
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class GridSearch:
     """How scales are chosen: from a group's range (`steps` 0), or among `steps` + 1 ranges from 100 % shrunk evenly to
     `least`, the one with the least sum_i w_i |error_i|^exponent; w is diag H where `importance` is set, else 1.
 
-    The exponent 2.4 is that of GPTQ's public code.
+    With the diagonal blocks of H as importance it is the one with the least error^T H_gg error, what the group's errors
+    do to the output. The exponent 2.4 is that of GPTQ's public code.
     """
 
     steps: int = 35
@@ -28,6 +30,7 @@ class GridSearch:
 
 
 MINMAX, MSE = GridSearch(steps=0), GridSearch()
+CLIP = GridSearch(steps=20, least=0.5, exponent=2, importance=True)  # with blocks: AWQ's search for clipped ranges
 
 
 def find_grid(
@@ -36,14 +39,35 @@ def find_grid(
     dtype: torch.dtype,
     search: GridSearch = MSE,
     importance: torch.Tensor | None = None,
+    clipped: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scale [O, G] in `dtype` and zero point [O, G] uint8 (None when symmetric) for a weight [O, I] float32;
-    `importance` is diag H [I]."""
-    rows = max(1, CHUNK // weight.shape[1])
+    """Scale [O, G] in `dtype` and zero point [O, G] uint8 (None when symmetric) for a weight [O, I] float32.
+
+    importance: diag H [I], or its blocks [G, w, w] (`blocks_of`) for an exponent of 2. clipped: [O] bool, the rows
+    whose ranges may shrink (None: all).
+    """
     importance = importance if search.importance else None
-    parts = [_grid_of_rows(part, format, dtype, search, importance) for part in weight.split(rows)]
+    blocks = importance is not None and importance.ndim == 3
+    rows = max(1, (BLOCKS_CHUNK if blocks else CHUNK) // weight.shape[1])
+    allowed = [None] * -(-len(weight) // rows) if clipped is None else clipped.split(rows)
+    parts = [
+        _grid_of_rows(part, format, dtype, search, importance, shrinks)
+        for part, shrinks in zip(weight.split(rows), allowed, strict=True)
+    ]
     scale = torch.cat([scale for scale, _ in parts])
     return scale, None if format.symmetric else torch.cat([zero for _, zero in parts])
+
+
+def blocks_of(h: torch.Tensor, format: WeightFormat) -> torch.Tensor:
+    """The diagonal blocks [G, w, w] of H [I, I], one for every group; a last group that is shorter ends in zeros."""
+    width = _width(format, len(h))
+    if width == len(h):
+        return h[None]
+    blocks = h.new_zeros(format.groups(len(h)), width, width)
+    for block, start in zip(blocks, range(0, len(h), width), strict=True):
+        part = h[start : start + width, start : start + width]
+        block[: len(part), : len(part)] = part
+    return blocks
 
 
 def to_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int, levels: int) -> torch.Tensor:
@@ -51,13 +75,17 @@ def to_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int
     return (weight / scale + zero).round_().clamp_(0, levels - 1)
 
 
-def _grid_of_rows(weight, format, dtype, search, importance):
-    groups = format.groups(weight.shape[1])
-    width = weight.shape[1] if format.group_size == -1 else min(format.group_size, weight.shape[1])
+def _width(format: WeightFormat, columns: int) -> int:
+    """Columns of a group."""
+    return columns if format.group_size == -1 else min(format.group_size, columns)
+
+
+def _grid_of_rows(weight, format, dtype, search, importance, clipped):
+    groups, width = format.groups(weight.shape[1]), _width(format, weight.shape[1])
     # the zeros that fill up the last group lie on every grid: they change neither range nor error
     padding = (0, groups * width - weight.shape[1])
     grouped = torch.nn.functional.pad(weight, padding).unflatten(1, (groups, width))
-    if importance is not None:
+    if importance is not None and importance.ndim == 1:
         importance = torch.nn.functional.pad(importance, padding).unflatten(0, (groups, width))
     low, high = grouped.amin(-1).clamp_max(0), grouped.amax(-1).clamp_min(0)
     best_scale, best_zero = _grid_of_range(low, high, format, dtype)
@@ -67,7 +95,7 @@ def _grid_of_rows(weight, format, dtype, search, importance):
             shrink = 1 - (1 - search.least) * step / search.steps
             scale, zero = _grid_of_range(low * shrink, high * shrink, format, dtype)
             error = _error(grouped, scale, zero, format, search, importance)
-            better = error < best
+            better = error < best if clipped is None else (error < best) & clipped[:, None]
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
@@ -90,5 +118,7 @@ def _error(grouped, scale, zero, format, search, importance):
     scale, zero = scale[..., None], zero[..., None]
     codes = to_codes(grouped, scale, zero, format.levels)
     error = codes.sub_(zero).mul_(scale).sub_(grouped)
+    if importance is not None and importance.ndim == 3:
+        return (error.transpose(0, 1) @ importance).transpose(0, 1).mul_(error).sum(-1)
     error = error.square_() if search.exponent == 2 else error.abs_().pow_(search.exponent)
     return error.sum(-1) if importance is None else error.mul_(importance).sum(-1)
