@@ -15,8 +15,9 @@ import torch.nn.functional as F
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.kinds import ANSWER
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.stream import Stream
 
 IGNORED = -100  # label of a token that is not to be predicted
 KEPT = 4 << 30  # bytes of layers' inputs in the host's memory

@@ -16,11 +16,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 import torch
 
 from vlmq_vllm.offline.experts import is_expert
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import holding, weights_of
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.saliency.path import STEPS, Switch, call_of, input_of, integrated_gradients
 from vlmq_vllm.offline.stages import Group, find_stages
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.stream import Stream
 
 
 def token_weights(
@@ -80,8 +81,9 @@ class Integrated:
         Linears of a group have the same list. `rounding()` puts the layer's own rounded weights in place; `full` is
         needed where activations are rounded. Experts are not weighted: which tokens they see changes.
         """
+        originals = weights_of(layer)
         with rounding():
-            rounded = weights_of(layer)
+            rounded = {name: weight for name, weight in weights_of(layer).items() if weight is not originals[name]}
         weights: dict[str, list[torch.Tensor]] = {}
         notes: dict[str, str] = {}
         stages = self.ranks.first(find_stages(layer, index, quantized[0]) if quantized else None)
