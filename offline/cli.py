@@ -16,6 +16,7 @@ from vlmq_vllm.offline.commands.export import export
 from vlmq_vllm.offline.commands.info import info
 from vlmq_vllm.offline.commands.plan import plan
 from vlmq_vllm.offline.commands.quantize import quantize
+from vlmq_vllm.offline.commands.sweep import sweep
 from vlmq_vllm.offline.commands.verify import verify
 
 USAGE, REFUSED, UNSOUND = 2, 3, 4  # exit codes; 75, stopped and to be resumed, is given where a run stops
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-for command in (plan, quantize, verify, info, compare, dequantize, export, doctor):
+for command in (plan, quantize, verify, info, compare, sweep, dequantize, export, doctor):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -45,7 +45,7 @@ def score(
                 scores.append(None)
                 continue
             ids = None if teacher is None else teacher[i].ids
-            found = _score(model, inputs, start, questions[i].answer, ends, settings, ids)
+            found = score_one(model, inputs, start, questions[i].answer, ends, settings, ids)
             _check(found, folder, questions[i])
             scores.append(found)
     finally:
@@ -62,7 +62,9 @@ def device_of(settings: Settings) -> str:
 
 
 @torch.inference_mode()
-def _score(model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: Settings, ids) -> Score:
+def score_one(model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: Settings, ids) -> Score:
+    """The score of one sample: a processor's `inputs` with the answer's tokens from `start` on. `ids`: the teacher's, or
+    None for the model's own likeliest tokens."""
     inputs = {name: _place(value, model) for name, value in inputs.items()}
     logs = answer_logs(model, inputs, start, len(answer))
     if ids is None:

@@ -1,0 +1,64 @@
+"""The chats of a study: held-out questions, and calibration samples that are none of them."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vlmq_vllm.errors import QuantizeError, RefusedError
+from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.compare.questions import Question, end_ids, read_question
+from vlmq_vllm.offline.data.fingerprint import Marks, marks, shared
+from vlmq_vllm.offline.data.inputs import model_inputs
+from vlmq_vllm.offline.data.sources import read_all, read_chats
+from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.study.settings import StudySettings
+
+
+@dataclass(frozen=True)
+class Chats:
+    """questions: in the order of the data. batches: as in a quantisation run. taught, asked: fingerprints of the
+    calibration and of the held-out chats."""
+
+    questions: list[Question]
+    batches: list[dict]
+    taught: list[str]
+    asked: list[str]
+
+
+def read(
+    data: str, calibration: str | None, source: Source, processor, settings: StudySettings, say: Callable[[str], None]
+) -> Chats:
+    """Read both. Raises QuantizeError for a chat that cannot be used, RefusedError where a chat is in both."""
+    held_out = read_all(data)
+    if not held_out:
+        raise QuantizeError(f"{data} holds no chat; give held-out data with one chat per line")
+    if settings.samples is not None and settings.samples < len(held_out):
+        held_out = random.Random(settings.seed).sample(held_out, settings.samples)
+    ends = end_ids(source.folder, processor)
+    questions = [read_question(chat, processor, ends) for chat in held_out]
+    taught, samples = [], []
+    if calibration is not None:
+        drawn = read_chats(calibration, settings.seed)
+        options = (settings.calibration_samples, settings.max_tokens, settings.max_pixels or None)
+        for chat, inputs in model_inputs(drawn, processor, *options):
+            taught.append(marks(chat))
+            samples.append(inputs)
+        say(f"calibrating with {len(samples)} samples, {sum(s['input_ids'].shape[1] for s in samples)} tokens")
+    asked = [marks(chat) for chat in held_out]
+    check_disjoint(taught, asked, say)
+    return Chats(questions, batched(samples), [mark.chat for mark in taught], [mark.chat for mark in asked])
+
+
+def check_disjoint(taught: list[Marks], asked: list[Marks], say: Callable[[str], None]) -> None:
+    """Raises RefusedError for a calibration chat that is held out too; says so where only pictures are shared."""
+    chats, pictures = shared(taught, asked)
+    if chats:
+        raise RefusedError(
+            f"{len(chats)} of {len(taught)} calibration chats are held out too, such as {chats[0]}; give --calibration "
+            "and --data without common chats"
+        )
+    if pictures:
+        say(
+            f"warning: {len(pictures)} of {len(taught)} calibration chats share a picture with the held-out ones, such "
+            f"as {pictures[0]}; the figures look better than on others"
+        )
