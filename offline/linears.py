@@ -1,4 +1,4 @@
-"""The linears of a layer: their names, and other weights in their places."""
+"""The linears and parameters of a layer: their names, and others in their places."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +16,11 @@ def weights_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: layer.get_submodule(name).weight for name in linears_of(layer)}
 
 
+def parameters_of(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """All parameters of a layer by their names in it, as they are now."""
+    return dict(layer.named_parameters())
+
+
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     """Give a linear another weight; the one that it had is not changed."""
     if not isinstance(weight, torch.nn.Parameter):
@@ -23,14 +28,29 @@ def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     layer.get_submodule(linear).weight = weight
 
 
+def place(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a layer another parameter `name`; the one that it had is not changed."""
+    owner, _, leaf = name.rpartition(".")
+    if not isinstance(value, torch.nn.Parameter):
+        value = torch.nn.Parameter(value, requires_grad=False)
+    layer.get_submodule(owner).register_parameter(leaf, value)
+
+
 @contextmanager
 def holding(layer: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
     """The layer with other weights of its linears for a while."""
-    before = {linear: layer.get_submodule(linear).weight for linear in weights}
-    for linear, weight in weights.items():
-        put(layer, linear, weight)
+    with with_parameters(layer, {f"{linear}.weight": weight for linear, weight in weights.items()}):
+        yield layer
+
+
+@contextmanager
+def with_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+    """The layer with other parameters, by their names in it, for a while."""
+    before = {name: layer.get_parameter(name) for name in parameters}
+    for name, value in parameters.items():
+        place(layer, name, value)
     try:
         yield layer
     finally:
-        for linear, weight in before.items():
-            put(layer, linear, weight)
+        for name, value in before.items():
+            place(layer, name, value)

@@ -9,9 +9,10 @@ import torch
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.gptq import Solution, Solver, solve, stack
-from vlmq_vllm.offline.linears import holding
+from vlmq_vllm.offline.linears import with_parameters
 from vlmq_vllm.offline.moments import Moments
 from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.scaling.groups import is_clipped
 from vlmq_vllm.offline.stages import Group
 from vlmq_vllm.offline.stream import Stream
 
@@ -73,6 +74,11 @@ def find_problems(
     return problems
 
 
+def _clipped(problem: Problem, solver: Solver) -> tuple[bool, ...]:
+    """Of each of its linears, whether a solver that rounds may shrink its ranges."""
+    return () if solver.compensate else tuple(map(is_clipped, problem.linears))
+
+
 def is_flat(rows: int, columns: int) -> bool:
     """Whether W D is better summed than D: it is smaller, and up to I/2 rows the sum costs fewer multiplications."""
     return 2 * rows <= columns
@@ -86,12 +92,15 @@ def collect(
     full: list[Stream],
     originals: dict[str, torch.Tensor],
 ) -> None:
-    """One pass over the batches: second moments of every problem, with GPTAQ's residual where the moments hold one."""
+    """One pass over the batches: second moments of every problem, with GPTAQ's residual where the moments hold one.
+
+    originals: the layer's full-precision parameters by their names in it, for the residual.
+    """
     first = {problem.linears[0]: problem for problem in problems}
     for i, stream in enumerate(quantized):
         targets: dict[str, torch.Tensor] = {}
         if any(problem.moments.residual is not None for problem in problems):
-            with holding(layer, originals):
+            with with_parameters(layer, originals):
                 full[i].inputs_of(layer, index, first, targets.__setitem__)
 
         def visit(linear: str, inputs: torch.Tensor, i: int = i, targets: dict = targets) -> None:
@@ -111,22 +120,26 @@ def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, r
             ranks.reduce(moments.residual, owner)
     own = [number for number in range(len(problems)) if ranks.owner(number) == ranks.rank]
     found: dict[int, Solution] = {}
-    for numbers in _alike(problems, own):
+    for numbers in _alike(problems, own, solver):
         weights = stack([problems[i].stacked(layer) for i in numbers])
         h, residuals = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
         residual = None if residuals[0] is None else stack(residuals)
         first = problems[numbers[0]]
-        solutions = solve(weights, stack(h), first.format, first.dtype, solver, residual)
+        clipped = None
+        if not solver.compensate:
+            allowed = torch.tensor(_clipped(first, solver), device=weights.device)
+            clipped = allowed.repeat_interleave(torch.tensor(first.rows, device=weights.device))
+        solutions = solve(weights, stack(h), first.format, first.dtype, solver, residual, clipped)
         found |= dict(zip(numbers, solutions, strict=True))
     return [_exchanged(ranks, i, problem, found.get(i)) for i, problem in enumerate(problems)]
 
 
-def _alike(problems: list[Problem], numbers: list[int]) -> list[list[int]]:
+def _alike(problems: list[Problem], numbers: list[int], solver: Solver) -> list[list[int]]:
     """Numbers of problems in batches of one shape and a bounded size."""
     batches: dict[tuple, list[list[int]]] = {}
     for number in numbers:
         shape = problems[number].shape
-        found = batches.setdefault(shape, [[]])
+        found = batches.setdefault((*shape, _clipped(problems[number], solver)), [[]])
         if found[-1] and (len(found[-1]) + 1) * 4 * shape[1] ** 2 > TOGETHER:
             found.append([])
         found[-1].append(number)

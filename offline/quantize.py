@@ -15,18 +15,18 @@ import yaml
 import vlmq_vllm
 from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.errors import QuantizeError, StoppedError
-from vlmq_vllm.offline.batches import batched
-from vlmq_vllm.offline.data.fingerprint import fingerprint
-from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
-from vlmq_vllm.offline.data.sources import check_exists, read_chats
+from vlmq_vllm.offline.data.samples import Samples, read_samples
+from vlmq_vllm.offline.data.sources import check_exists
 from vlmq_vllm.offline.progress import Progress
+from vlmq_vllm.offline.qvlm.walk import BlockWalk
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.resume import identity, reader
+from vlmq_vllm.offline.resume import identity, reader, unit_reader
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
-from vlmq_vllm.offline.stream import Stream, capture, check_replay
+from vlmq_vllm.offline.stream import check_replay
 from vlmq_vllm.offline.units import Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
 from vlmq_vllm.offline.walk import Row, Walk
+from vlmq_vllm.offline.walks import Walks
 from vlmq_vllm.offline.writer import Parts, Writer, check_destination
 
 
@@ -56,7 +56,7 @@ def quantize(
 
 
 class _Run:
-    """One run; `batches` are this process's share of the samples, `probe` is the shortest sample with a picture."""
+    """One run."""
 
     def __init__(
         self, source: Source, settings: Settings, device: torch.device, progress: Progress, stop: Callable[[], bool]
@@ -67,19 +67,18 @@ class _Run:
         self.targets = find_targets(source, settings, self.units)
         self.rest = find_rest(source, self.targets, self.units)
         self.formats = {target.name: target.format for target in self.targets}
-        self.batches: list[dict] = []
-        self.probe: dict | None = None
-        self.fingerprints: list[str] = []
+        self.samples = Samples()
 
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
         if self.settings.method != "rtn":
-            self._prepare(data)
+            self.samples = read_samples(data, self.source, self.settings, self.ranks, self.progress)
+        self.walks = Walks(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
         keys = [*(unit.key for unit in self.units), *self.rest]
         if self.ranks.rank > 0:
             self.ranks.wait()  # for the writer
             self._solve(Parts(out, keys), None)
             return []
-        same = identity(self.source, self.settings, self.fingerprints, self.device, self.ranks)
+        same = identity(self.source, self.settings, self.samples.fingerprints, self.device, self.ranks)
         with Writer(out, expected_bytes(self.source, self.targets), keys, same, resume) as writer:
             self.ranks.wait()
             self._solve(writer, writer)
@@ -88,7 +87,8 @@ class _Run:
                     writer.add(key, {name: self.source.read(name) for name in names})
             rows = [Row(**note) for note in writer.notes()]
             config = self.source.config | {"quantization_config": self._header()}
-            report = {"calibration": {"fingerprints": self.fingerprints}, "modules": [asdict(row) for row in rows]}
+            calibration = {"fingerprints": self.samples.fingerprints}
+            report = {"calibration": calibration, "modules": [asdict(row) for row in rows]}
             writer.finish(self.source.folder, config, report, yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
         return rows
 
@@ -97,6 +97,7 @@ class _Run:
         if all(parts.done(unit.key) for unit in self.units):
             return
         self.source.quantized = reader(parts, self.targets, self.units)
+        self.source.written = unit_reader(parts, self.source, self.units, self.source.quantized)
         self._check_replay()
         for component in ("vision", "connector", "language"):
             units = [unit for unit in self.units if unit.component == component]
@@ -104,61 +105,23 @@ class _Run:
                 for walk, unit in self._walks(component, units):
                     self._unit(unit, walk, parts, writer, last=unit.module == units[-1].module)
 
-    def _prepare(self, data: str | Path) -> None:
-        """Read the calibration samples and put them into batches."""
-        options, intake = self.settings, Intake()
-        chats = read_chats(data, options.seed)
-        processor = load_processor(self.source.folder)
-        pixels = options.max_pixels or None
-        samples = []
-        for chat, inputs in model_inputs(chats, processor, options.samples, options.max_tokens, pixels, intake):
-            samples.append(inputs)
-            self.fingerprints.append(fingerprint(chat))
-        self.progress.samples(intake, options.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
-        self.probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1])
-        self.batches = self.ranks.own(batched(samples))
-
     def _check_replay(self) -> None:
-        if self.probe is not None:
-            check_replay(self.source, self.probe, self.device)
+        if self.samples.probe is not None:
+            check_replay(self.source, self.samples.probe, self.device)
 
-    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[Walk, Unit]]:
+    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[Walk | BlockWalk, Unit]]:
         """Each unit of a component with the walk that stands in front of it."""
+        moved = component != "vision" and any(unit.component != "language" for unit in self.units)
         if component == "connector":  # not a stack: every one gets its inputs from the tower
             for unit in units:
-                yield self._walk(component, unit.module), replace(unit, index=0)
+                yield self.walks.begin(component, unit.module, [unit], moved), replace(unit, index=0)
             return
         stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}[component]
-        walk = self._walk(component, stack)
+        walk = self.walks.begin(component, stack, units, moved)
         if component == "language":
-            self.batches = []
+            self.samples.batches = []
         for unit in self.progress.track(units, f"quantising {component}"):
             yield walk, unit
-
-    def _walk(self, component: str, stack: str) -> Walk:
-        """The streams in front of a component: U behind all that has been quantised before it, F behind originals."""
-        options = self.settings
-        weighted = options.method == "vlmq" and component == "language"
-        paired = weighted or options.residual
-        quantized: list[Stream | None] = []
-        full: list[Stream | None] = []
-        if self.batches:
-            moved = component != "vision" and any(unit.component != "language" for unit in self.units)
-            quantized = capture(self.source, stack, self.batches, self.device, quantized=moved)
-            if paired and moved:
-                full = capture(self.source, stack, self.batches, self.device)
-            elif paired:
-                full = [stream and replace(stream) for stream in quantized]
-        return Walk(
-            self.source,
-            options,
-            self.formats,
-            self.device,
-            self.ranks,
-            [stream for stream in quantized if stream],
-            [stream for stream in full if stream],
-            weighted,
-        )
 
     def _unit(self, unit: Unit, walk: Walk, parts: Parts, writer: Writer | None, last: bool) -> None:
         if parts.done(unit.key):
@@ -169,7 +132,7 @@ class _Run:
         tensors, rows = walk.layer(unit.module, unit.index, last)
         if writer:
             kept = {name: self.source.read(name) for name in find_kept(self.source, unit, self.targets)}
-            writer.add(unit.key, tensors | kept, [asdict(row) for row in rows])
+            writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
         self.progress.layer(unit.module, rows, self.settings.damp)
 
@@ -178,7 +141,7 @@ class _Run:
         default = self.settings.format
         overrides = {target.module: target.format for target in self.targets if target.format != default}
         tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
-        return QuantizationSpec(default, overrides).to_dict(tool)
+        return QuantizationSpec(default, overrides, self.settings.activation_bits).to_dict(tool)
 
 
 def _device(name: str) -> torch.device:

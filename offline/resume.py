@@ -56,6 +56,28 @@ def reader(parts: Parts, targets: list[Target], units: list[Unit]) -> Callable[[
     return read
 
 
+def unit_reader(
+    parts: Parts, source: Source, units: list[Unit], read: Callable[[str], torch.Tensor | None]
+) -> Callable[[str], dict[str, torch.Tensor]]:
+    """The parameters of a unit (by its in-memory name) as they have been written; `read` gives those of linears."""
+    keys = {unit.module: unit.key for unit in units}
+
+    def written(name: str) -> dict[str, torch.Tensor]:
+        found = {}
+        with safe_open(parts.file(keys[name]), "pt") as file:
+            kept = set(file.keys())
+            for inner, _ in source.model.get_submodule(name).named_parameters():
+                place = source.places[f"{name}.{inner}"]
+                weight = read(place.module) if inner.endswith("weight") else None
+                if weight is not None:
+                    found[inner] = weight
+                elif place.expert is None and place.tensor in kept:
+                    found[inner] = file.get_tensor(place.tensor)
+        return found
+
+    return written
+
+
 def _parents(name: str) -> Iterator[str]:
     """The name itself and the modules around it, from the inside."""
     while name:

@@ -6,7 +6,15 @@ from fnmatch import fnmatchcase
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 
-METHODS = ("rtn", "gptq", "vlmq")
+METHODS = ("rtn", "awq", "gptq", "vlmq", "qvlm")
+# Which token weights a method takes, the first unless another is given.
+SALIENCY = {
+    "rtn": ("none",),
+    "awq": ("none", "modality", "qig"),
+    "gptq": ("none", "modality", "qig", "vlmq"),
+    "vlmq": ("vlmq",),
+    "qvlm": ("none",),
+}
 BITS = (2, 3, 4, 8)
 KEPT = 16  # bits of what is left alone
 COMPONENTS = ("language", "vision", "connector")
@@ -22,7 +30,9 @@ CHOICES = {
     "bits": BITS,
     "vision_bits": (*BITS, KEPT),
     "connector_bits": (*BITS, KEPT),
+    "activation_bits": (8, KEPT),
     "method": METHODS,
+    "scale_loss": ("mae", "mse"),
     "base": ("gptq", "gptaq", "aligned"),
     "act_order": ("static", "none"),
     "grid": ("mse", "mse-h", "minmax"),
@@ -40,8 +50,13 @@ class Settings:
     tower's blocks and of the connector, 16 for leaving them alone.
     modules: exceptions, from a linear's name in the files, or a pattern of names (`*`), to its width, or to a mapping
     that gives some of bits, group_size and symmetric; a later one wins.
-    method: "rtn" rounds to nearest; "gptq" compensates with plain second moments (and base "gptq" unless another is
-    given); "vlmq" weights tokens by saliency.
+    activation_bits: 8 for rounding what every quantised linear gets, per token, when it is served; 16 for not.
+    method: "rtn" rounds to nearest; "awq" scales channels, searches clipped ranges and rounds; "gptq" compensates (with
+    base "gptq" unless another is given); "vlmq" does so with its own token weights; "qvlm" searches ranges for several
+    layers jointly.
+    saliency: token weights: "none", "vlmq" (gradient of a local loss), "modality" (MBQ: vision against answer tokens),
+    "qig" (integrated gradients of the rounding error); which of them a method takes says `SALIENCY`.
+    scale_loss: of AWQ's search: mean absolute ("mae") or squared ("mse") error.
     base: "gptq" reproduces the layer on the inputs it gets; "gptaq" and "aligned" aim at the full-precision layer's
     outputs with the share `alpha` of the residual, column by column as its authors do, or in closed form beforehand.
     samples, max_tokens: how many calibration samples, and the longest that is used; longer ones are left out whole.
@@ -62,7 +77,10 @@ class Settings:
     symmetric: bool = False
     vision_bits: int = KEPT
     connector_bits: int = KEPT
+    activation_bits: int = KEPT
     method: str = "vlmq"
+    saliency: str | None = None
+    scale_loss: str = "mae"
     base: str | None = None
     alpha: float | None = None
     samples: int = 128
@@ -81,7 +99,8 @@ class Settings:
     modules: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        best = BEST.get(self.bits, {}) | ({"base": "gptq"} if self.method == "gptq" else {})
+        best = BEST.get(self.bits, {}) | ({} if self.method == "vlmq" else {"base": "gptq"})
+        best["saliency"] = SALIENCY.get(self.method, ("none",))[0]
         for name, value in best.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -90,6 +109,13 @@ class Settings:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; choose one of {', '.join(map(str, allowed))}")
+        if self.saliency not in SALIENCY[self.method]:
+            taken = " or ".join(SALIENCY[self.method])
+            raise QuantizeError(
+                f"saliency is {self.saliency}; method {self.method} takes {taken} (--method gptq takes all of them)"
+            )
+        if self.activation_bits != KEPT:
+            self._check_activations()
         for name in ("samples", "max_tokens"):
             if getattr(self, name) < 1:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -116,7 +142,24 @@ class Settings:
     @property
     def residual(self) -> bool:
         """Whether the second moments need the full-precision inputs beside the quantised ones."""
-        return self.base != "gptq" and self.method != "rtn"
+        return self.base != "gptq" and self.method in ("gptq", "vlmq")
+
+    @property
+    def paired(self) -> bool:
+        """Whether the decoder needs a full-precision stream beside the quantised one."""
+        rounded = self.activation_bits != KEPT and self.saliency == "qig"
+        return self.residual or rounded or self.saliency == "vlmq" or self.method == "qvlm"
+
+    @property
+    def needs_kinds(self) -> bool:
+        """Whether tokens of answers and of pictures must be told apart."""
+        return self.saliency == "modality" or (self.method == "qvlm" and self.vision_bits != KEPT)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether a layer is calibrated on what the quantised layers before it give. AWQ's own code does not, unless
+        activations are rounded."""
+        return self.method != "awq" or self.activation_bits != KEPT
 
     @property
     def format(self) -> WeightFormat:
@@ -151,6 +194,18 @@ class Settings:
             return replace(format or self.format, **found)
         except ValueError as error:
             raise QuantizeError(f"modules: {pattern!r}: {error}") from None
+
+    def _check_activations(self) -> None:
+        """Raises QuantizeError for what cannot be served with rounded activations."""
+        if self.method == "qvlm":
+            raise QuantizeError("method qvlm searches weights alone here; leave activation_bits at 16")
+        widths = [self.bits, self.vision_bits, self.connector_bits]
+        widths += [format.bits for pattern in self.modules if (format := self._exception(pattern, self.format))]
+        if narrow := [bits for bits in widths if bits not in (4, 8, KEPT)]:
+            raise QuantizeError(
+                f"activation_bits is {self.activation_bits} with weights of {narrow[0]} bits; activations are rounded "
+                "with weights of 4 and 8 bits only"
+            )
 
     def to_dict(self) -> dict:
         return asdict(self)

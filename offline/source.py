@@ -26,8 +26,9 @@ RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memo
 class Source:
     """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row.
 
-    `quantized`: gives the dequantised weight that replaces a linear's (by its name in the files), or None; set once
-    there is a checkpoint in the making.
+    `quantized`: gives the dequantised weight that replaces a linear's (by its name in the files), or None. `written`:
+    gives the parameters of a module that has been quantised, by their names in it. Both are set once there is a
+    checkpoint in the making.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,6 +39,7 @@ class Source:
         self.model = build_skeleton(folder)
         self.places: dict[str, Place] = find_places(self.model, self.headers, unfuse)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
+        self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
         self._check_complete()
 
     def layers(self) -> torch.nn.ModuleList:

@@ -9,8 +9,9 @@ import re
 
 import torch
 
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import linears_of
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.stream import Stream
 
 Group = tuple[str, ...]
 

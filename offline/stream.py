@@ -8,11 +8,12 @@ itself adds. `check_replay` proves on one batch that layer after layer on these 
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.hooks import removing, rounding_inputs
 from vlmq_vllm.offline.source import Source
 
 CACHE = ("past_key_values", "use_cache")
@@ -27,12 +28,14 @@ class Stream:
     """One batch of samples of equal length on its way through a stack of layers.
 
     hidden: [B, T, d] float32 (in a vision tower whatever its blocks pass on). calls: for every layer its arguments
-    besides hidden. terms: what the model adds to the output of a layer, by the layer's number.
+    besides hidden. terms: what the model adds to the output of a layer, by the layer's number. rounded: linears whose
+    inputs are rounded per token wherever this stream goes through them.
     """
 
     hidden: torch.Tensor
     calls: list[tuple[tuple, dict]]
     terms: dict[int, torch.Tensor] = field(default_factory=dict)
+    rounded: frozenset[torch.nn.Module] = frozenset()
 
     def run(self, layer: torch.nn.Module, index: int) -> torch.Tensor:
         """What layer `index` makes of `hidden`, with the term behind it."""
@@ -42,7 +45,8 @@ class Stream:
     def call(self, layer: torch.nn.Module, index: int) -> torch.Tensor:
         """The output of layer `index` alone."""
         args, kwargs = self.calls[index]
-        return _tensor(layer(self.hidden, *args, **kwargs))
+        with rounding_inputs(module for module in layer.modules() if module in self.rounded):
+            return _tensor(layer(self.hidden, *args, **kwargs))
 
     def inputs_of(
         self, layer: torch.nn.Module, index: int, names: Iterable[str], visit: Callable[[str, torch.Tensor], None]
@@ -78,15 +82,22 @@ class Stream:
 
 @torch.no_grad()
 def capture(
-    source: Source, stack: str, batches: Iterable[dict], device: torch.device, quantized: bool = False
+    source: Source,
+    stack: str,
+    batches: Iterable[dict],
+    device: torch.device,
+    quantized: bool = False,
+    rounded: frozenset[torch.nn.Module] = frozenset(),
 ) -> list[Stream | None]:
     """The streams of `batches` at the first layer of the ModuleList `stack` (or at a single module, a connector); None
     for a batch that does not reach it.
 
-    quantized: the vision tower and connectors as far as they have been quantised, not the original ones.
+    quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
+    Stream, on the way to the stack as well.
     """
-    with source.front(device, quantized):
-        return [_catch(source, stack, batch, device) for batch in batches]
+    with source.front(device, quantized), rounding_inputs(rounded):
+        found = [_catch(source, stack, batch, device) for batch in batches]
+    return [stream and replace(stream, rounded=rounded) for stream in found]
 
 
 @torch.no_grad()
@@ -131,16 +142,6 @@ def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
             f"replaying {name} differs from the model's own forward by {error:.1e} of its largest value; "
             "this model passes something between its layers that vlmq does not know: please report it"
         )
-
-
-@contextmanager
-def removing(handles: list) -> Iterator[None]:
-    """Take the hooks away again, whatever happens."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stream | None:

@@ -2,23 +2,23 @@
 
 Two streams run through the stack, U behind the quantised layers and F behind the full-precision ones (where a method
 needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's moments are
-collected after the stages before it have been replaced. One layer's weights are in memory at a time.
+collected after the stages before it have been replaced. Where channels are scaled (AWQ), that comes first, for the
+whole layer. One layer's weights are in memory at a time.
 """
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX, MSE, GridSearch
-from vlmq_vllm.offline.linears import holding, linears_of, put, weights_of
+from vlmq_vllm.offline.grid import CLIP, MINMAX, MSE, GridSearch
+from vlmq_vllm.offline.linears import holding, linears_of, parameters_of, place, put, with_parameters
 from vlmq_vllm.offline.problems import collect, find_problems, solve_all
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.weighing import Weighing
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import Group, find_stages
@@ -33,7 +33,8 @@ class Row:
 
     tokens: "saliency" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no signal" where they
     should have been but all gradients are zero or some not finite (as in the first layer, where both streams are
-    equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None for "rtn".
+    equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is compensated.
+    scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled.
     """
 
     module: str
@@ -42,12 +43,15 @@ class Row:
     dead: int
     tokens: str
     base: str | None
+    scaling: float | None = None
 
 
 class Walk:
     """The streams in front of a stack's next layer. `quantized` and `full` are empty for method "rtn".
 
-    formats: of every linear that is quantised, by its in-memory name.
+    formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`saliency/`). scale:
+    folds channel scales into a layer (`scaling/`). `quantized` moves on behind the quantised layers, unless the
+    settings say that layers are not calibrated in sequence.
     """
 
     def __init__(
@@ -59,13 +63,13 @@ class Walk:
         ranks: Ranks,
         quantized: list[Stream],
         full: list[Stream],
-        weighted: bool,
+        weigh: Callable | None = None,
+        scale: Callable | None = None,
     ) -> None:
         self.source, self.settings, self.formats, self.device, self.ranks = source, settings, formats, device, ranks
         self.quantized, self.full = quantized, full
-        self.weigh = Weighing(source.family, settings, ranks) if weighted else None
-        search, static = GRIDS[settings.grid], settings.act_order == "static"
-        self.solver = Solver(search, static, settings.damp, settings.alpha, settings.base == "aligned")
+        self.weigh, self.scale = weigh, scale
+        self.solver = solver_of(settings)
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
@@ -74,20 +78,24 @@ class Walk:
         last: nothing comes behind it, so that the streams need not move on.
         """
         layer = self.source.materialise(name, self.device)
-        originals = weights_of(layer)
-        weights, tokens = {}, {}
+        originals = parameters_of(layer)
+        weights, tokens, ratios = {}, {}, {}
         if self.weigh:
             streams = self.full, self.quantized
             weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
+        stages = self._stages(layer, index, name)
         tensors: dict[str, torch.Tensor] = {}
         rows = []
-        for stage in self._stages(layer, index, name):
+        if self.scale:
+            ratios, tensors = self._scaled(layer, index, name, stages, weights)
+        for stage in stages:
             for linear, solution in self._solve(layer, index, name, stage, weights, originals):
                 module = self.source.module_in_files(_full(name, linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
-                base = self._base(stage) if loss is not None else None
-                rows.append(Row(module, loss, solution.damp, solution.dead, tokens.get(linear, "equal"), base))
+                base = self._base(stage) if loss is not None and self.solver.compensate else None
+                told = tokens.get(linear, "equal"), base, ratios.get(linear)
+                rows.append(Row(module, loss, solution.damp, solution.dead, *told))
         if not last:
             self._advance(layer, index, originals)
         self.source.release(name)
@@ -98,19 +106,17 @@ class Walk:
         """Move both streams behind a layer that has been quantised before."""
         if self.quantized:
             layer = self.source.materialise(name, self.device)
-            originals = weights_of(layer)
-            for linear in originals:
-                found = self.source.quantized(self.source.module_in_files(_full(name, linear)))
-                if found is not None:
-                    put(layer, linear, found.to(self.device, torch.float32))
+            originals = parameters_of(layer)
+            for inner, value in self.source.written(name).items():
+                place(layer, inner, value.to(self.device, torch.float32))
             self._advance(layer, index, originals)
             self.source.release(name)
 
     def _advance(self, layer: torch.nn.Module, index: int, originals: dict[str, torch.Tensor]) -> None:
-        with holding(layer, originals):
-            for stream in self.full:
+        with with_parameters(layer, originals):
+            for stream in self.full if self.settings.sequential else self.full + self.quantized:
                 stream.hidden = stream.run(layer, index)
-        for stream in self.quantized:
+        for stream in self.quantized if self.settings.sequential else []:
             stream.hidden = stream.run(layer, index)
 
     def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
@@ -129,6 +135,24 @@ class Walk:
     def _linears(self, layer: torch.nn.Module, name: str) -> list[str]:
         """Those of the layer that are quantised."""
         return [linear for linear in linears_of(layer) if _full(name, linear) in self.formats]
+
+    def _scaled(self, layer, index, name, stages, weights) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
+        """Scale the layer's channels: exponents by linear, and what else of it has changed, by its name in the files.
+
+        Scales are judged by weights and inputs as they come: where inputs are rounded, `scale` does it itself.
+        """
+        streams = [replace(stream, rounded=frozenset()) for stream in self.quantized]
+        found = self.scale(
+            layer,
+            index,
+            stages,
+            streams,
+            weights,
+            lambda linear: self.formats.get(_full(name, linear)),
+            lambda inner: self.source.stored_dtype(_full(name, inner)),
+        )
+        changed = {self.source.places[_full(name, inner)].tensor: value for inner, value in found.changed.items()}
+        return found.ratios, changed
 
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
@@ -161,10 +185,23 @@ class Walk:
 
     def _rounded(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
         weight = layer.get_submodule(linear).weight
-        return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), self.solver.search)
+        return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), grid_of(self.settings))
 
     def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
         return {linear: _served(self._rounded(layer, name, linear)) for linear in self._linears(layer, name)}
+
+
+def grid_of(settings: Settings) -> GridSearch:
+    """The search for a grid that looks at weights alone, or with "mse-h" at diag H too."""
+    return GRIDS[settings.grid]
+
+
+def solver_of(settings: Settings) -> Solver:
+    """How a linear is solved."""
+    if settings.method == "awq":
+        return Solver(CLIP, compensate=False)
+    static, aligned = settings.act_order == "static", settings.base == "aligned"
+    return Solver(grid_of(settings), static, settings.damp, settings.alpha, aligned)
 
 
 def _full(name: str, linear: str) -> str:

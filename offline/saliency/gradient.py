@@ -14,11 +14,13 @@ the loss that this layer's own rounded weights cause.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.models import Family
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.stream import Stream
 
 
 def gradient_norms(
@@ -55,7 +57,7 @@ def _norms(layer, index, family, stream, linears, targets) -> dict[str, torch.Te
         layer.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
         for name in linears
     ]
-    start = Stream(stream.hidden.detach().requires_grad_(), stream.calls, stream.terms)
+    start = replace(stream, hidden=stream.hidden.detach().requires_grad_())
     norms = {}
     with removing(handles), torch.enable_grad():
         found = _ends(layer, index, family, start, linears)
