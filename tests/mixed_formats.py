@@ -55,7 +55,8 @@ def quantize_mixed(
         packed = round_to_nearest(weight.float(), format, weight.dtype, MINMAX).tensors()
         tensors |= {f"{place.module}.{part}": tensor for part, tensor in packed.items()}
         tensors.pop(place.tensor, None)
-        overrides[place.module] = format
+        if format != DEFAULT:
+            overrides[place.module] = format
         written[name] = place.module
     shutil.copytree(model, out)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})

@@ -9,23 +9,20 @@ token that goes elsewhere has other log-probabilities (seen: by 0.15). tests/lay
 
 import json
 import re
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import family_models
 import torch
+from mixed_formats import DEFAULT, quantize_mixed
 from safetensors.torch import load_file, save_file
 
-from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.units import find_units
 from vlmq_vllm.unserved import why_unserved
 
-DEFAULT = WeightFormat(4, 32, True)
 DECODER = (
     WeightFormat(4, 64, True),
     WeightFormat(3, 32, False),
@@ -56,27 +53,19 @@ def build(name: str, folder: Path, ranks: int = 1) -> tuple[Path, Path]:
     if name == "qwen3_vl_moe":
         config["text_config"]["num_experts_per_tok"] = config["text_config"]["num_local_experts"]
     (source / "config.json").write_text(json.dumps(config))
-    shutil.copytree(source, out)
-    _quantize(Source(source), out, config, ranks)
+    quantize_mixed(source, out, _choice(Source(source), ranks))
     return source, out
 
 
-def _quantize(source: Source, out: Path, config: dict, ranks: int) -> None:
-    tensors = load_file(out / "model.safetensors")
-    formats = {}
-    for name, format in _formats(source):
-        place = source.places[f"{name}.weight"]
-        weight = source.parameter(f"{name}.weight")
-        if format.part(weight.shape[1], weight.shape[1] // ranks) is None:
-            format = ROW
-        packed = round_to_nearest(weight.float(), format, torch.float16, MINMAX).tensors()
-        tensors |= {f"{place.module}.{part}": tensor for part, tensor in packed.items()}
-        tensors.pop(place.tensor, None)
-        formats[place.module] = format
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    overrides = {module: format for module, format in formats.items() if format != DEFAULT}
-    config["quantization_config"] = QuantizationSpec(DEFAULT, overrides).to_dict({"name": "tests"})
-    (out / "config.json").write_text(json.dumps(config))
+def _choice(source: Source, ranks: int) -> Callable[[int, str], WeightFormat | None]:
+    """The format of a linear, for `quantize_mixed`."""
+    formats = dict(_formats(source))
+
+    def choose(index: int, name: str) -> WeightFormat | None:
+        format, columns = formats.get(name), source.model.get_submodule(name).in_features
+        return ROW if format and format.part(columns, columns // ranks) is None else format
+
+    return choose
 
 
 def _formats(source: Source):
