@@ -63,8 +63,8 @@ def device_of(settings: Settings) -> str:
 
 @torch.inference_mode()
 def score_one(model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: Settings, ids) -> Score:
-    """The score of one sample: a processor's `inputs` with the answer's tokens from `start` on. `ids`: the teacher's, or
-    None for the model's own likeliest tokens."""
+    """The score of one sample: a processor's `inputs`, with the answer's tokens from `start` on. `ids`: the teacher's,
+    or None for the model's own likeliest tokens."""
     inputs = {name: _place(value, model) for name, value in inputs.items()}
     logs = answer_logs(model, inputs, start, len(answer))
     if ids is None:
