@@ -41,3 +41,15 @@ def find_stages(layer: torch.nn.Module, index: int, stream: Stream) -> list[list
     for group in groups:
         stages.setdefault(tuple(re.sub(r"\.\d+\.", ".*.", name) for name in group), []).append(tuple(group))
     return list(stages.values())
+
+
+def inspected(group: Group) -> str:
+    """The module by whose output a group is judged: the common parent of several linears, else the linear itself."""
+    if len(group) == 1:
+        return group[0]
+    common = []
+    for parts in zip(*(linear.split(".") for linear in group), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common)

@@ -44,15 +44,6 @@ class Scalable:
         return int(self.channel.max()) + 1
 
 
-def inspected(group: Group) -> str:
-    """The module by whose output a group is judged: the common parent of several linears, else the linear itself."""
-    if len(group) == 1:
-        return group[0]
-    parts = list(zip(*(linear.split(".") for linear in group), strict=False))
-    common = next((i for i, names in enumerate(parts) if len(set(names)) > 1), len(parts))
-    return ".".join(group[0].split(".")[:common])
-
-
 def is_clipped(linear: str) -> bool:
     """Whether AWQ's search for clipped ranges is for this linear: not for q and k."""
     return linear.rpartition(".")[2] not in PRODUCT

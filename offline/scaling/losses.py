@@ -20,7 +20,8 @@ from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.gptq import round_to_nearest
 from vlmq_vllm.offline.grid import GridSearch
 from vlmq_vllm.offline.linears import holding
-from vlmq_vllm.offline.scaling.groups import Scalable, inspected
+from vlmq_vllm.offline.scaling.groups import Scalable
+from vlmq_vllm.offline.stages import inspected
 from vlmq_vllm.offline.stream import Stream, removing
 
 BYTES = 1 << 30  # of inputs and outputs of inspected modules that are kept at once, a batch more at most
