@@ -11,6 +11,7 @@ vision token r_l, every other token 0.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import isfinite
 from statistics import median
 
 import torch
@@ -41,7 +42,7 @@ def modality_ratios(
     """r of each layer's attention and MLP, from streams in front of the first layer with full-precision weights.
 
     labels: per stream int64 [B, T] as in `answers.backward`; kinds: int8 [B, T] as in `data/kinds.py`. Raises
-    QuantizeError where no sample has both vision and answer tokens.
+    QuantizeError where no sample has both vision and answer tokens, or where answer tokens have no gradient.
     """
     ranks = ranks or Ranks(device)
     both = [_both(label, kind) for label, kind in zip(labels, kinds, strict=True)]
@@ -50,7 +51,7 @@ def modality_ratios(
         torch.stack([(kind == wanted) & rows[:, None] for wanted in (VISION, ANSWER)]).flatten(1).to(device)
         for kind, rows in zip(kinds, both, strict=True)
     ]  # [2, B T] each
-    total = _added(ranks, torch.tensor([count_labels(labels)], device=device))
+    total = int(ranks.add(torch.tensor([count_labels(labels)], device=device)))
     if not total:
         raise QuantizeError(
             "no calibration sample has both a picture and an answer, which weights by modality are made of; "
@@ -63,14 +64,10 @@ def modality_ratios(
     def visit(index: int, name: str, i: int, gradient: torch.Tensor) -> None:
         sums[index, modules.index(name)] += masks[i].double() @ gradient.abs().mean(-1).double()
 
-    backward(source, streams, labels, device, modules, visit, int(total))
+    backward(source, streams, labels, device, modules, visit, total)
     vision, answer = (ranks.add(sums) / counts).unbind(-1)
-    floored = [_floored(part.tolist(), name) for name, part in zip(PARTS, (vision / answer).unbind(1), strict=True)]
+    floored = [_floored(part.tolist()) for part in (vision / answer).unbind(1)]
     return [dict(zip(PARTS, ratios, strict=True)) for ratios in zip(*floored, strict=True)]
-
-
-def _added(ranks: Ranks, count: torch.Tensor) -> int:
-    return int(ranks.add(count))
 
 
 def _both(labels: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
@@ -84,16 +81,14 @@ def _modules(source: Source) -> list[str]:
     return [source.family.attention, names[0].partition(".")[0]]
 
 
-def _floored(ratios: list[float], part: str) -> list[float]:
-    """At least their median; also where a layer has none because its answers have no gradient (0 / 0)."""
-    known = [ratio for ratio in ratios if 0 <= ratio < float("inf")]
-    if not known:
+def _floored(ratios: list[float]) -> list[float]:
+    """At least their median."""
+    if not all(isfinite(ratio) for ratio in ratios):
         raise QuantizeError(
-            f"the answers' loss has no finite gradient in the {part} of any layer; the model or its calibration data "
-            "are damaged"
+            "the answers' loss has no finite gradient at answer tokens, as when every answer is one token and has no "
+            "mark at its end; add longer answers, or choose another saliency"
         )
-    middle = median(known)
-    return [max(middle, ratio) if ratio in known else middle for ratio in ratios]
+    return [max(median(ratios), ratio) for ratio in ratios]
 
 
 class Modality:
