@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated
 import typer
 
 from vlmq_vllm.offline.commands.arguments import (
+    ActivationBits,
     Bits,
     ConnectorBits,
     Data,
@@ -19,12 +19,13 @@ from vlmq_vllm.offline.commands.arguments import (
     Method,
     Model,
     Out,
+    Saliency,
     Symmetric,
     VisionBits,
     given,
 )
+from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
 
-STOPPED = 75  # EX_TEMPFAIL: try the same again
 BEST = "default: what measured best for the width."
 
 
@@ -38,7 +39,9 @@ def quantize(
     symmetric: Symmetric = False,
     vision_bits: VisionBits = 16,
     connector_bits: ConnectorBits = 16,
+    activation_bits: ActivationBits = 16,
     method: Method = "vlmq",
+    saliency: Saliency = "",
     base: Annotated[str, typer.Option(help=f"gptq, gptaq or aligned; {BEST}")] = "",
     alpha: Annotated[
         float | None, typer.Option(help="Share of the residual that gptaq (0.25) and aligned (1) use.")
@@ -46,6 +49,7 @@ def quantize(
     samples: Annotated[int, typer.Option(help="Calibration samples to use.")] = 128,
     max_tokens: Annotated[int, typer.Option(help="Leave out longer samples.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Shrink larger pictures; 0: leave them.")] = 0,
+    scale_loss: Annotated[str, typer.Option(help="mae or mse, of the search for AWQ's channel scales.")] = "mae",
     saliency_power: Annotated[int, typer.Option(help="p in the token weight g^p: 2 or 1.")] = 2,
     saliency_scope: Annotated[str, typer.Option(help=f"attention, or all for gate, up and down too; {BEST}")] = "",
     saliency_fallback: Annotated[str, typer.Option(help="Without a signal: ones or rtn.")] = "ones",
@@ -78,7 +82,7 @@ def quantize(
     first = os.environ.get("RANK", "0") == "0"
     progress = Progress(Console(stderr=True)) if first else Progress()
     try:
-        rows = run.quantize(model, out, data, settings, device, progress, resume, _stop_on_sigterm())
+        rows = run.quantize(model, out, data, settings, device, progress, resume, stop_on_sigterm())
     except StoppedError as stopped:
         if first:
             typer.echo(f"vlmq: {stopped}", err=True)
@@ -91,15 +95,3 @@ def quantize(
             f"{out}: {len(rows)} linears quantised, the decoder's at {settings.bits} bits. "
             f"Serve it: vllm serve {out} --quantization vlmq"
         )
-
-
-def _stop_on_sigterm():
-    """Whether SIGTERM has come; a second one ends the process at once."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, lambda number, frame: sys.exit(128 + number))
-
-    signal.signal(signal.SIGTERM, note)
-    return lambda: bool(received)

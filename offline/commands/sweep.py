@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from vlmq_vllm.offline.commands.arguments import GroupSize, Json, Model, Symmetric
-from vlmq_vllm.offline.commands.quantize import STOPPED, _stop_on_sigterm
+from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
 
 
 def sweep(
@@ -22,7 +22,7 @@ def sweep(
         str | None, typer.Option(help="Calibration data, none of it held out; only rtn alone goes without.")
     ] = None,
     bits: Annotated[str, typer.Option(help="Widths besides 16, of 2, 3, 4 and 8.")] = "2,3,4",
-    methods: Annotated[str, typer.Option(help="Of rtn and gptq; each is studied.")] = "rtn,gptq",
+    methods: Annotated[str, typer.Option(help="Of rtn, awq and gptq; each is studied.")] = "rtn,gptq",
     by: Annotated[str, typer.Option(help="What a part is: component, third, kind, layer or module.")] = "component",
     design: Annotated[
         str, typer.Option(help="one part at a time; grid: all combinations; random: some of them.")
@@ -87,7 +87,7 @@ def sweep(
     give_back_large_blocks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = run(model, data, calibration, out, settings, device, say, resume, _stop_on_sigterm())
+        found = run(model, data, calibration, out, settings, device, say, resume, stop_on_sigterm())
     except StoppedError as stopped:
         typer.echo(f"vlmq: {stopped}", err=True)
         sys.exit(STOPPED)

@@ -25,9 +25,10 @@ from vlmq_vllm.offline.study.chats import Chats, read
 from vlmq_vllm.offline.study.designs import Widths, find_design
 from vlmq_vllm.offline.study.importance import check_forest
 from vlmq_vllm.offline.study.judge import Figures, Judge
+from vlmq_vllm.offline.study.making import PieceMaker
 from vlmq_vllm.offline.study.mixtures import Budget, recipe_of
 from vlmq_vllm.offline.study.parts import Part, Subject, find_parts, find_subject
-from vlmq_vllm.offline.study.pieces import PieceMaker, Pieces
+from vlmq_vllm.offline.study.pieces import Pieces
 from vlmq_vllm.offline.study.report import Mixed, Study, write
 from vlmq_vllm.offline.study.results import Results, key_of
 from vlmq_vllm.offline.study.settings import StudySettings

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.settings import BITS, COMPONENTS, KEPT, Settings
 
-METHODS = ("rtn", "gptq")
+METHODS = ("rtn", "awq", "gptq")
 BY = ("component", "third", "kind", "layer", "module")
 DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")
