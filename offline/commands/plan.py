@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from vlmq_vllm.offline.commands.arguments import (
+    ActivationBits,
     Bits,
     ConnectorBits,
     GroupSize,
     Json,
     Method,
     Model,
+    Saliency,
     Symmetric,
     VisionBits,
     given,
@@ -27,7 +29,9 @@ def plan(
     symmetric: Symmetric = False,
     vision_bits: VisionBits = 16,
     connector_bits: ConnectorBits = 16,
+    activation_bits: ActivationBits = 16,
     method: Method = "vlmq",
+    saliency: Saliency = "",
     base: Annotated[str, typer.Option(help="gptq, gptaq or aligned; default: what measured best for the width.")] = "",
     saliency_scope: Annotated[
         str, typer.Option(help="attention, or all for gate, up and down too; default: by width.")
