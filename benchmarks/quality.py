@@ -28,11 +28,17 @@ from vlmq_vllm.offline.settings import Settings
 
 MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
-SAMPLES = 512  # chats of a run, about 29,000 tokens
+SAMPLES = 512  # chats of a run, about 29,000 tokens; AWQ's and QIG's papers take 128
 GROUPS = {2: 128, 3: -1, 4: -1}  # in groups of 128 this model loses too little at 3 and 4 bits to tell methods apart
 METHODS = {
     "RTN": {"method": "rtn"},
+    "AWQ": {"method": "awq"},
+    "MBQ": {"method": "awq", "saliency": "modality"},
+    "QIG": {"method": "awq", "saliency": "qig"},
+    "Q-VLM": {"method": "qvlm"},
     "GPTQ": {"method": "gptq", "base": "gptq"},
+    "MBQ's weights in GPTQ": {"method": "gptq", "base": "gptq", "saliency": "modality"},
+    "QIG's weights in GPTQ": {"method": "gptq", "base": "gptq", "saliency": "qig"},
     "GPTAQ": {"method": "gptq", "base": "gptaq"},
     "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq", "saliency_scope": "attention"},
     "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq", "saliency_scope": "attention"},
@@ -122,6 +128,7 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all, e.g. group_size=64"
     )
     parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration chats")
     parser.add_argument("--questions", type=int, default=2000)
     parser.add_argument("--rows", type=Path, default=Path("quality.jsonl"), help="file that is completed")
     parser.add_argument("--table", type=Path, help="markdown file to write at the end")
@@ -139,7 +146,7 @@ def main() -> None:
                     if (bits, label, seed) in done:
                         continue
                     options = (
-                        {"bits": bits, "group_size": GROUPS[bits], "samples": SAMPLES, "seed": seed}
+                        {"bits": bits, "group_size": GROUPS[bits], "samples": args.samples, "seed": seed}
                         | METHODS[name]
                         | extra
                     )
