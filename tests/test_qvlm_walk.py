@@ -10,7 +10,8 @@ from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.linears import put, weights_of
-from vlmq_vllm.offline.qvlm.walk import BlockWalk, mean_square
+from vlmq_vllm.offline.qvlm.block import mean_square
+from vlmq_vllm.offline.qvlm.walk import BlockWalk
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
@@ -93,7 +94,7 @@ def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_wri
 def test_blocks_of_one_layer_are_greedy(begin):
     walk = begin(depth=1)
     assert walk.dependencies == [0.0] * 3 and list(map(len, walk.blocks)) == [1] * 4
-    tensors = walked(walk)
+    walked(walk)
     assert all(
         choice.joint == choice.greedy and choice.error == choice.greedy_error for choice in walk.choices.values()
     )

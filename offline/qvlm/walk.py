@@ -2,11 +2,7 @@
 
 The layers are parted into blocks by the entropy of their full-precision activations (`entropy.py`, `partition.py`).
 In a block every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors are searched
-together (`search.py`) for a small mean squared error behind the block's last layer,
-
-    | block_q(U) - block_r(F) |^2,      U: hidden states behind the quantised layers, F: behind full-precision ones,
-
-as W_q X_q - W_r X_r in equation 3, where both belong to their own prefix. Weights are rounded to nearest.
+together (`block.py`, `search.py`) for a small error behind the block's last layer. Weights are rounded to nearest.
 
 What the paper leaves open: a "layer" is a layer of the decoder (or a block of the tower), the error that greedy looks
 at is that at the same place for one layer, D is measured once, before anything is quantised.
@@ -24,10 +20,10 @@ import torch
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.grid import MSE, GridSearch
 from vlmq_vllm.offline.linears import put, weights_of
-from vlmq_vllm.offline.qvlm.entropy import dependency
+from vlmq_vllm.offline.qvlm.block import measure, search_block
 from vlmq_vllm.offline.qvlm.partition import DEPTH, find_blocks
 from vlmq_vllm.offline.qvlm.ranges import FACTORS, Ranges, find_ranges
-from vlmq_vllm.offline.qvlm.search import Choice, search
+from vlmq_vllm.offline.qvlm.search import Choice
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream
@@ -62,7 +58,9 @@ class BlockWalk:
     ) -> None:
         self.source, self.names, self.format_of, self.device, self.ranks = source, names, format_of, device, ranks
         self.quantized, self.full, self.grid, self.factors = quantized, full, grid, factors
-        self.dependencies = self._dependencies() if depth > 1 else [0.0] * (len(names) - 1)
+        self.dependencies = [0.0] * (len(names) - 1)
+        if depth > 1:
+            self.dependencies = measure(source, names, full, ENTROPY_BITS, ranks, device)
         self.blocks = find_blocks(self.dependencies, depth, threshold)
         self.choices: dict[int, Choice] = {}
         self.behind = 0  # layers that the streams have passed
@@ -100,20 +98,6 @@ class BlockWalk:
     def _block(self, index: int) -> range:
         return next(block for block in self.blocks if index in block)
 
-    @torch.no_grad()
-    def _dependencies(self) -> list[float]:
-        """D(k, k + 1) of all neighbours, from one pass of the full-precision stream."""
-        streams, found = [replace(stream) for stream in self.full], []
-        for k, name in enumerate(self.names[:-1]):
-            layer = self.source.materialise(name, self.device)
-            ahead = [stream.hidden for stream in streams]
-            for stream in streams:
-                stream.hidden = stream.run(layer, k)
-            self.source.release(name)
-            behind = [stream.hidden for stream in streams]
-            found.append(dependency(ahead, behind, ENTROPY_BITS, self.ranks, self.device))
-        return found
-
     def _formats(self, layer: torch.nn.Module, index: int) -> dict[str, WeightFormat]:
         """The linears of layer `index` that are quantised."""
         found = {linear: self.format_of(f"{self.names[index]}.{linear}") for linear in weights_of(layer)}
@@ -122,21 +106,13 @@ class BlockWalk:
     def _solve(self, block: range, last: bool) -> None:
         """Search a block and keep its layers' results; the streams move past it."""
         layers = [_Layer(self, k) for k in block]
-        targets = [layer.targets() for layer in layers]
         start = [stream.hidden for stream in self.quantized]
-
-        def step(k: int, choice: int, state: list[torch.Tensor]) -> list[torch.Tensor]:
-            layers[k].hold(self.factors[choice])
-            return layers[k].run(state)
-
-        def error(k: int, state: list[torch.Tensor]) -> float:
-            return mean_square(state, targets[k], self.ranks, self.device)
-
-        choice = self.choices[block.start] = search(len(block), len(self.factors), start, step, error)
+        choice = search_block(layers, start, len(self.factors), self.ranks, self.device)
+        self.choices[block.start] = choice
         for layer, number in zip(layers, choice.joint, strict=True):
             self.results[layer.index] = layer.result(self.factors[number])
             if not last:
-                layer.hold(self.factors[number])
+                layer.hold(number)
                 start = layer.run(start)
             self.source.release(layer.name)
         for stream, hidden in zip(self.quantized, start, strict=True):
@@ -145,13 +121,13 @@ class BlockWalk:
 
 
 class _Layer:
-    """A layer of a block while it is searched; `held` is the factor its linears are rounded with at the moment."""
+    """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
 
     def __init__(self, walk: BlockWalk, index: int) -> None:
         self.walk, self.index, self.name = walk, index, walk.names[index]
         self.module = walk.source.materialise(self.name, walk.device)
         self.originals = weights_of(self.module)
-        self.held: float | None = None
+        self.held: int | None = None
         self.ranges: dict[str, Ranges] = {}
 
     def targets(self) -> list[torch.Tensor]:
@@ -160,12 +136,12 @@ class _Layer:
             stream.hidden = stream.run(self.module, self.index)
         return [stream.hidden for stream in self.walk.full]
 
-    def hold(self, factor: float) -> None:
+    def hold(self, choice: int) -> None:
         """Put the weights in place as they would be served."""
-        if factor != self.held:
-            for linear, weight in self._rounded(factor).items():
+        if choice != self.held:
+            for linear, weight in self._rounded(self.walk.factors[choice]).items():
                 put(self.module, linear, weight.dequantize(weight.scale.dtype).float())
-            self.held = factor
+            self.held = choice
 
     def run(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
         """The hidden states behind the layer for those in front of it."""
@@ -187,14 +163,3 @@ class _Layer:
                 dtype = source.stored_dtype(f"{self.name}.{linear}.weight")
                 self.ranges[linear] = find_ranges(self.originals[linear], format, dtype, grid)
         return {linear: ranges.rounded(self.originals[linear], factor) for linear, ranges in self.ranges.items()}
-
-
-def mean_square(
-    state: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], ranks: Ranks, device: torch.device
-) -> float:
-    """Mean squared difference over all elements of all batches on all processes."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for found, wanted in zip(state, targets, strict=True):
-        sums += torch.stack([(found - wanted).square().sum().double(), sums.new_tensor(float(wanted.numel()))])
-    total, count = ranks.add(sums).tolist()
-    return total / max(count, 1.0)

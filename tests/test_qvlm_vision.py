@@ -1,0 +1,161 @@
+"""The vision encoder's bounds: the decoder's part of the gradient against autograd of the whole, and learning."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
+from vlmq_vllm.offline.data.sources import read_chats
+from vlmq_vllm.offline.gptq import round_to_nearest
+from vlmq_vllm.offline.linears import weights_of
+from vlmq_vllm.offline.qvlm.decoder import ranges_of, states, steer
+from vlmq_vllm.offline.qvlm.entropy import conditional_entropy, joint
+from vlmq_vllm.offline.qvlm.fake import fake, row_ranges
+from vlmq_vllm.offline.qvlm.ranges import find_ranges
+from vlmq_vllm.offline.qvlm.tower import TowerWalk
+from vlmq_vllm.offline.qvlm.vision import Recipe, faked, served, tune
+from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.stream import capture
+
+CPU = torch.device("cpu")
+FORMAT = WeightFormat(3, -1, False)
+
+
+@pytest.fixture(scope="module")
+def source(demo_model):
+    return Source(demo_model)
+
+
+@pytest.fixture(scope="module")
+def data(demo_model, calibration):
+    """Batches of at most two chats and their labels: the answer and its end mark."""
+    chats = read_chats(calibration, 0)
+    samples = [inputs for _, inputs in model_inputs(chats, load_processor(demo_model), 4, 2048)]
+    batches = batched(samples, 130)
+    labels = [torch.full_like(batch["input_ids"], -100) for batch in batches]
+    for batch, label in zip(batches, labels, strict=True):
+        label[:, -3:-1] = batch["input_ids"][:, -3:-1]  # a newline follows, which the model has not learnt
+    return batches, labels
+
+
+def names(source) -> list[str]:
+    return [f"{source.family.blocks}.{i}" for i in range(4)]
+
+
+def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
+    (stream, *_) = capture(source, source.family.layers, data[0][:1], CPU)
+    full = states(source, stream, CPU)
+    ranges = ranges_of([full])
+    moved = replace(stream, hidden=stream.hidden + 0.05 * torch.randn_like(stream.hidden))
+    found = steer(source, moved, full[-1], ranges, 4, CPU)
+
+    layers = [source.materialise(f"{source.family.layers}.{i}", CPU) for i in range(4)]
+    places = [moved.hidden.clone().requires_grad_()]
+    for i, layer in enumerate(layers):
+        places.append(replace(stream, hidden=places[-1]).run(layer, i))
+    error = (places[-1] - full[-1]).norm() / full[-1].norm()
+    by_error = torch.autograd.grad(error, places[:-1], retain_graph=True)
+    norms = torch.stack([gradient.norm() for gradient in by_error])
+    entropy = sum(
+        share * conditional_entropy(joint(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
+        for k, share in enumerate(norms / norms.sum())
+    )
+    (by_entropy,) = torch.autograd.grad(entropy, places[0])
+    for i in range(4):
+        source.release(f"{source.family.layers}.{i}")
+    assert found.error == pytest.approx(float(error), rel=1e-5) and found.error > 0
+    assert found.entropy == pytest.approx(float(entropy), rel=1e-5)
+    # float32 through four layers in the same order; the sums of the two ways back differ in theirs
+    torch.testing.assert_close(found.error_gradient, by_error[0], rtol=1e-3, atol=1e-5 * float(by_error[0].abs().max()))
+    torch.testing.assert_close(found.entropy_gradient, by_entropy, rtol=1e-3, atol=1e-4 * float(by_entropy.abs().max()))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(("shape", "group"), [((5, 64), 32), ((3, 100), 32), ((7, 33), -1)])
+def test_a_learnt_factor_rounds_as_what_is_written(symmetric, shape, group):
+    weight, format = torch.randn(shape), WeightFormat(3, group, symmetric)
+    ranges = find_ranges(weight, format, torch.bfloat16)
+    own = served(weight, ranges)
+    with torch.no_grad():
+        own.factors[0].uniform_(0.5, 1.2)
+    expected = ranges.rounded(weight, own.factors[0].detach())
+    found = own.weight()
+    torch.testing.assert_close(found, expected.dequantize())
+    # one weight of a group at a time: cut ones move with their end of the range, the others by what rounding adds
+    (gradient,) = torch.autograd.grad(found[0, 1], own.factors[0])
+    zero = float(format.middle if ranges.zero is None else ranges.zero[0, 0])
+    first = float(ranges.scale[0, 0])
+    place = float(weight[0, 1]) / float(expected.scale[0, 0]) + zero
+    moves = float(expected.codes[0, 1]) - (zero if not 0 <= place <= 7 else place)
+    assert float(gradient[0, 0]) == pytest.approx(first * moves, rel=1e-3, abs=1e-5)
+    assert int(gradient.count_nonzero()) <= 1
+
+
+def test_learning_lowers_the_loss_and_its_terms(source, data):
+    clipped = {}
+    for name in names(source):
+        block = source.materialise(name, CPU)
+        for linear, weight in weights_of(block).items():
+            clipped[f"{name}.{linear}"] = served(weight.detach(), find_ranges(weight, FORMAT, torch.bfloat16))
+        source.release(name)
+    losses = tune(source, *data, clipped, CPU, Recipe(epochs=4, rate=0.01))
+    assert len(losses) == 4 and losses[-1].total < 0.95 * losses[0].total
+    assert losses[-1].encoder < losses[0].encoder and losses[-1].decoder < losses[0].decoder
+    assert all(float((own.factors[0] - 1).abs().max()) > 0.01 for own in clipped.values())
+
+
+def test_the_answers_gradient_is_what_the_given_function_says(source, data):
+    """With nothing but L_reg, a gradient of zero moves nothing; the streams handed over are those in front of the
+    decoder, and cut off from the encoder."""
+    weight = source.parameter(f"{names(source)[0]}.mlp.fc1.weight").float()
+    seen = []
+
+    def backward(source, streams, labels, device):
+        seen.append((streams[0].hidden.shape[:2], labels[0].shape, streams[0].hidden.requires_grad))
+        return 0.25, [torch.zeros_like(streams[0].hidden)]
+
+    own = served(weight, find_ranges(weight, FORMAT, torch.bfloat16))
+    recipe = Recipe(entropy=0.0, error=0.0, epochs=2)
+    losses = tune(source, *data, {f"{names(source)[0]}.mlp.fc1": own}, CPU, recipe, backward)
+    assert torch.equal(own.factors[0], torch.ones_like(own.factors[0]))
+    assert [loss.total for loss in losses] == [0.25, 0.25]
+    assert seen == 2 * [(label.shape, label.shape, False) for label in data[1]]
+
+
+def test_bounds_of_weights_and_tokens_learn_together(source, data):
+    clipped = {}
+    for name in names(source)[:2]:
+        block = source.materialise(name, CPU)
+        for linear, weight in weights_of(block).items():
+            clipped[f"{name}.{linear}"] = own = faked(weight.detach(), row_ranges(weight, 16), 4, 1.0)
+            torch.testing.assert_close(own.weight(), fake(weight, *row_ranges(weight, 16), 16))
+        source.release(name)
+    losses = tune(source, *data, clipped, CPU, Recipe(epochs=3, rate=0.01))
+    assert losses[-1].total < losses[0].total
+    assert all((factor != 1).all() for own in clipped.values() for factor in own.factors[1:])
+
+
+def test_a_batch_without_a_picture_teaches_nothing(source, data):
+    with pytest.raises(QuantizeError, match="add pictures"):
+        tune(source, [{"input_ids": torch.zeros(1, 3, dtype=torch.int64)}], [torch.zeros(1, 3)], {}, CPU)
+
+
+def test_a_towers_walk_writes_what_was_learnt(source, data):
+    walk = TowerWalk(source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, recipe=Recipe(epochs=1))
+    again = TowerWalk(source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, recipe=Recipe(epochs=1))
+    for index, name in enumerate(names(source)):
+        tensors, rows = walk.layer(name, index)
+        other, _ = again.layer(name, index)
+        assert len(rows) == 4 and len(tensors) == 16
+        assert all(torch.equal(tensors[part], other[part]) for part in tensors)
+    module = source.module_in_files(f"{names(source)[3]}.mlp.fc2")
+    weight = source.parameter(f"{names(source)[3]}.mlp.fc2.weight").float()
+    plain = round_to_nearest(weight, FORMAT, torch.bfloat16).scale
+    assert not torch.equal(tensors[f"{module}.weight_scale"], plain)
+    # a rate of 0.005 and two batches move a factor by about 0.01 at most; bfloat16 adds 2^-8
+    torch.testing.assert_close(tensors[f"{module}.weight_scale"], plain, rtol=0.02, atol=0)
