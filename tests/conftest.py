@@ -1,5 +1,6 @@
 """What every test gets: Triton's interpreter where there is no GPU, a device, a seed."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -65,3 +66,32 @@ def quantized(tmp_path_factory, demo_model, calibration) -> Path:
     out = tmp_path_factory.mktemp("quantized") / "w3"
     quantize(str(demo_model), out, calibration, Settings(bits=3, group_size=64))
     return out
+
+
+@pytest.fixture(scope="session")
+def evaluation(tmp_path_factory) -> Path:
+    """A JSONL file of six chats: five with drawn pictures and their tasks, of which the demo model answers the last
+    wrongly at 2 bits, and one without a picture."""
+    from data import write
+    from pictures import ask
+
+    first, last = 12, 17
+    path = write(tmp_path_factory.mktemp("evaluation"), "evaluation", last)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    drawn = [(i, line) for i, line in enumerate(lines)][first:]
+    chats = [line | {"task": ask("evaluation", i)[1].task} for i, line in drawn]
+    asked = [{"role": "user", "content": "What colour is it?"}, {"role": "assistant", "content": "red"}]
+    path.write_text("\n".join(json.dumps(chat) for chat in [*chats, {"messages": asked}]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def rounded(tmp_path_factory, demo_model) -> dict[int, Path]:
+    """The demo model rounded to nearest, by bits. Tests must not change it: copy it first."""
+    from vlmq_vllm.offline.quantize import quantize
+    from vlmq_vllm.offline.settings import Settings
+
+    folder = tmp_path_factory.mktemp("rounded")
+    for bits in (2, 4):
+        quantize(str(demo_model), folder / str(bits), None, Settings(bits=bits, group_size=64, method="rtn"))
+    return {bits: folder / str(bits) for bits in (2, 4)}

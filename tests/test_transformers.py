@@ -131,24 +131,25 @@ def test_damaged_checkpoint_is_refused(llava, tmp_path, lost, message):
         load(folder)
 
 
-def test_surplus_module_and_missing_expert_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ("layers.1.mlp.experts.6.up_proj", r"do not make up transformers' .*layers.1.mlp.experts.gate_up_proj"),
+        ("layers.1.mlp.surplus.up_proj", r"surplus.up_proj is packed, but .*has no .*surplus.up_proj.weight"),
+    ],
+    ids=["missing expert", "surplus module"],
+)
+def test_surplus_module_and_missing_expert_are_refused(tmp_path, new, message):
     packed, _ = written(MIXTURE, tmp_path)
+    old = "layers.1.mlp.experts.3.up_proj"
     tensors = load_file(packed / "model.safetensors")
+    save_file({name.replace(old, new): t for name, t in tensors.items()}, packed / "model.safetensors")
     config = json.loads((packed / "config.json").read_text())
     overrides = config["quantization_config"]["overrides"]
-    old, new = "layers.1.mlp.experts.3.up_proj", "layers.1.mlp.experts.6.up_proj"
-    save_file({name.replace(old, new): t for name, t in tensors.items()}, packed / "model.safetensors")
     moved = {name.replace(old, new): format for name, format in overrides.items()}
     config["quantization_config"]["overrides"] = moved
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"do not make up transformers' .*layers.1.mlp.experts.gate_up_proj"):
-        load(packed)
-    new = "layers.1.mlp.surplus.up_proj"
-    save_file({name.replace(old, new): t for name, t in tensors.items()}, packed / "model.safetensors")
-    moved = {name.replace(old, new): format for name, format in overrides.items()}
-    config["quantization_config"]["overrides"] = moved
-    (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"surplus.up_proj is packed, but .*has no .*surplus.up_proj.weight"):
+    with pytest.raises(CheckpointError, match=message):
         load(packed)
 
 

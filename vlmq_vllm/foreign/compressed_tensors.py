@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import PARTS, SCALE_DTYPES, ModuleInfo, check_size, check_surplus
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_size, check_surplus
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.format import BITS, WORD, WeightFormat, pack
+from vlmq_vllm.format import BITS, PARTS, WORD, WeightFormat, pack
 from vlmq_vllm.headers import TensorInfo, Tensors
 
 
