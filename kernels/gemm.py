@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles, workspace
-from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight
+from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight, check_tensor
 from vlmq_vllm.kernels.parts import meet
 from vlmq_vllm.kernels.walk import walk
 
@@ -19,9 +19,11 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
-def write(b_acc, p_bias, p_out, o_n, o_m, N, M, stride_out, HAS_BIAS: tl.constexpr):
-    """The tile [BN, BM], plus bias, into out [M, N]."""
+def write(b_acc, token_scales, p_bias, p_out, o_n, o_m, N, M, stride_out, HAS_BIAS: tl.constexpr):
+    """The tile [BN, BM], times the tokens' scales if there are any, plus bias, into out [M, N]."""
     m_n = o_n < N
+    if token_scales is not None:
+        b_acc *= tl.load(token_scales + o_m, mask=o_m < M, other=0.0)[None, :]
     if HAS_BIAS:
         b_acc += tl.load(p_bias + o_n, mask=m_n, other=0.0).to(tl.float32)[:, None]
     p_tile = p_out + o_m.to(tl.int64)[None, :] * stride_out + o_n[:, None]
@@ -35,6 +37,7 @@ def gemm_kernel(
     words,  # [n_stripes, n_spans, P * W, 64] int16
     scales,  # [groups, n_stripes * 64]
     zeros,  # the same, uint8, read if HAS_ZERO
+    token_scales,  # float32 [M], or None
     bias,  # [N], read if HAS_BIAS
     out,  # [M, N], rows `stride_out` apart
     partials,  # float32, read and written if SPLIT
@@ -78,9 +81,9 @@ def gemm_kernel(
     if SPLIT:
         b_acc, is_last = meet(b_acc, partials, counters + i_tile, i_tile, i_split, splits, PTX)
         if is_last:
-            write(b_acc, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
+            write(b_acc, token_scales, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
     else:
-        write(b_acc, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
+        write(b_acc, token_scales, bias, out, o_n, o_m, N, M, stride_out, HAS_BIAS)
 
 
 def gemm(
@@ -89,12 +92,16 @@ def gemm(
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     plan: tiles.Plan | None = None,
+    token_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype.
 
-    x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan`.
+    x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan`. `token_scales`
+    float32 [M] multiply the float32 sums of each row of x W^T, where x holds the integers of `activations.py`.
     """
     out = check(x, weight, bias, out)
+    if token_scales is not None:
+        check_tensor("token_scales", token_scales, (len(x),), (torch.float32,), x)
     if out.numel() == 0:
         return out
     machine = hardware.of(x.device)
@@ -104,7 +111,7 @@ def gemm(
         raise ValueError(reason)
     programs = tiles.output_tiles(len(x), weight.geometry, plan.tile) * plan.splits
     with torch.cuda.device_of(x):  # Triton launches on the current device, which need not be x's
-        gemm_kernel[(programs,)](**arguments(x, weight, bias, out, plan, machine))
+        gemm_kernel[(programs,)](**arguments(x, weight, bias, out, plan, machine, token_scales))
     return out
 
 
@@ -115,6 +122,7 @@ def arguments(
     out: torch.Tensor,
     plan: tiles.Plan,
     machine: hardware.Hardware,
+    token_scales: torch.Tensor | None = None,
 ) -> dict:
     """What the kernel is called with."""
     geometry = weight.geometry
@@ -124,6 +132,7 @@ def arguments(
         words=weight.packed,
         scales=weight.scales,
         zeros=weight.zeros,
+        token_scales=token_scales,
         bias=bias,
         out=out,
         partials=scratch.partials if scratch else None,

@@ -5,6 +5,9 @@
         x times the weights of a layer that lie below each other, which may differ in width, group and grid; entry i of
         every list belongs to weight i, whose tensors are those of `layout.RuntimeWeight` (zeros[i] None if symmetric).
 
+    linear_int8_v1(q [..., K], token_scales [..., 1], and the others of linear_v1) -> [..., sum of rows]
+        token_scales * (q times the weights) + bias in q's dtype; q holds integers in [-127, 127] (`activations.py`).
+
     experts_v1(x [T, K] or [T, E, K], packed, scales, zeros | None, ids [T, E], bias [experts, rows] | None,
                router [T, E] | None, bits, group_size, rows, columns) -> [T, E, rows]
         every token with the experts that it is routed to, as in `experts.multiply`.
@@ -28,6 +31,7 @@ LINEAR = (
     "linear_v1(Tensor x, Tensor[] packed, Tensor[] scales, Tensor?[] zeros, Tensor? bias, "
     "int[] bits, int[] group_sizes, int[] rows, int columns, bool batch_invariant) -> Tensor"
 )
+INT8 = LINEAR.replace("linear_v1(Tensor x, ", "linear_int8_v1(Tensor q, Tensor token_scales, ")
 EXPERTS = (
     "experts_v1(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor ids, Tensor? bias, Tensor? router, "
     "int bits, int group_size, int rows, int columns) -> Tensor"
@@ -51,6 +55,27 @@ def linear_on_cpu(x, packed, scales, zeros, bias, bits, group_sizes, rows, colum
 def linear_fake(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
     """Shape and dtype of the result, for tracing."""
     return x.new_empty((*x.shape[:-1], sum(rows)))
+
+
+def int8_on_gpu(q, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+    """The Triton kernels, from a number of tokens on with int8 tensor cores."""
+    from vlmq_vllm.kernels.product import multiply
+
+    weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
+    return multiply(q, weights, bias, batch_invariant, token_scales)
+
+
+def int8_on_cpu(q, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+    """The twin."""
+    weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
+    parts = [None] * len(rows) if bias is None else bias.split(rows)
+    outs = [reference.gemm(q, *part, token_scales) for part in zip(weights, parts, strict=True)]
+    return torch.cat(outs, dim=-1)
+
+
+def int8_fake(q, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+    """Shape and dtype of the result, for tracing."""
+    return q.new_empty((*q.shape[:-1], sum(rows)))
 
 
 def experts_on_gpu(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
@@ -94,6 +119,7 @@ def _define() -> torch.library.Library:
     library = torch.library.Library("vlmq", "FRAGMENT")
     for schema, gpu, cpu, fake in (
         (LINEAR, linear_on_gpu, linear_on_cpu, linear_fake),
+        (INT8, int8_on_gpu, int8_on_cpu, int8_fake),
         (EXPERTS, experts_on_gpu, experts_on_cpu, experts_fake),
     ):
         name = schema.split("(")[0]

@@ -58,10 +58,20 @@ def dequantize(weight: RuntimeWeight) -> torch.Tensor:
     return dequantize_codes(format, from_words(weight.packed, geometry), scale, zero)
 
 
-def gemm(x: torch.Tensor, weight: RuntimeWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W^T + bias: [..., N] in x's dtype from x [..., K] and bias [N]; summed in float32, rounded once."""
+def gemm(
+    x: torch.Tensor,
+    weight: RuntimeWeight,
+    bias: torch.Tensor | None = None,
+    token_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """x W^T + bias: [..., N] in x's dtype from x [..., K] and bias [N]; summed in float32, rounded once.
+
+    `token_scales` [..., 1] float32 multiplies x W^T.
+    """
     weight.check_input(x, bias)
     out = x.float() @ dequantize(weight).T
+    if token_scales is not None:
+        out *= token_scales
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)

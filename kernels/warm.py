@@ -14,13 +14,22 @@ from vlmq_vllm.kernels import hardware, tiles, workspace
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.experts import multiply as multiply_experts
 from vlmq_vllm.kernels.layout import RuntimeWeight
-from vlmq_vllm.kernels.product import multiply
+from vlmq_vllm.kernels.product import crossover, multiply
 
 _done: set[tuple] = set()
 
 
-def warm(weights: Sequence[RuntimeWeight], dtype: torch.dtype, with_bias: bool, batch_invariant: bool = False) -> None:
-    """Launch whatever `multiply` may take for a layer of these weights, with bias also without (ranks differ)."""
+def warm(
+    weights: Sequence[RuntimeWeight],
+    dtype: torch.dtype,
+    with_bias: bool,
+    batch_invariant: bool = False,
+    rounded: bool = False,
+) -> None:
+    """Launch whatever `multiply` may take for a layer of these weights, with bias also without (ranks differ).
+
+    `rounded`: activations have 8 bits.
+    """
     device = weights[0].packed.device
     key = (
         device,
@@ -28,16 +37,19 @@ def warm(weights: Sequence[RuntimeWeight], dtype: torch.dtype, with_bias: bool, 
         dtype,
         with_bias,
         batch_invariant,
+        rounded,
     )
     if key in _done:
         return
     workspace.reserve(device)
     rows = sum(weight.geometry.rows for weight in weights)
     biases = (None, torch.zeros(rows, dtype=dtype, device=device)) if with_bias else (None,)
-    for m in tokens(hardware.of(device)):
+    machine = hardware.of(device)
+    for m in tokens(machine, crossover(machine, rounded)):
         x = torch.zeros(m, weights[0].geometry.columns, dtype=dtype, device=device)
+        token_scales = torch.zeros(m, 1, device=device) if rounded else None
         for bias in biases:
-            multiply(x, weights, bias, batch_invariant)
+            multiply(x, weights, bias, batch_invariant, token_scales)
     _done.add(key)
 
 
@@ -57,8 +69,8 @@ def warm_experts(experts: ExpertWeights, each: int, dtype: torch.dtype, with_bia
     _done.add(key)
 
 
-def tokens(machine: hardware.Hardware) -> list[int]:
+def tokens(machine: hardware.Hardware, many: int | None = None) -> list[int]:
     """Numbers of tokens that between them take every way: one of each bucket, of each number of tiles of the last one,
-    and the first that is dequantised."""
-    last, many = tiles.BUCKETS[-1], tiles.dequantise_from(machine)
+    and `many`, the first for which the fused kernel is left (by default that of activations at 16 bits)."""
+    last, many = tiles.BUCKETS[-1], many or crossover(machine, rounded=False)
     return sorted({*(m for m in tiles.BUCKETS if m < many), *range(2 * last, many, last), many - 1, many})

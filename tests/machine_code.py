@@ -15,9 +15,9 @@ import torch
 
 LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
-MMA = ("HMMA", "HGMMA", "UTC")  # tensor core instructions of Ampere, Hopper, Blackwell
+MMA = ("HMMA", "HGMMA", "UTC", "IMMA", "IGMMA")  # tensor core instructions of Ampere, Hopper, Blackwell; of integers
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int16: "i16"}
-TYPES |= {torch.int32: "i32", torch.uint8: "u8"}
+TYPES |= {torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8"}
 
 
 def machine(arch: str):
@@ -40,7 +40,7 @@ def launch(
 ):
     """(kernel, arguments, tile, geometry) of the launch for this many tokens."""
     from vlmq_vllm.format import WeightFormat
-    from vlmq_vllm.kernels import dequantise, experts, gemm, repack, tiles
+    from vlmq_vllm.kernels import centred, dequantise, experts, gemm, int8, repack, tiles
     from vlmq_vllm.kernels.expert_weights import ExpertWeights
     from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
 
@@ -64,6 +64,17 @@ def launch(
         elif kind == "repack":
             words = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32)
             kernel, arguments = repack.repack_kernel, repack.arguments(words, packed, 0, shape)
+        elif kind == "centred":
+            wide = torch.empty(64, centred.width(shape), dtype=torch.int8)
+            kernel = centred.centre_kernel
+            arguments = centred.arguments(RuntimeWeight(shape, packed, scales, zeros), wide, 0)
+        elif kind == "int8":
+            weight, bias = RuntimeWeight(shape, packed, scales, zeros), torch.empty(rows, dtype=dtype)
+            q, part = (torch.empty(n, centred.width(shape), dtype=torch.int8) for n in (tokens, rows))
+            sums = None if symmetric else int8.step_sums(q, shape)
+            each = torch.empty(tokens)
+            kernel = int8.int8_kernel
+            arguments = int8.arguments(q, sums, each, weight, part, 0, bias, out, machine(arch))
         else:
             kernel = dequantise.dequantise_kernel
             weight, wide = RuntimeWeight(shape, packed, scales, zeros), torch.empty(columns, 64, dtype=dtype)
@@ -114,7 +125,12 @@ def count(arch: str, compiled, per_thread: float) -> dict:
     if not arch.startswith("sm_"):
         text = compiled.asm["amdgcn"]
         spilled = re.findall(r"(?:ScratchSize|private_segment_fixed_size):?\s*(\d+)", text)
-        found = {"spilled": max(map(int, spilled)), "mma": text.count("v_mfma"), "divided": "global_atomic_add" in text}
+        found = {
+            "spilled": max(map(int, spilled)),
+            "mma": text.count("v_mfma"),
+            "integer_mma": text.count("v_mfma_i32"),
+            "divided": "global_atomic_add" in text,
+        }
         return found | ({"awaited": stores_awaited(text)} if found["divided"] else {})
     listing = disassemble(compiled.asm["cubin"])
     names = [name for _, name, _ in listing]
@@ -122,6 +138,7 @@ def count(arch: str, compiled, per_thread: float) -> dict:
         "spilled": spills(compiled.asm["ptx"]),
         "mma": sum(name.startswith(MMA) for name in names),
         "copies": sum(name.startswith("LDGSTS") for name in names),
+        "integer_mma": sum(name.startswith(("IMMA", "IGMMA")) for name in names),
     }
     loop = main_loop(listing)
     if loop:

@@ -50,8 +50,9 @@ def compile_in_process(arch: str, cases: list[dict], environment: dict) -> subpr
 
 def check(arch: str, case: dict, found: dict) -> None:
     assert found["shared"] <= LIMITS[arch], (case, found)
-    if case.get("kind") in ("dequantise", "repack"):
+    if case.get("kind") in ("dequantise", "repack", "centred", "int8"):
         assert found["spilled"] == 0, (case, found)
+        assert found["integer_mma"] == found["mma"] and (found["mma"] > 0) == (case["kind"] == "int8"), (case, found)
         return
     assert found["mma"] > 0, (case, found)
     assert found["shared"] <= found["foretold"], (case, found)  # what the predicate allows must compile
@@ -94,6 +95,28 @@ def test_other_kernels(arch, tmp_path):
     wanted += cases(tokens=(8,), kind="repack")
     wanted += cases(bits=(3,), tokens=(8,), columns=3600) + cases(bits=(3,), tokens=(8,), group=-1)
     wanted += cases(bits=(2,), tokens=(8,), dtype="float16")
+    for case, found in compiled(arch, wanted, tmp_path):
+        check(arch, case, found)
+
+
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("sm_80", marks=pytest.mark.slow)])
+def test_int8(arch, tmp_path):
+    """Integer tensor cores and nothing spilled, with sums of a group beside the others and with one sum for a row."""
+    wanted = [*cases((4,), (512,), kind="int8"), *cases((8,), (512,), kind="int8", group=-1, symmetric=False)]
+    for case, found in compiled(arch, wanted + cases((4,), (512,), kind="centred"), tmp_path):
+        check(arch, case, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", LIMITS)
+def test_int8_everything(arch, tmp_path):
+    wanted = [
+        {"tokens": 512, "kind": kind, "bits": bits, "group": group, "symmetric": symmetric, "dtype": dtype}
+        for bits in (4, 8)
+        for group in (32, 64, 128, -1)
+        for symmetric, dtype in ((True, "bfloat16"), (False, "float16"))
+        for kind in ("int8", "centred")
+    ]
     for case, found in compiled(arch, wanted, tmp_path):
         check(arch, case, found)
 

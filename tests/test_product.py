@@ -76,7 +76,7 @@ def test_batch_invariant(device, monkeypatch):
 def test_warm_up(device, monkeypatch):
     """Launches with every tile and by cuBLAS, with and without bias, once for layers of the same sizes."""
     calls = []
-    monkeypatch.setattr(warm, "multiply", lambda x, weights, bias, invariant: calls.append((len(x), bias is not None)))
+    monkeypatch.setattr(warm, "multiply", lambda x, weights, bias, *_: calls.append((len(x), bias is not None)))
     monkeypatch.setattr(warm, "_done", set())
     weights = [prepare(make_weight(4, True, 20, 96, 32, device=device), FP16)]
     for _ in range(2):

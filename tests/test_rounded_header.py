@@ -1,4 +1,4 @@
-"""The header of a checkpoint whose inputs are rounded to 8 bits: what is written, what is read back, what is refused."""
+"""The header of a checkpoint whose inputs are rounded to 8 bits: written, read back, refused where it is at odds."""
 
 import pytest
 
