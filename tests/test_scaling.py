@@ -14,11 +14,13 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.linears import linears_of, weights_of
+from vlmq_vllm.offline.gptq import round_to_nearest
+from vlmq_vllm.offline.grid import MINMAX
+from vlmq_vllm.offline.linears import holding, linears_of, weights_of
 from vlmq_vllm.offline.scaling import search
 from vlmq_vllm.offline.scaling.fold import effective, fold
 from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable, is_clipped
-from vlmq_vllm.offline.scaling.search import scales_of
+from vlmq_vllm.offline.scaling.search import RATIOS, scales_of
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import find_stages, inspected
 from vlmq_vllm.offline.stream import Stream, capture
@@ -116,6 +118,34 @@ def test_a_scaled_layer_keeps_its_function_and_tells_what_changed(name, models):
     parameters = dict(layer.named_parameters())
     for inner, value in found.changed.items():
         assert value.dtype == torch.bfloat16 and torch.equal(value.float(), parameters[inner])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+@torch.no_grad()
+def test_attention_is_judged_as_a_whole(name, models):
+    """The exponent for q, k and v by plain loops over the attention's own output, with its masks and positions."""
+    layer, streams = in_front_of(*models(name), 1)
+    norm, offset = layer.input_layernorm, 1.0 if name == "gemma3" else 0.0
+    mean = torch.cat([norm(stream.hidden).abs().flatten(0, 1) for stream in streams]).mean(0)
+    losses = []
+    for ratio in RATIOS:
+        stored = ((norm.weight + offset) / scales_of(mean, ratio) - offset).bfloat16().float()
+        scales, error, tokens = (norm.weight + offset) / (stored + offset), 0.0, 0
+        weights = {}
+        for linear in QKV:
+            code = round_to_nearest(layer.get_submodule(linear).weight * scales, FORMAT, torch.bfloat16, MINMAX)
+            weights[linear] = code.dequantize(torch.bfloat16).float() / scales
+        for stream in streams:
+            args, kwargs = stream.calls[1]
+            full = layer.self_attn(norm(stream.hidden), *args, **kwargs)[0]
+            with holding(layer, weights):
+                part = layer.self_attn(norm(stream.hidden), *args, **kwargs)[0]
+            error, tokens = error + float((part - full).abs().mean(-1).double().sum()), tokens + full[..., 0].numel()
+        losses.append(error / tokens)
+    found = scale(layer, 1, streams).ratios
+    assert [found[linear] for linear in QKV] == [RATIOS[losses.index(min(losses))]] * 3
+    first, second = sorted(losses)[:2]
+    assert second > first * (1 + 1e-6)  # what float32 sums may move
 
 
 def test_columns_that_share_a_value_head_share_their_scale(models):

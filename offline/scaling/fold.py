@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmq_vllm.offline.linears import put
+from vlmq_vllm.offline.linears import place, put
 from vlmq_vllm.offline.scaling.groups import Scalable
 
 DtypeOf = Callable[[str], torch.dtype]  # by the name of a parameter in the layer, the 16-bit dtype that it is stored in
@@ -53,12 +53,6 @@ def fold(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, chang
         put(layer, scalable.source, layer.get_submodule(scalable.source).weight / scales[:, None])
     for name, value in changed.items():
         place(layer, name, value)
-
-
-def place(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give the layer another parameter `name`."""
-    owner, _, leaf = name.rpartition(".")
-    layer.get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _exact(

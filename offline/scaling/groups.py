@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.stages import Group
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.stream import Stream
 
 SAME = 1e-4  # of a channel's largest value; a channel that does not follow is off by half of it or more
 PRODUCT = ("q_proj", "k_proj")  # their outputs meet in a product, whose error is not the sum of theirs

@@ -19,10 +19,11 @@ import torch
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.gptq import round_to_nearest
 from vlmq_vllm.offline.grid import GridSearch
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import holding
 from vlmq_vllm.offline.scaling.groups import Scalable
 from vlmq_vllm.offline.stages import inspected
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.stream import Stream
 
 BYTES = 1 << 30  # of inputs and outputs of inspected modules that are kept at once, a batch more at most
 ERRORS = {"mae": torch.Tensor.abs, "mse": torch.Tensor.square}

@@ -19,8 +19,9 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.grid import GridSearch
+from vlmq_vllm.offline.linears import place
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.scaling.fold import Changed, DtypeOf, effective, fold, place
+from vlmq_vllm.offline.scaling.fold import Changed, DtypeOf, effective, fold
 from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
 from vlmq_vllm.offline.scaling.losses import Rounding, Trial, candidate_losses
 from vlmq_vllm.offline.stages import Group
@@ -129,10 +130,10 @@ class Scaling:
             stream.inputs_of(layer, index, sums, visit)
         means = []
         for scalable, total in zip(found, sums.values(), strict=True):
-            total = self.ranks.add(total)
-            channel = scalable.channel.to(total.device)
-            mean = total.new_zeros(scalable.channels).index_add(0, channel, total[:-1] / total[-1])
-            means.append((mean / torch.bincount(channel)).float() if total[-1] > 0 else None)
+            added = self.ranks.add(total).cpu()  # where index_add has an order
+            mean = added.new_zeros(scalable.channels).index_add(0, scalable.channel, added[:-1] / added[-1])
+            mean = (mean / torch.bincount(scalable.channel)).float().to(total.device)
+            means.append(mean if added[-1] > 0 else None)
         return means
 
     def _check(self, layer, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
