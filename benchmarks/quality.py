@@ -51,7 +51,7 @@ METHODS = {
 class Judge:
     """Held-out questions with the full-precision model's log-probabilities at their answers.
 
-    The vision tower and the embeddings are not quantised here, so what they make of the questions is computed once.
+    What the vision tower and the embeddings make of the questions is computed once, unless they are quantised too.
     """
 
     @torch.no_grad()
@@ -65,20 +65,23 @@ class Judge:
         self.teacher = [found for found, _ in self._answers(model)]
 
     @torch.no_grad()
-    def _answers(self, model):
+    def _answers(self, model, whole: bool = False):
         """Per batch: log-probabilities [N, V] at the N answer tokens of all samples, and (sample, label) [N, 2]."""
         for data in self.batches:
             labels = data["labels"][:, 1:]
             learnt = labels != -100
             where = torch.stack([learnt.nonzero()[:, 0], labels[learnt]], 1)
-            hidden = answer(model, data, data["embedded"])
+            hidden = answer(model, data, embed(model, data)[0] if whole else data["embedded"])
             yield F.log_softmax(model.lm_head(hidden[:, :-1][learnt]), -1), where
 
     def __call__(self, folder: Path) -> dict[str, float]:
         """Mean KL per answer token and NLL in nats, and exact match in percent, over samples."""
-        model, _ = load(str(folder))
+        return self.judged(load(str(folder))[0])
+
+    def judged(self, model, whole: bool = False) -> dict[str, float]:
+        """The same of a model in memory; `whole` if its vision tower differs from the full-precision one."""
         kl, nll, exact = [], [], []
-        for (found, where), teacher in zip(self._answers(model), self.teacher, strict=True):
+        for (found, where), teacher in zip(self._answers(model, whole), self.teacher, strict=True):
             divergence = F.kl_div(found, teacher, log_target=True, reduction="none").sum(-1)
             loss = -found.gather(1, where[:, 1:]).squeeze(1)
             hit = found.argmax(-1) == where[:, 1]
