@@ -19,9 +19,11 @@ class Claims:
     """Kept while a process builds its layers.
 
     reasons: why vLLM takes no packed weight for a module, where known. missing: layers without any weight in the files.
+    activation_bits: of the inputs of quantised modules.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activation_bits: int = 16) -> None:
+        self.activation_bits = activation_bits
         self.reasons: dict[str, str] = {}
         self.claimed: set[str] = set()
         self.missing: list[str] = []
@@ -33,7 +35,8 @@ class Claims:
         """The layer `prefix` takes these modules; None stands for a part at 16 bits."""
         shards = list(shards)
         self.claimed.update(name for name, info in shards if info)
-        formats = dict.fromkeys("16" if info is None else describe(info.format) for _, info in shards)
+        bits = self.activation_bits
+        formats = dict.fromkeys("16" if info is None else describe(info.format, bits) for _, info in shards)
         self._count(prefix, " | ".join(formats))
 
     def add_plain(self, prefix: str) -> None:
@@ -89,7 +92,8 @@ class Claims:
         self.rows[re.sub(r"\.\d+(?=\.|$)", ".*", prefix), text] += 1
 
 
-def describe(format: WeightFormat) -> str:
-    """Width, grouping and grid in a word, such as "W3 g128 asym"."""
+def describe(format: WeightFormat, activation_bits: int = 16) -> str:
+    """Width, grouping and grid in a word, such as "W3 g128 asym"; "W4A8 g128" where inputs are rounded to 8 bits."""
+    inputs = "" if activation_bits == 16 else f"A{activation_bits}"
     group = "row" if format.group_size == -1 else f"g{format.group_size}"
-    return f"W{format.bits} {group}{'' if format.symmetric else ' asym'}"
+    return f"W{format.bits}{inputs} {group}{'' if format.symmetric else ' asym'}"

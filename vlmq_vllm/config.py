@@ -40,7 +40,8 @@ class VLMQConfig(QuantizationConfig):
         self.known = False  # whether the family's layers are all known by name, so that none can be missed
         self.mappers: list = []
         self.tables: dict[str, ModuleTable] = {}
-        self.claims = Claims()
+        self.activation_bits = spec.activation_bits if isinstance(spec, QuantizationSpec) else 16
+        self.claims = Claims(self.activation_bits)
 
     @classmethod
     def get_name(cls) -> str:
@@ -177,6 +178,11 @@ class VLMQConfig(QuantizationConfig):
         if not found:
             self.claims.add_plain(prefix)
             return None
+        if self.activation_bits != 16:
+            raise ValueError(
+                f"{prefix}: experts of a mixture are served with inputs of 16 bits only, the checkpoint says "
+                f"activation_bits {self.activation_bits}; quantise again with --activation-bits 16, or without experts"
+            )
         from vlmq_vllm.moe import VLMQMoEMethod
 
         experts = {key: (name, self.modules[name]) for key, name in found.items()}

@@ -4,6 +4,9 @@
     int4    neighbouring segments widened for vLLM's CPU kernel   tensors packed, scales, zeros (`cpu.py`)
     dense   a weight at 16 bits, kept so or dequantised once      tensor weight
 
+Where a checkpoint rounds inputs to 8 bits (`activations.py`) a launch with quantised weights takes the integers and
+every token's scale; a weight that the checkpoint keeps at 16 bits takes the input as it is.
+
 The caller keeps the tensors; a Launch itself holds numbers and their names only. Which kind a weight gets is decided
 here, and a weight that has to be dequantised is named in the log with the reason.
 """
@@ -23,6 +26,8 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 logger = init_logger(f"vllm.{__name__}")
 
 Tensors = Mapping[str, torch.Tensor]
+# Integers are multiplied as parts of 128, exactly the same to a float: float16 could not hold many of the sums.
+UNIT = 2.0**-7
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Launch:
-    """One product of `rows` outputs from the tensors `names`.
+    """One product of `rows` outputs from the tensors `names`; `rounded`: its inputs are integers with tokens' scales.
 
     `isa` belongs to "int4". To "triton" belong `columns` and `parts`, (bits, group_size, rows) of the weights in it.
     """
@@ -61,30 +66,50 @@ class Launch:
     parts: tuple[tuple[int, int, int], ...] = ()
     columns: int = 0
     batch_invariant: bool = False
+    rounded: bool = False
 
-    def run(self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [M, columns] times the weights, plus bias [rows]: [M, rows]."""
+    def run(
+        self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None, token_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [M, columns] times the weights, times token_scales [M, 1] float32 if given, plus bias [rows]: [M, rows]."""
+        if self.kind == "triton":
+            return self._triton(tensors, x, bias, token_scales)
+        if token_scales is None:
+            return self._float(tensors, x, bias)
+        product = self._float(tensors, x * UNIT, None).float() * (token_scales / UNIT)
+        return (product if bias is None else product + bias).to(x.dtype)
+
+    def _float(self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.kind == "dense":
             return torch.nn.functional.linear(x, tensors["weight"], bias)
-        if self.kind == "int4":
-            packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
-            return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
+        packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
+        return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
+
+    def _triton(self, tensors: Tensors, x: torch.Tensor, bias, token_scales) -> torch.Tensor:
         lists = [[tensors.get(f"{name}{i}") for i in range(len(self.parts))] for name in ("packed", "scales", "zeros")]
         bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.parts, strict=True))
-        return torch.ops.vlmq.linear_v1(x, *lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
+        given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
+        if token_scales is None:
+            return torch.ops.vlmq.linear_v1(x, *given)
+        return torch.ops.vlmq.linear_int8_v1(x, token_scales, *given)
 
 
-def prepare(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> list[tuple[Launch, Tensors]]:
-    """The launches of a layer and their tensors for activations of `dtype`; `with_bias`: it may be given a bias."""
+def prepare(
+    pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool = False
+) -> list[tuple[Launch, Tensors]]:
+    """The launches of a layer and their tensors for activations of `dtype`.
+
+    `with_bias`: the layer may be given a bias. `rounded`: inputs of quantised weights are rounded to 8 bits.
+    """
     launches = []
     for kind, group in groupby(pieces, key=lambda piece: kind_of(piece, dtype)):
         members = list(group)
         if kind == "int4":
-            launches.append(_int4(members, dtype))
+            launches.append(_int4(members, dtype, rounded))
         elif kind == "triton":
-            launches.append(_triton(members, dtype, with_bias))
+            launches.append(_triton(members, dtype, with_bias, rounded))
         else:
-            launches += [_dense(piece, dtype) for piece in members]
+            launches += [_dense(piece, dtype, rounded) for piece in members]
     return launches
 
 
@@ -117,18 +142,19 @@ def check_triton() -> None:
         raise RuntimeError("vlmq's kernels need Triton, which is not installed; pip install triton")
 
 
-def _dense(piece: Piece, dtype: torch.dtype) -> tuple[Launch, Tensors]:
+def _dense(piece: Piece, dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
     dense = piece.tensors["weight"].clone() if piece.format is None else piece.codes().dequantize(dtype)
-    return Launch("dense", len(dense), ("weight",)), {"weight": dense}
+    rounded = rounded and piece.format is not None
+    return Launch("dense", len(dense), ("weight",), rounded=rounded), {"weight": dense}
 
 
-def _int4(pieces: list[Piece], dtype: torch.dtype) -> tuple[Launch, Tensors]:
+def _int4(pieces: list[Piece], dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
     tensors = {name: x for name, x in cpu.widen([p.codes() for p in pieces], dtype).items() if x is not None}
     rows = sum(piece.shape[0] for piece in pieces)
-    return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype)), tensors
+    return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors
 
 
-def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> tuple[Launch, Tensors]:
+def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool) -> tuple[Launch, Tensors]:
     """Neighbours of one format become one weight. Raises RuntimeError where Triton is missing."""
     check_triton()
     from vlmq_vllm.kernels import op  # noqa: F401, defines torch.ops.vlmq
@@ -140,7 +166,7 @@ def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> tuple[L
     if weights[0].packed.is_cuda:
         from vlmq_vllm.kernels.warm import warm
 
-        warm(weights, dtype, with_bias, invariant)
+        warm(weights, dtype, with_bias, invariant, rounded)
     tensors = {}
     for i, weight in enumerate(weights):
         tensors |= {f"packed{i}": weight.packed, f"scales{i}": weight.scales}
@@ -155,5 +181,6 @@ def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool) -> tuple[L
         parts=parts,
         columns=shapes[0].columns,
         batch_invariant=invariant,
+        rounded=rounded,
     )
     return launch, tensors

@@ -10,6 +10,7 @@ from types import MethodType
 import torch
 from vllm.model_executor.layers.linear import LinearMethodBase
 
+from vlmq_vllm.activations import quantize_tokens
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.container import Container, add_parameter
 from vlmq_vllm.launch import prepare
@@ -47,7 +48,8 @@ class VLMQLinearMethod(LinearMethodBase):
         if not container.is_full(layer):
             return
         self.config.check_complete()
-        launches = prepare(container.pieces(layer), container.dtype, self._has_bias(layer))
+        rounded = self.config.activation_bits == 8
+        launches = prepare(container.pieces(layer), container.dtype, self._has_bias(layer), rounded)
         container.empty(layer)
         for i, (_, tensors) in enumerate(launches):
             for name, tensor in tensors.items():
@@ -67,13 +69,15 @@ class VLMQLinearMethod(LinearMethodBase):
         return True
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """x [..., I] to [..., O]."""
+        """x [..., I] to [..., O]. With inputs of 8 bits a tensor-parallel rank rounds the features that it holds."""
         flat = x.reshape(-1, x.shape[-1])
+        rounded = quantize_tokens(flat) if any(launch.rounded for launch in layer.vlmq_launches) else None
         outputs, start = [], 0
         for i, launch in enumerate(layer.vlmq_launches):
             tensors = {name: getattr(layer, f"vlmq_{i}_{name}") for name in launch.names}
             stop = start + launch.rows
-            outputs.append(launch.run(tensors, flat, None if bias is None else bias[start:stop]))
+            given, token_scales = rounded if launch.rounded else (flat, None)
+            outputs.append(launch.run(tensors, given, None if bias is None else bias[start:stop], token_scales))
             start = stop
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return out.reshape(*x.shape[:-1], start)
