@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.offline.batches import batched
@@ -26,7 +27,12 @@ class Chats:
 
 
 def read(
-    data: str, calibration: str | None, source: Source, processor, settings: StudySettings, say: Callable[[str], None]
+    data: str | Path,
+    calibration: str | Path | None,
+    source: Source,
+    processor,
+    settings: StudySettings,
+    say: Callable[[str], None],
 ) -> Chats:
     """Read both. Raises QuantizeError for a chat that cannot be used, RefusedError where a chat is in both."""
     held_out = read_all(data)

@@ -140,7 +140,9 @@ class PieceMaker:
         format = replace(problem.format, bits=kind[1])
         [solution] = solve(weight[None], h[None], format, problem.dtype, solver_of(self.settings[kind]))
         if solution.damp is None:
-            self.say(f"{problem.linears[0]} was rounded to nearest: its moments stayed singular under damping")
+            self.say(
+                f"{unit.module}.{problem.linears[0]} was rounded to nearest: its moments stayed singular under damping"
+            )
         parts = zip(problem.linears, solution.split(problem.rows), strict=True)
         return {self._target(unit, linear).module: part.weight for linear, part in parts}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.experts import is_expert
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.units import Target, Unit, find_targets, find_units
 from vlmq_vllm.unserved import why_unserved
@@ -80,6 +80,20 @@ def find_parts(by: str, subject: Subject) -> list[Part]:
         prefix = f"{unit.component} " if len(subject.components) > 1 and by != "component" else ""
         found.setdefault(prefix + name, []).append(target.name)
     return [Part(name, tuple(linears)) for name, linears in found.items()]
+
+
+def expand(parts: list[Part], widths: tuple[int, ...], kept: bool = False) -> dict[str, int]:
+    """Linears of the parts with their widths; those at 16 bits only where `kept`."""
+    pairs = zip(parts, widths, strict=True)
+    return {linear: width for part, width in pairs for linear in part.linears if kept or width != KEPT}
+
+
+def label_of(parts: list[Part], widths: tuple[int, ...]) -> str:
+    """A configuration in words."""
+    if len(set(widths)) == 1:
+        return f"all {widths[0]}"
+    named = [f"{part.name} {width}" for part, width in zip(parts, widths, strict=True) if width != KEPT]
+    return ", ".join(named) + ", others 16" if KEPT in widths else ", ".join(named)
 
 
 def _component(unit: Unit, linear: str, count: int) -> str:

@@ -19,7 +19,6 @@ from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.sources import check_exists
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.resume import identity
-from vlmq_vllm.offline.settings import KEPT
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.study.chats import Chats, read
 from vlmq_vllm.offline.study.designs import Widths, find_design
@@ -27,7 +26,7 @@ from vlmq_vllm.offline.study.importance import check_forest
 from vlmq_vllm.offline.study.judge import Figures, Judge
 from vlmq_vllm.offline.study.making import PieceMaker
 from vlmq_vllm.offline.study.mixtures import Budget, recipe_of
-from vlmq_vllm.offline.study.parts import Part, Subject, find_parts, find_subject
+from vlmq_vllm.offline.study.parts import Part, Subject, expand, find_parts, find_subject, label_of
 from vlmq_vllm.offline.study.pieces import Pieces
 from vlmq_vllm.offline.study.report import Mixed, Study, write
 from vlmq_vllm.offline.study.results import Results, key_of
@@ -39,8 +38,8 @@ BLIND = 3  # mixtures that a budget's is compared with
 
 def sweep(
     model: str,
-    data: str,
-    calibration: str | None,
+    data: str | Path,
+    calibration: str | Path | None,
     out: Path,
     settings: StudySettings,
     device: str = "cpu",
@@ -80,7 +79,7 @@ class _Run:
         self.budget = Budget(self.subject, self.modules, settings.levels, settings.budget) if settings.budget else None
         self.processor = load_processor(self.source.folder)
 
-    def run(self, data: str, calibration: str | None, out: Path, resume: bool) -> dict:
+    def run(self, data: str | Path, calibration: str | Path | None, out: Path, resume: bool) -> dict:
         found = read(data, calibration, self.source, self.processor, self.settings, self.say)
         with Results(out, self._identity(found), resume) as results:
             pieces = Pieces(out / "pieces")
@@ -96,13 +95,18 @@ class _Run:
             study = self._study(results, judge, data, calibration)
             return write(out, study)
 
-    def _study(self, results: Results, judge: Judge, data: str, calibration: str | None) -> Study:
+    def _study(self, results: Results, judge: Judge, data: str | Path, calibration: str | Path | None) -> Study:
         base = self._row("none", "16 bits", {}, judge.full_precision())
         for method in self.settings.methods:
             self._evaluate(results, judge, method, self.parts, self.design)
         mixed = self._mix(results, judge) if self.budget else None
         return Study(
-            about={"model": self.model, "data": data, "calibration": calibration, "questions": len(judge.questions)},
+            about={
+                "model": self.model,
+                "data": str(data),
+                "calibration": calibration and str(calibration),
+                "questions": len(judge.questions),
+            },
             settings=self.settings,
             parts=self.parts,
             base=base,
@@ -182,20 +186,6 @@ class _Run:
             "dtype": self.settings.dtype,
             "components": self.subject.components,
         }
-
-
-def expand(parts: list[Part], widths: Widths, kept: bool = False) -> dict[str, int]:
-    """Linears of the parts with their widths; those at 16 bits only where `kept`."""
-    pairs = zip(parts, widths, strict=True)
-    return {linear: width for part, width in pairs for linear in part.linears if kept or width != KEPT}
-
-
-def label_of(parts: list[Part], widths: Widths) -> str:
-    """A configuration in words."""
-    if len(set(widths)) == 1:
-        return f"all {widths[0]}"
-    named = [f"{part.name} {width}" for part, width in zip(parts, widths, strict=True) if width != KEPT]
-    return ", ".join(named) + ", others 16" if KEPT in widths else ", ".join(named)
 
 
 def _device(name: str) -> torch.device:
