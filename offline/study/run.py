@@ -19,6 +19,7 @@ from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.sources import check_exists
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.resume import identity
+from vlmq_vllm.offline.settings import BITS
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.study.chats import Chats, read
 from vlmq_vllm.offline.study.designs import Widths, find_design
@@ -175,7 +176,7 @@ class _Run:
 
     def _identity(self, found: Chats) -> dict:
         """What decides the numbers. Not which widths, methods, parts and configurations there are: each is a row."""
-        base = self.settings.of("gptq", self.settings.bits[0])
+        base = self.settings.of("gptq", max(BITS))  # one width for all studies, that takes every group size
         same = identity(self.source, base, found.taught, self.device, Ranks(self.device))
         left = {name: value for name, value in same.items() if name not in ("bits", "method", "threads", "processes")}
         return left | {
