@@ -6,6 +6,7 @@ same group of every expert.
 """
 
 import re
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +27,7 @@ def find_stages(layer: torch.nn.Module, index: int, stream: Stream) -> list[list
         for name in names
     ]
     with removing(handles):
-        stream.call(layer, index)
+        replace(stream, rounded=frozenset()).call(layer, index)  # rounding would make a tensor of each reader's own
     groups: list[list[str]] = []
     last = None
     for name, inputs in order:

@@ -2,7 +2,7 @@
 
 Two streams run through the stack, U behind the quantised layers and F behind the full-precision ones (where a method
 needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's moments are
-collected after the stages before it have been replaced. Where channels are scaled (AWQ), that comes first, for the
+collected after the stages before it have been replaced, unless layers are not calibrated in sequence. Where channels are scaled (AWQ), that comes first, for the
 whole layer. One layer's weights are in memory at a time.
 """
 
@@ -173,7 +173,8 @@ class Walk:
         return self.settings.base if len(stage) == 1 else "gptq"
 
     def _placed(self, layer: torch.nn.Module, linear: str, solution: Solution) -> tuple[str, Solution]:
-        put(layer, linear, _served(solution.weight))
+        if self.settings.sequential:
+            put(layer, linear, _served(solution.weight))
         return linear, solution
 
     def _format(self, name: str, linear: str) -> WeightFormat:
