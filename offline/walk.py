@@ -2,8 +2,8 @@
 
 Two streams run through the stack, U behind the quantised layers and F behind the full-precision ones (where a method
 needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's moments are
-collected after the stages before it have been replaced, unless layers are not calibrated in sequence. Where channels are scaled (AWQ), that comes first, for the
-whole layer. One layer's weights are in memory at a time.
+collected after the stages before it have been replaced, unless a method does not calibrate in sequence. Where channels
+are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
 """
 
 import functools

@@ -57,11 +57,9 @@ def test_stopped_and_resumed(name, runs, demo_model, calibration, tmp_path):
     whole, settings = runs(name), Settings(**GROUP | METHODS[name])
     assert {module.format.bits for module in verify(whole).modules.values()} >= {4}
     for units in (2, 1):
-        answers = iter([False] * units + [True])
+        stop = functools.partial(next, iter([False] * units + [True]))
         with pytest.raises(StoppedError):
-            quantize(
-                str(demo_model), tmp_path / "out", calibration, settings, resume=True, stop=lambda a=answers: next(a)
-            )
+            quantize(str(demo_model), tmp_path / "out", calibration, settings, resume=True, stop=stop)
     quantize(str(demo_model), tmp_path / "out", calibration, settings, resume=True)
     assert (tmp_path / "out/SHA256SUMS").read_text() == (whole / "SHA256SUMS").read_text()
 
