@@ -14,17 +14,15 @@ import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest
-from vlmq_vllm.offline.grid import CLIP, MINMAX, MSE, GridSearch
+from vlmq_vllm.offline.gptq import Solution, round_to_nearest
 from vlmq_vllm.offline.linears import holding, linears_of, parameters_of, place, put, with_parameters
 from vlmq_vllm.offline.problems import collect, find_problems, solve_all
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.solvers import grid_of, solver_of
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import Group, find_stages
 from vlmq_vllm.offline.stream import Stream
-
-GRIDS = {"mse": MSE, "minmax": MINMAX, "mse-h": GridSearch(exponent=2, importance=True)}
 
 
 @dataclass(frozen=True)
@@ -190,19 +188,6 @@ class Walk:
 
     def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
         return {linear: _served(self._rounded(layer, name, linear)) for linear in self._linears(layer, name)}
-
-
-def grid_of(settings: Settings) -> GridSearch:
-    """The search for a grid that looks at weights alone, or with "mse-h" at diag H too."""
-    return GRIDS[settings.grid]
-
-
-def solver_of(settings: Settings) -> Solver:
-    """How a linear is solved."""
-    if settings.method == "awq":
-        return Solver(CLIP, compensate=False)
-    static, aligned = settings.act_order == "static", settings.base == "aligned"
-    return Solver(grid_of(settings), static, settings.damp, settings.alpha, aligned)
 
 
 def _full(name: str, linear: str) -> str:

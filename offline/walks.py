@@ -16,10 +16,11 @@ from vlmq_vllm.offline.saliency.modality import Modality, modality_ratios
 from vlmq_vllm.offline.saliency.weighing import Weighing
 from vlmq_vllm.offline.scaling.search import Scaling
 from vlmq_vllm.offline.settings import KEPT, Settings
+from vlmq_vllm.offline.solvers import grid_of
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream, capture
 from vlmq_vllm.offline.units import Unit
-from vlmq_vllm.offline.walk import Walk, grid_of
+from vlmq_vllm.offline.walk import Walk
 
 
 @dataclass

@@ -24,13 +24,13 @@ from vlmq_vllm.offline.problems import Problem, collect, find_problems, solve_al
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.scaling.search import Scaling
 from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.solvers import grid_of, solver_of
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import Group, find_stages
 from vlmq_vllm.offline.stream import Stream, capture
 from vlmq_vllm.offline.study.parts import Subject
 from vlmq_vllm.offline.study.pieces import Kind, Pieces
 from vlmq_vllm.offline.units import Target, Unit
-from vlmq_vllm.offline.walk import grid_of, solver_of
 
 Found = dict[str, QuantizedWeight | torch.Tensor]  # by the names in the files
 
