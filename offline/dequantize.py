@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import ModuleInfo, read_modules
-from vlmq_vllm.errors import CheckpointError
+from vlmq_vllm.checkpoint import ModuleInfo, read_modules, read_spec
+from vlmq_vllm.errors import CheckpointError, RefusedError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import TensorInfo, Tensors, read_config, read_headers
 from vlmq_vllm.names import EXPERT_PARTS
@@ -22,8 +22,16 @@ EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
 
 
 def dequantize(folder: Path, out: Path) -> None:
-    """Write the 16-bit twin of the vlmq checkpoint `folder` to the new folder `out`. Raises CheckpointError."""
+    """Write the 16-bit twin of the vlmq checkpoint `folder` to the new folder `out`.
+
+    Raises CheckpointError, and RefusedError for a checkpoint that also rounds inputs.
+    """
     modules = read_modules(folder)
+    if read_spec(folder).activation_bits != 16:
+        raise RefusedError(
+            "activation_bits is 8, and a model in 16 bits would answer differently: nothing in it rounds the inputs; "
+            "serve the checkpoint as it is, or load it with transformers' from_pretrained, which rounds them"
+        )
     headers = read_headers(folder)
     fused = find_experts(modules, headers)
     config = read_config(folder)

@@ -10,7 +10,7 @@ import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vlmq_vllm.checkpoint import ModuleInfo, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, read_modules, read_spec
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, WeightFormat
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
@@ -34,8 +34,8 @@ class Kind:
 
 @dataclass(frozen=True)
 class Info:
-    """`bytes` of all weight files. `tool`: who made it, {} where config.json does not say. `samples`: of the
-    calibration, None where there is no report of the run."""
+    """`bytes` of all weight files. `activation_bits`: of the inputs of quantised linears. `tool`: who made it, {} where
+    config.json does not say. `samples`: of the calibration, None where there is no report of the run."""
 
     folder: Path
     model_type: str | None
@@ -45,6 +45,7 @@ class Info:
     quantized: int
     bits_per_weight: float
     bits_per_parameter: float
+    activation_bits: int
     tool: dict
     samples: int | None
     serve: str
@@ -77,6 +78,7 @@ def info(folder: Path) -> Info:
         quantized=quantized,
         bits_per_weight=packed / quantized,
         bits_per_parameter=total / parameters,
+        activation_bits=read_spec(folder).activation_bits,
         tool=config["quantization_config"].get("tool") or {},
         samples=_samples(folder / REPORT),
         serve=f"vllm serve {shlex.quote(str(folder))} --quantization vlmq",

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from vlmq_vllm.checkpoint import ModuleInfo, read_modules
+from vlmq_vllm.checkpoint import ModuleInfo, read_modules, read_spec
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.writer import SUMS, sha256
@@ -14,12 +14,13 @@ from vlmq_vllm.offline.writer import SUMS, sha256
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found in a sound checkpoint; `bytes` counts every file."""
+    """What was found in a sound checkpoint; `bytes` counts every file, `activation_bits` are the linears' inputs'."""
 
     modules: dict[str, ModuleInfo]
     tensors: int
     files: int
     bytes: int
+    activation_bits: int
 
 
 def verify(folder: Path) -> Verdict:
@@ -36,7 +37,8 @@ def verify(folder: Path) -> Verdict:
             raise CheckpointError(f"{name} holds NaN or infinity; quantise again")
         if name.endswith(".weight_scale") and not (tensor > 0).all():
             raise CheckpointError(f"{name} holds a scale that is not positive; quantise again")
-    return Verdict(modules, len(headers), len(files), sum(path.stat().st_size for path in files))
+    size = sum(path.stat().st_size for path in files)
+    return Verdict(modules, len(headers), len(files), size, read_spec(folder).activation_bits)
 
 
 def _check_sums(folder: Path) -> list[Path]:

@@ -4,9 +4,13 @@ Packed weights are unpacked one after the other while transformers loads, on the
 numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype: it takes that memory and is saved as
 such. Names in the files become those in memory by transformers' own rules; experts, which are packed one by one, are
 laid into transformers' fused parameters. Everything about packed weights is checked before anything is loaded.
+
+Where the checkpoint rounds inputs to 8 bits (`activations.py`) so do hooks on the modules that were packed. Such a
+model stays a quantised one for transformers and is not saved: without its hooks it would answer differently.
 Importing this file registers it, which `vlmq_vllm` sees to as soon as transformers is there.
 """
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +27,23 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_modules
+from vlmq_vllm.activations import round_tokens
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_modules, read_spec
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import TensorInfo, read_headers
 from vlmq_vllm.names import EXPERT_PARTS
+
+logger = logging.getLogger(__name__)
 
 
 class VLMQTransformersConfig(QuantizationConfigMixin):
     """The quantization_config of config.json, as far as transformers asks; the files are what is believed."""
 
     def __init__(self, **fields) -> None:
-        QuantizationSpec.from_dict(fields)
+        spec = QuantizationSpec.from_dict(fields)
         self.__dict__ |= fields
-        self.dequantize = True  # transformers then takes the model for unquantised as soon as it is loaded
+        self.dequantize = spec.activation_bits == 16  # then transformers takes a loaded model for unquantised
 
 
 class VLMQQuantizer(HfQuantizer):
@@ -47,6 +54,7 @@ class VLMQQuantizer(HfQuantizer):
             raise CheckpointError("a vlmq model is loaded from its folder, not from a state_dict; leave it out")
         folder = Path(checkpoint_files[0]).parent
         self.modules, self.headers, self.model = read_modules(folder), read_headers(folder), model
+        self.rounds = read_spec(folder).activation_bits == 8
 
     def update_weight_conversions(self, weight_conversions: list, *_) -> list:
         """transformers' rules from names in files to names in memory, behind ours for packed weights.
@@ -60,6 +68,14 @@ class VLMQQuantizer(HfQuantizer):
             self.own.insert(0, WeightConverter(sources, f"experts.{fused}", [unpack]))
         rules = [*self.own, *weight_conversions]
         unpack.places = find_places(self.model, rules, self.headers, self.modules)
+        self.rounded = [target.removesuffix(".weight") for target in unpack.places] if self.rounds else []
+        linears = {name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)}
+        for name in self.rounded:
+            if name not in linears:
+                raise CheckpointError(
+                    f"{name} is no linear layer of transformers' model, and activation_bits is 8; inputs of others are "
+                    "not rounded, quantise again with --activation-bits 16"
+                )
         return rules
 
     def _process_model_after_weight_loading(self, model, **_) -> None:
@@ -70,17 +86,30 @@ class VLMQQuantizer(HfQuantizer):
                 special = (dtype for pattern, dtype in plan.items() if pattern.search(name))
                 parameter.data = parameter.data.to(next(special, self.dtype))
         model._weight_conversions = [rule for rule in model._weight_conversions if rule not in self.own]
+        for name in self.rounded:
+            model.get_submodule(name).register_forward_pre_hook(_round_input)
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         self.dtype = dtype
         return dtype
 
     def is_serializable(self) -> bool:
-        return True
+        """Asked by save_pretrained, whose error refers to the log."""
+        if self.rounds:
+            logger.warning(
+                "the inputs of this model's linears are rounded to 8 bits, which saved weights would not say; keep the "
+                "vlmq folder"
+            )
+        return not self.rounds
 
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _round_input(_, inputs: tuple) -> tuple:
+    """A forward pre-hook of a linear layer."""
+    return round_tokens(inputs[0]), *inputs[1:]
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def _rows(found) -> list[tuple[str, str]]:
         ("model", f"{found.model_type}, {found.parameters:,} parameters, {found.quantized:,} of them quantised"),
         ("size", f"{found.bytes / 1e6:.1f} MB of weights"),
         ("bits per weight", f"{found.bits_per_weight:.3f} quantised, {found.bits_per_parameter:.3f} over all"),
+        ("inputs", f"{found.activation_bits} bits{' (rounded token by token)' if found.activation_bits != 16 else ''}"),
         ("made by", f"{found.tool.get('name', 'unknown')} {found.tool.get('version', '')}".strip()),
         ("settings", ", ".join(f"{name} {value}" for name, value in settings.items()) or "unknown"),
         ("calibration", "unknown" if found.samples is None else f"{found.samples} samples"),

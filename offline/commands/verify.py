@@ -18,9 +18,18 @@ def verify(folder: Quantized, as_json: Json = False) -> None:
     if as_json:
         counts = {"files": verdict.files, "bytes": verdict.bytes, "tensors": verdict.tensors}
         linears = {str(bits): count for bits, count in sorted(widths.items())}
-        typer.echo(json.dumps({"folder": str(folder), "sound": True} | counts | {"linears_by_bits": linears}, indent=2))
+        typer.echo(
+            json.dumps(
+                {"folder": str(folder), "sound": True}
+                | counts
+                | {"linears_by_bits": linears, "activation_bits": verdict.activation_bits},
+                indent=2,
+            )
+        )
         return
     parts = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(widths.items()))
+    if verdict.activation_bits != 16:
+        parts += f", inputs at {verdict.activation_bits} bits"
     typer.echo(
         f"{folder} is sound: {verdict.files} files, {verdict.bytes / 1e6:.1f} MB, {verdict.tensors} tensors; {parts}"
     )

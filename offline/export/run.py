@@ -10,7 +10,8 @@ from types import ModuleType
 import torch
 from safetensors import safe_open
 
-from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.checkpoint import read_spec
+from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import PARTS
 from vlmq_vllm.offline.export import compressed_tensors, gptq
 from vlmq_vllm.offline.export.model import Model, read_model
@@ -26,6 +27,11 @@ def export(folder: Path, out: Path, name: str) -> str:
     """
     if name not in TARGETS:
         raise QuantizeError(f"--format is {name!r}; it must be {' or '.join(TARGETS)}")
+    if read_spec(folder).activation_bits != 16:  # compressed-tensors' own integers of 8 bits have steps of max / 127.5
+        raise RefusedError(
+            f"activation_bits is 8, and software for {name} rounds inputs in another way or not at all; serve the "
+            "checkpoint as it is, or quantise again with --activation-bits 16"
+        )
     target = TARGETS[name]
     model = read_model(folder)
     target.check(model)
