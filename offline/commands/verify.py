@@ -17,15 +17,9 @@ def verify(folder: Quantized, as_json: Json = False) -> None:
     widths = Counter(module.format.bits for module in verdict.modules.values())
     if as_json:
         counts = {"files": verdict.files, "bytes": verdict.bytes, "tensors": verdict.tensors}
+        counts |= {"activation_bits": verdict.activation_bits}
         linears = {str(bits): count for bits, count in sorted(widths.items())}
-        typer.echo(
-            json.dumps(
-                {"folder": str(folder), "sound": True}
-                | counts
-                | {"linears_by_bits": linears, "activation_bits": verdict.activation_bits},
-                indent=2,
-            )
-        )
+        typer.echo(json.dumps({"folder": str(folder), "sound": True} | counts | {"linears_by_bits": linears}, indent=2))
         return
     parts = ", ".join(f"{count} at {bits} bits" for bits, count in sorted(widths.items()))
     if verdict.activation_bits != 16:
