@@ -18,15 +18,14 @@ from vlmq_vllm.errors import QuantizeError, StoppedError
 from vlmq_vllm.offline.data.samples import Samples, read_samples
 from vlmq_vllm.offline.data.sources import check_exists
 from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.qvlm.walk import BlockWalk
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.resume import identity, reader, unit_reader
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import check_replay
 from vlmq_vllm.offline.units import Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
-from vlmq_vllm.offline.walk import Row, Walk
-from vlmq_vllm.offline.walks import Walks
+from vlmq_vllm.offline.walk import Row
+from vlmq_vllm.offline.walks import AnyWalk, Walks
 from vlmq_vllm.offline.writer import Parts, Writer, check_destination
 
 
@@ -109,7 +108,7 @@ class _Run:
         if self.samples.probe is not None:
             check_replay(self.source, self.samples.probe, self.device)
 
-    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[Walk | BlockWalk, Unit]]:
+    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[AnyWalk, Unit]]:
         """Each unit of a component with the walk that stands in front of it."""
         moved = component != "vision" and any(unit.component != "language" for unit in self.units)
         if component == "connector":  # not a stack: every one gets its inputs from the tower
@@ -123,7 +122,7 @@ class _Run:
         for unit in self.progress.track(units, f"quantising {component}"):
             yield walk, unit
 
-    def _unit(self, unit: Unit, walk: Walk, parts: Parts, writer: Writer | None, last: bool) -> None:
+    def _unit(self, unit: Unit, walk: AnyWalk, parts: Parts, writer: Writer | None, last: bool) -> None:
         if parts.done(unit.key):
             walk.replay(unit.module, unit.index)
             return

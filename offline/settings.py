@@ -140,6 +140,11 @@ class Settings:
             self._exception(pattern, self.format)
 
     @property
+    def rounds(self) -> bool:
+        """Whether a linear that nothing is searched for is rounded to nearest as it comes."""
+        return self.method in ("rtn", "qvlm")
+
+    @property
     def residual(self) -> bool:
         """Whether the second moments need the full-precision inputs beside the quantised ones."""
         return self.base != "gptq" and self.method in ("gptq", "vlmq")

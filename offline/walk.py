@@ -45,7 +45,7 @@ class Row:
 
 
 class Walk:
-    """The streams in front of a stack's next layer. `quantized` and `full` are empty for method "rtn".
+    """The streams in front of a stack's next layer, none where weights are rounded as they come.
 
     formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`saliency/`). scale:
     folds channel scales into a layer (`scaling/`). `quantized` moves on behind the quantised layers, unless the
@@ -120,7 +120,7 @@ class Walk:
     def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
         """The stages of the layer, of linears that are quantised; without data every linear is one."""
         own = self._linears(layer, name)
-        if self.settings.method == "rtn" or not own:
+        if self.settings.rounds or not own:
             return [[(linear,)] for linear in own]
         found = self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None)
         if not found:
@@ -154,7 +154,7 @@ class Walk:
 
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
-        if self.settings.method == "rtn":
+        if self.settings.rounds:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return

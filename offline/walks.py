@@ -9,6 +9,7 @@ import torch
 from vlmq_vllm.activations import round_tokens
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.data.samples import Samples
+from vlmq_vllm.offline.qvlm.tower import TowerWalk
 from vlmq_vllm.offline.qvlm.walk import BlockWalk
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.saliency.integrated import Integrated
@@ -22,6 +23,8 @@ from vlmq_vllm.offline.stream import Stream, capture
 from vlmq_vllm.offline.units import Unit
 from vlmq_vllm.offline.walk import Walk
 
+AnyWalk = Walk | BlockWalk | TowerWalk
+
 
 @dataclass
 class Walks:
@@ -34,25 +37,25 @@ class Walks:
     ranks: Ranks
     samples: Samples
 
-    def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> Walk | BlockWalk:
+    def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> AnyWalk:
         """The walk in front of `stack`, whose modules are `units`. moved: what comes before it has been quantised."""
+        shared = self.source, self.settings, self.formats, self.device, self.ranks
+        if self.settings.method == "qvlm":
+            return self._jointly(component, stack, [unit.module for unit in units], moved)
         quantized, full = self._streams(component, stack, moved)
-        if self.settings.method == "qvlm" and component != "connector":
-            names = [unit.module for unit in units]
-            return BlockWalk(
-                self.source,
-                names,
-                self.formats.get,
-                self.device,
-                self.ranks,
-                quantized,
-                full,
-                grid_of(self.settings),
-            )
         weigh = scale = None
         if component == "language" and quantized:
             weigh, scale = self._weighing(full or quantized), self._scaling()
-        return Walk(self.source, self.settings, self.formats, self.device, self.ranks, quantized, full, weigh, scale)
+        return Walk(*shared, quantized, full, weigh, scale)
+
+    def _jointly(self, component: str, stack: str, names: list[str], moved: bool) -> AnyWalk:
+        """Q-VLM's walks: the tower's bounds are learnt, the decoder's searched; a connector is rounded to nearest."""
+        shared = self.source, names, self.formats.get, self.device, self.ranks
+        if component == "vision":
+            return TowerWalk(*shared, self.samples.batches, self.samples.labels, grid_of(self.settings))
+        if component == "connector":
+            return Walk(self.source, self.settings, self.formats, self.device, self.ranks, [], [])
+        return BlockWalk(*shared, *self._streams(component, stack, moved), grid_of(self.settings))
 
     def _streams(self, component: str, stack: str, moved: bool) -> tuple[list[Stream], list[Stream]]:
         """U behind all that has been quantised before the stack, and where a method needs it F behind originals."""
@@ -63,7 +66,7 @@ class Walks:
         if options.activation_bits != KEPT:
             rounded = frozenset(map(self.source.model.get_submodule, self.formats))
         moved = moved or bool(rounded)
-        paired = options.paired if component == "language" else options.residual or options.method == "qvlm"
+        paired = options.paired if component == "language" else options.residual
         quantized = capture(self.source, stack, batches, self.device, quantized=moved, rounded=rounded)
         full: list[Stream | None] = []
         if paired and moved:
