@@ -2,12 +2,12 @@
 
 Rounding stays in floating point (`offline/qvlm/activations.py`): all linears of the vision tower's blocks and of the
 decoder's layers, their inputs per token in the tower and per channel in the decoder. The connector, the embeddings and
-the head are left alone. Four methods on the same chats:
+the head are left alone. Methods on the same chats:
 
     whole range    every activation range from its least to its greatest value
     greedy         a percentile for every layer, chosen at its own output
     joint          the same, chosen together in blocks of up to three layers
-    joint, vision  joint, behind a tower whose bounds were learnt first
+    joint, vision  joint, behind a tower whose bounds were learnt first; "whole range, vision" likewise
 
 The judge is that of `quality.py`. One line per model goes to a JSONL file, which a later run completes.
 """
@@ -49,6 +49,7 @@ METHODS = {
     "greedy": {"depth": 1, "percentiles": PERCENTILES},
     "joint": {"depth": 3, "percentiles": PERCENTILES},
     "joint, vision": {"depth": 3, "percentiles": PERCENTILES},
+    "whole range, vision": {"depth": 1, "percentiles": (1.0,)},
 }
 
 
@@ -95,7 +96,7 @@ def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, recipe: R
         for stack in (family.blocks, family.layers)
     )
     tower = search_stack(source, blocks, bits, True, *pair(source, family.blocks, batches), CPU, **how)
-    if name == "joint, vision":
+    if name.endswith(", vision"):
         losses = learnt(source, blocks, bits, tower, (batches, labels), recipe)
     full = capture(source, family.layers, batches, CPU)
     by_file = {source.module_in_files(linear): weight for linear, weight in tower.weights.items()}
