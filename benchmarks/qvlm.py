@@ -114,6 +114,7 @@ def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, recipe: R
         "error": last.error,
         "blocks": [len(block) for block in decoder.blocks],
         "shares": decoder.shares,
+        "tower": tower.shares,
         "losses": losses,
     }
 
