@@ -1,16 +1,20 @@
 """The answers' loss and its gradients, layer by layer, against autograd through the whole model; answer tokens."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
-from family_models import FAMILIES
+from family_models import FAMILIES, VIDEO
 from family_samples import CPU, make_samples, streams_of
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.inputs import prepare
 from vlmq_vllm.offline.data.kinds import ANSWER, OTHER, VISION, count_kinds, token_kinds, vision_ids
+from vlmq_vllm.offline.data.sources import read_all
 from vlmq_vllm.offline.saliency.answers import answer_labels, backward, count_labels
 from vlmq_vllm.offline.stream import Stream, capture, removing
 
@@ -239,3 +243,23 @@ def test_streams_keep_calls_and_terms(made):
     fields = {field.name: getattr(stream, field.name) for field in dataclasses.fields(Stream)}
     backward(source, [stream], [samples[0].labels], CPU)
     assert all(getattr(stream, name) is value for name, value in fields.items())
+
+
+@pytest.mark.parametrize("name", [name for name in VIDEO if name != "smolvlm"])  # it takes them in another shape
+def test_answers_are_found_behind_videos(name, made, tmp_path):
+    """Some processors write the frames' times between their tokens; the user's words are the answer's too."""
+    source, processor, _ = made(name)
+    for i in range(4):
+        Image.effect_noise((56, 56), 64).convert("RGB").save(tmp_path / f"{i}.png")
+    video = {"type": "video", "video": [f"{i}.png" for i in range(4)]}
+    asked = [{"type": "text", "text": "0.5 seconds"}, video, {"type": "text", "text": "0.5 seconds"}]
+    chat = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "0.5 seconds"}]}
+    (tmp_path / "video.jsonl").write_text(json.dumps(chat))
+    [chat] = read_all(tmp_path / "video.jsonl")
+    ids = prepare(chat, processor)[0]["input_ids"][0]
+    kinds = token_kinds(chat, ids.tolist(), processor, vision_ids(source.config))
+    places = (kinds == ANSWER).nonzero().flatten().tolist()
+    end = processor.tokenizer.eos_token
+    assert processor.tokenizer.decode(ids[kinds == ANSWER]).replace("\n", "") == f"0.5 seconds{end}"
+    assert places == list(range(places[0], places[0] + len(places)))  # one run, behind everything else
+    assert places[0] > int((kinds == VISION).nonzero().max())

@@ -1,5 +1,6 @@
 """Integrated gradients against closed forms and their completeness; weights against numpy; whole layers of families."""
 
+import dataclasses
 import functools
 from contextlib import contextmanager
 
@@ -8,11 +9,13 @@ import pytest
 import torch
 from family_samples import CPU, make_samples, streams_of
 
+from vlmq_vllm.activations import round_tokens
+from vlmq_vllm.offline.hooks import removing, rounding_inputs
 from vlmq_vllm.offline.linears import holding, linears_of, weights_of
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.integrated import Integrated, inspected, token_weights
+from vlmq_vllm.offline.saliency.integrated import Integrated, token_weights
 from vlmq_vllm.offline.saliency.path import call_of, completeness, input_of, integrated_gradients
-from vlmq_vllm.offline.stages import find_stages
+from vlmq_vllm.offline.stages import find_stages, inspected
 from vlmq_vllm.offline.stream import Stream
 
 
@@ -319,6 +322,23 @@ def test_activations_are_rounded_on_a_path_from_the_quantised_input(opened):
 
     same, notes = weigh(layer, 1, full, full, functools.partial(holding, layer, rounded))
     assert same == {} and set(notes.values()) == {"no signal"}  # no path, as in front of the first layer
+
+
+def test_a_rounded_stream_gives_a_linears_input_as_it_comes(opened):
+    """Its other linears' inputs are rounded on the way; that of the linear itself is rounded by the path's own rule."""
+    layer, full, _ = opened("qwen2_vl")
+    linears = [layer.get_submodule(name) for name in linears_of(layer)]
+    stream = dataclasses.replace(full[0], rounded=frozenset(linears))
+    seen = []
+    with rounding_inputs(linears), removing([layer.mlp.act_fn.register_forward_hook(lambda m, a, o: seen.append(o))]):
+        full[0].call(layer, 1)
+    up = []
+    with rounding_inputs(linears), removing([layer.mlp.up_proj.register_forward_hook(lambda m, a, o: up.append(o))]):
+        full[0].call(layer, 1)
+    found = input_of(call_of(layer, 1, stream, "mlp.down_proj"))
+    torch.testing.assert_close(found, seen[0] * up[0])
+    assert not torch.equal(found, round_tokens(found))
+    assert torch.equal(input_of(call_of(layer, 1, stream, "mlp.up_proj")), input_of(call_of(layer, 1, stream, "mlp")))
 
 
 def test_linears_that_are_not_rounded_have_no_signal(opened):

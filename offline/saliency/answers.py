@@ -9,6 +9,7 @@ in chunks whose kept inputs stay below a limit; a chunk costs two readings of th
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,7 @@ def _chunks(source: Source, streams: list[Stream], labels: list[torch.Tensor], l
 
 def _at(stream: Stream, hidden: torch.Tensor, device: torch.device) -> Stream:
     """The stream with other hidden states, cut off from where they come from."""
-    return Stream(hidden.detach().to(device), stream.calls, stream.terms)
+    return replace(stream, hidden=hidden.detach().to(device))
 
 
 def _forward(source: Source, streams: list[Stream], device: torch.device) -> list[list[torch.Tensor]]:

@@ -20,7 +20,7 @@ from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import holding, weights_of
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.saliency.path import STEPS, Switch, call_of, input_of, integrated_gradients
-from vlmq_vllm.offline.stages import Group, find_stages
+from vlmq_vllm.offline.stages import find_stages, inspected
 from vlmq_vllm.offline.stream import Stream
 
 
@@ -42,18 +42,6 @@ def token_weights(
     score = score.minimum(high + 1.5 * (high - low)).where(valid, 0)
     mean = score.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
     return (score / mean).where(valid, 0).flatten().float(), silent.flatten()
-
-
-def inspected(group: Group) -> str:
-    """The module that a group is judged by: the common parent of several linears, a linear alone itself."""
-    if len(group) == 1:
-        return group[0]
-    common = []
-    for parts in zip(*(name.split(".") for name in group), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
 
 
 class Integrated:

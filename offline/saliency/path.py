@@ -10,6 +10,7 @@ with the integral as a mean over K midpoints a = (k - 1/2) / K (32 in the paper)
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 
 import torch
 
@@ -28,16 +29,18 @@ class _Seen(Exception):
 def call_of(layer: torch.nn.Module, index: int, stream: Stream, module: str) -> Call:
     """(args, kwargs) with which `module` (its name in the layer) is called when the stream runs layer `index`.
 
-    Positions and masks are the model's own. The layer runs no further than that.
+    Positions and masks are the model's own. The layer runs no further than that, and the input is as it comes to the
+    module: not rounded, even where the stream rounds those of other linears.
     """
     found: list[Call] = []
+    asked = layer.get_submodule(module)
 
     def hook(inner, args, kwargs):
         found.append((args, kwargs))
         raise _Seen
 
-    with suppress(_Seen), removing([layer.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)]):
-        stream.call(layer, index)
+    with suppress(_Seen), removing([asked.register_forward_pre_hook(hook, with_kwargs=True)]):
+        replace(stream, rounded=stream.rounded - {asked}).call(layer, index)
     return found[0]
 
 
