@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,8 @@ from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.study.run import sweep
 from vlmq_vllm.offline.study.settings import SOLVER, StudySettings
 
-COUNT = 6
-KINDS = StudySettings(bits=(2, 3), methods=("rtn", "gptq", "awq"), by="kind")
+COUNT, SAMPLES = 4, 2
+KINDS = StudySettings(bits=(2, 3), methods=("rtn", "gptq"), by="kind", calibration_samples=SAMPLES)
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +35,13 @@ def held_out(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory, demo_model, calibration, held_out):
-    """Attention and feed-forward by three methods: the folder and what `sweep` returned."""
+    """Attention and feed-forward by two methods: the folder and what `sweep` returned."""
     out = tmp_path_factory.mktemp("study") / "kinds"
     return out, sweep(str(demo_model), held_out, calibration, out, KINDS)
 
 
 def settings_of(method, bits):
-    return Settings(bits=bits, method=method, **SOLVER)
+    return Settings(bits=bits, method=method, samples=SAMPLES, **SOLVER)
 
 
 def row_of(found, method, label):
@@ -61,9 +62,9 @@ def served(tensors, module, format):
 def written(tmp_path_factory, demo_model, calibration):
     """Checkpoints of the same settings, by method, at 3 bits."""
     folder = tmp_path_factory.mktemp("written")
-    for method in ("rtn", "gptq", "awq"):
+    for method in ("rtn", "gptq"):
         quantize(str(demo_model), folder / method, calibration, settings_of(method, 3))
-    return {method: folder / method for method in ("rtn", "gptq", "awq")}
+    return {method: folder / method for method in ("rtn", "gptq")}
 
 
 def test_figures_equal_those_of_a_comparison_with_a_written_checkpoint(study, written, demo_model, held_out):
@@ -103,12 +104,21 @@ def test_pieces_equal_what_a_run_writes_where_nothing_is_quantised_before(study,
             assert torch.equal(found[name], tensors[name]), name
 
 
-def test_scaled_pieces_are_what_the_folded_layer_amounts_to(study, written, demo_model):
-    """AWQ's run divides the norm in front of q and k by s: its q is rounded from W s, the piece from there is Q / s.
+def test_scaled_pieces_are_what_the_folded_layer_amounts_to(demo_model, calibration, held_out, tmp_path):
+    """Both stop after the first layer. AWQ's run divides the norm in front of q and k by s: its q is rounded from W s, the piece from there is Q / s.
 
     Bound: the piece is rounded to bfloat16, 2^-9 of each weight.
     """
-    tensors = {name: t for path in written["awq"].glob("*.safetensors") for name, t in load_file(path).items()}
+    out, method = tmp_path / "study", replace(KINDS, bits=(3,), methods=("awq",))
+    for run in (
+        lambda stop: sweep(str(demo_model), held_out, calibration, out, method, stop=stop),
+        lambda stop: quantize(str(demo_model), tmp_path / "awq", calibration, settings_of("awq", 3), stop=stop),
+    ):
+        after_one = iter([False])
+        with pytest.raises(StoppedError):
+            run(lambda left=after_one: next(left, True))
+    [path] = (tmp_path / ".awq.partial").glob("model-*.safetensors")
+    tensors, found = load_file(path), load_file(out / "pieces/awq-3/language-00000.safetensors")
     before = load_file(demo_model / "model.safetensors")
     norm = "model.layers.0.input_layernorm.weight"
     scales = before[norm].float() / tensors[norm].float()
@@ -116,7 +126,7 @@ def test_scaled_pieces_are_what_the_folded_layer_amounts_to(study, written, demo
     for linear in "qk":
         module = f"model.layers.0.self_attn.{linear}_proj"
         expected = served(tensors, module, settings_of("awq", 3).format).float() / scales
-        torch.testing.assert_close(piece(study, "awq", 0)[f"{module}.weight"].float(), expected, rtol=2**-8, atol=0)
+        torch.testing.assert_close(found[f"{module}.weight"].float(), expected, rtol=2**-8, atol=0)
 
 
 def test_a_study_tells_methods_and_parts_apart(study):
@@ -133,7 +143,7 @@ def test_a_study_tells_methods_and_parts_apart(study):
     assert "## One part at a time, gptq" in report and "| attention | 25.0 |" in report
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 1 + 3 * 6 and float(rows[1]["kl"]) == found["rows"][0]["kl"]
+    assert len(rows) == 1 + 2 * 6 and float(rows[1]["kl"]) == found["rows"][0]["kl"]
     front = [(row["bits_per_weight"], row["kl"]) for row in found["pareto"]]
     assert front == sorted(front) and front[-1] == (16.0, 0.0)
 
@@ -146,7 +156,7 @@ def test_a_study_that_was_stopped_goes_on_and_ends_the_same(study, demo_model, c
         with pytest.raises(StoppedError, match="add --resume"):
             sweep(*asked, out, KINDS, resume=True, stop=lambda left=left: next(left, True))
     rows = (out / "results.jsonl").read_bytes()
-    assert 0 < rows.count(b"\n") < 18
+    assert 0 < rows.count(b"\n") < 12
     (out / "results.jsonl").write_bytes(rows + b'{"method": "rt')
     assert sweep(*asked, out, KINDS, resume=True)["rows"] == study[1]["rows"]
     for name in ("results.jsonl", "results.csv", "pareto.csv", "report.md"):
@@ -160,25 +170,25 @@ def test_a_folder_goes_on_only_with_the_same_study(study, demo_model, calibratio
     with pytest.raises(RefusedError, match="holds a study already; add --resume"):
         sweep(*asked, KINDS)
     with pytest.raises(RefusedError, match="had group_size 128, this one has 64"):
-        sweep(*asked, StudySettings(bits=(2, 3), by="kind", group_size=64), resume=True)
+        sweep(*asked, replace(KINDS, group_size=64), resume=True)
     with pytest.raises(RefusedError, match="is no folder of a study"):
         sweep(str(demo_model), held_out, calibration, tmp_path, KINDS, resume=True)
     # other parts of the same linears are more rows of it; what has been run is not run again
-    found = sweep(*asked, StudySettings(bits=(3,), methods=("rtn",), by="third"), resume=True)
-    assert found["parts"] == ["front", "middle", "end"] and len(found["rows"]) == 18 + 3
+    found = sweep(*asked, replace(KINDS, bits=(3,), methods=("rtn",), by="third"), resume=True)
+    assert found["parts"] == ["front", "middle", "end"] and len(found["rows"]) == 12 + 3
 
 
 def test_a_budget_becomes_a_recipe_that_a_run_obeys(study, written, demo_model, calibration, held_out, tmp_path):
     out = tmp_path / "study"
     shutil.copytree(study[0], out)
-    settings = StudySettings(bits=(2, 3), methods=("gptq",), by="kind", budget=2.6)
+    settings = replace(KINDS, methods=("gptq",), budget=2.6)
     found = sweep(str(demo_model), held_out, calibration, out, settings, resume=True)
     mixture = found["mixture"]
     assert len(mixture["widths"]) == 4 * 4 and {2, 3} <= set(mixture["widths"].values()) <= {2, 3, 16}
     assert 2.4 < mixture["row"]["bits_per_weight"] <= 2.6
     assert all(row["bits_per_weight"] <= 2.6 for row in mixture["blind"]) and len(mixture["blind"]) == 3
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    settings = settings_from(read_recipe(out / "recipe.yaml"), {"samples": 4})
+    settings = settings_from(read_recipe(out / "recipe.yaml"), {})
     quantize(str(demo_model), tmp_path / "mixed", calibration, settings)
     modules = read_modules(tmp_path / "mixed")
     bits = sum(
@@ -197,14 +207,16 @@ def test_a_budget_becomes_a_recipe_that_a_run_obeys(study, written, demo_model, 
 
 @pytest.mark.parametrize("budget", [1.0, 2.1])
 def test_an_impossible_budget_is_refused_before_any_work(demo_model, held_out, calibration, tmp_path, budget):
-    settings = StudySettings(bits=(2, 3), by="kind", budget=budget)
+    settings = replace(KINDS, budget=budget)
     with pytest.raises(RefusedError, match=r"with 2 bits and scales: give 16 down to 2\.15"):
         sweep(str(demo_model), held_out, calibration, tmp_path / "study", settings)
     assert not list(tmp_path.iterdir())
 
 
 def test_held_out_chats_are_no_calibration_chats(demo_model, held_out, tmp_path):
-    with pytest.raises(RefusedError, match=f"{COUNT} of {COUNT} calibration chats are held out too, such as .*:"):
+    with pytest.raises(
+        RefusedError, match=f"{SAMPLES} of {SAMPLES} calibration chats are held out too, such as .* line "
+    ):
         sweep(str(demo_model), held_out, held_out, tmp_path / "study", KINDS)
 
 
