@@ -65,7 +65,7 @@ def test_experts_are_refused_by_transformers(tmp_path):
 
 
 def test_dequantize_is_refused(written, tmp_path):
-    with pytest.raises(RefusedError, match="activation_bits is 8, .* would answer differently; .* from_pretrained"):
+    with pytest.raises(RefusedError, match="activation_bits is 8, .* would answer differently: .* from_pretrained"):
         dequantize(written[0], tmp_path / "twin")
     assert not (tmp_path / "twin").exists()
 
