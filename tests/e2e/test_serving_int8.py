@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 OUTLIER = 12.0
-# An activation between two integers goes to either by float16's roundings before it, and is then a whole step off, which
-# the outlier makes large: the two sides are further apart than those of models that do not round (0.02). Seen: 0.21,
-# and 1.37 with transformers' hooks taken away.
+# An activation between two integers goes to either by float16's roundings before it, and is then a whole step off,
+# which the outlier makes large: the two sides lie further apart than models that do not round (0.02). Seen: 0.21, and
+# 1.37 with transformers' hooks taken away.
 TOLERANCE = 0.4
 TIE = 2 * TOLERANCE
 
