@@ -105,9 +105,9 @@ def test_pieces_equal_what_a_run_writes_where_nothing_is_quantised_before(study,
 
 
 def test_scaled_pieces_are_what_the_folded_layer_amounts_to(demo_model, calibration, held_out, tmp_path):
-    """Both stop after the first layer. AWQ's run divides the norm in front of q and k by s: its q is rounded from W s, the piece from there is Q / s.
+    """AWQ's run divides the norm in front of q and k by s: its q is rounded from W s, the piece from there is Q / s.
 
-    Bound: the piece is rounded to bfloat16, 2^-9 of each weight.
+    Both runs stop behind the first layer. Bound: the piece is rounded to bfloat16, 2^-9 of each weight.
     """
     out, method = tmp_path / "study", replace(KINDS, bits=(3,), methods=("awq",))
     for run in (
