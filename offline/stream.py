@@ -96,7 +96,7 @@ def capture(
     Stream, on the way to the stack as well.
     """
     with source.front(device, quantized), rounding_inputs(rounded):
-        found = [_catch(source, stack, batch, device) for batch in batches]
+        found = [catch(source, stack, batch, device) for batch in batches]
     return [stream and replace(stream, rounded=rounded) for stream in found]
 
 
@@ -107,7 +107,7 @@ def check_replay(source: Source, batch: dict, device: torch.device) -> None:
     Both run in float32 on the same kernels, so that 1e-4 of the layer's largest value is far above rounding.
     """
     with source.front(device):
-        stream = _catch(source, source.family.layers, batch, device)
+        stream = catch(source, source.family.layers, batch, device)
         layers = source.layers()
         number = {layer: i for i, layer in enumerate(layers)}
 
@@ -144,7 +144,7 @@ def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
         )
 
 
-def _catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stream | None:
+def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stream | None:
     """Run the model with stubs in the place of `stack`'s layers; it stops where the decoder has been seen."""
     found: list[Stream] = []
     layers = source.model.get_submodule(stack)

@@ -29,9 +29,10 @@ from vlmq_vllm.offline.stream import Stream
 class Row:
     """A linear in the report: `loss` per token and row, `damp` and `dead` as in gptq.Solution (None and 0 for "rtn").
 
-    tokens: "saliency" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no signal" where they
-    should have been but all gradients are zero or some not finite (as in the first layer, where both streams are
-    equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is compensated.
+    tokens: "saliency" or "modality" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no
+    signal" where they should have been but all gradients are zero or some not finite (as in the first layer, where both
+    streams are equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is
+    compensated.
     scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled.
     """
 

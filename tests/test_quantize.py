@@ -108,7 +108,7 @@ def test_dequantized_twin_has_the_sources_names_and_nearby_weights(quantized, de
 
 def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_model, calibration, tmp_path, monkeypatch):
     """Positions shifted by one for the replay alone, as a quantiser that rebuilds them by hand might have them."""
-    catch = stream._catch
+    catch = stream.catch
 
     def shifted(*args):
         caught = catch(*args)
@@ -116,7 +116,7 @@ def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_mode
             kwargs["position_embeddings"] = tuple(t.roll(1, dims=1) for t in kwargs["position_embeddings"])
         return caught
 
-    monkeypatch.setattr(stream, "_catch", shifted)
+    monkeypatch.setattr(stream, "catch", shifted)
     with pytest.raises(QuantizeError, match=r"replaying model.language_model.layers.0 differs"):
         quantize(str(demo_model), tmp_path / "out", calibration, Settings())
     assert not list(tmp_path.iterdir())

@@ -9,8 +9,8 @@ L_reg: the answer's cross-entropy in nats; L_ent and E: `decoder.py`; L_v = || x
 of the encoder's output. Everything is measured at the decoder's input x^0, behind the connector; the text's embeddings
 there are equal in both and add nothing.
 
-What the paper leaves open: l1, l2 and eta (`Recipe`: measured on the demo model, NOTES.md); the optimiser and its rate;
-the ranges that are varied: those of every group of weights, and for activations one factor on the lower and one on the
+What the paper leaves open: l1, l2 and eta, the optimiser and its rate (`Recipe`: guesses that were not tuned); the
+ranges that are varied: those of every group of weights, and for activations one factor on the lower and one on the
 upper bound of all tokens of a linear's input. One step per batch, in order, as the caller made them (the paper: 8
 pairs of 64, 10 epochs). Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
 """
@@ -29,7 +29,7 @@ from vlmq_vllm.offline.qvlm.fake import Range, Rounder, by_token, fake
 from vlmq_vllm.offline.qvlm.ranges import Ranges
 from vlmq_vllm.offline.saliency import answers
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import Stream, _catch
+from vlmq_vllm.offline.stream import Stream, catch
 
 LEAST = 0.05  # of a factor; at 0 a range would be empty
 
@@ -140,7 +140,7 @@ def tune(
     history = []
     with source.front(device):
         with torch.no_grad():
-            full = [_catch(source, source.family.layers, batch, device) for batch, _ in pairs]
+            full = [catch(source, source.family.layers, batch, device) for batch, _ in pairs]
         found = [states(source, stream, device) for stream in full]
         ranges, ends = ranges_of(found), [(x[0], x[-1]) for x in found]
         del full, found
@@ -149,7 +149,7 @@ def tune(
             for (batch, label), aims in zip(pairs, ends, strict=True):
                 adam.zero_grad()
                 with clipping(source.model, clipped), torch.enable_grad():
-                    stream = _catch(source, source.family.layers, batch, device)
+                    stream = catch(source, source.family.layers, batch, device)
                 losses.append(_descend(source, stream, label, aims, ranges, device, recipe, backward))
                 adam.step()
                 for factor in factors:
