@@ -3,12 +3,17 @@ second moments are summed, and the solving is shared out. One process alone is r
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from vlmq_vllm.errors import QuantizeError
+
+# One process may learn or solve for hours while the others wait (the library's own limit is 10 minutes on GPUs); where
+# one fails, torchrun ends them all.
+PATIENCE = timedelta(days=7)
 
 
 class Ranks:
@@ -17,7 +22,7 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
         self.rank = dist.get_rank() if self.size > 1 else 0
 
     def own(self, items: list) -> list:
