@@ -69,5 +69,12 @@ def patches_per_token(source: Source) -> int:
     return 1
 
 
+def expert_share(source: Source) -> float:
+    """The part of all tokens that the mean expert of a mixture sees; 1 without experts."""
+    text = source.model.config.get_text_config()
+    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
+    return (getattr(text, "num_experts_per_tok", None) or 1) / experts
+
+
 def _side(size: int | list[int]) -> int:
     return size if isinstance(size, int) else size[0]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.plan.load import Load, load_of
-from vlmq_vllm.offline.plan.memory import LIBRARIES, Phase, find_phases
+from vlmq_vllm.offline.plan.memory import LIBRARIES, find_phases
 from vlmq_vllm.offline.plan.parts import Part, find_parts, packed_bits
+from vlmq_vllm.offline.plan.phase import Phase
 from vlmq_vllm.offline.plan.serving import Linear, find_linears
 from vlmq_vllm.offline.plan.warnings import find_warnings
 from vlmq_vllm.offline.settings import Settings

@@ -4,21 +4,25 @@ Each term names the code whose tensors it counts. c is a weight's number of colu
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from vlmq_vllm.offline.factor import STRIP
+from vlmq_vllm.offline.grid import BLOCKS_CHUNK
 from vlmq_vllm.offline.plan.load import FLOAT
 from vlmq_vllm.offline.problems import TOGETHER, is_flat
 
+ROUNDING = 4  # float32 tensors of a weight's size at once where it is rounded to nearest
+CLIPPING = 5  # the same of a slice of it while ranges are searched with blocks of H
 SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # read one input: without weights, one problem
 
 
 @dataclass(frozen=True)
 class Solve:
-    """A problem of `problems.Problem`: rows (of all its linears together) and columns."""
+    """A problem of `problems.Problem`: rows (of all its linears together), columns, and how many linears it has."""
 
     rows: int
     columns: int
+    linears: int = field(default=1, compare=False)
 
     @property
     def square(self) -> int:
@@ -39,10 +43,11 @@ class Stage:
     several: bool = False
 
 
-def stages_of(shapes: dict[str, tuple[int, int]], weighted: set[str]) -> list[Stage]:
+def stages_of(shapes: dict[str, tuple[int, int]], apart: set[str]) -> list[Stage]:
     """Stages of a layer's linears (name -> [rows, columns]), as `find_stages` and `find_problems` make them.
 
-    They see in a forward pass which linears share an input; here their names tell.
+    apart: linears with token weights that no other has; those that share theirs with a group, or have none, are one
+    problem with it. They see in a forward pass which linears share an input; here their names tell.
     """
     groups: dict[tuple, list[str]] = {}
     for name in shapes:
@@ -52,9 +57,11 @@ def stages_of(shapes: dict[str, tuple[int, int]], weighted: set[str]) -> list[St
     stages: dict[tuple[str, ...], Stage] = {}
     for names in groups.values():
         key = tuple(re.sub(r"\.\d+\.", ".*.", name) for name in names)  # one stage for the same group of every expert
-        plain = [name for name in names if name not in weighted]
-        problems = [[name] for name in names if name in weighted] + ([plain] if plain else [])
-        found = [Solve(sum(shapes[name][0] for name in members), shapes[members[0]][1]) for members in problems]
+        plain = [name for name in names if name not in apart]
+        problems = [[name] for name in names if name in apart] + ([plain] if plain else [])
+        found = [
+            Solve(sum(shapes[name][0] for name in members), shapes[members[0]][1], len(members)) for members in problems
+        ]
         if key in stages:
             stages[key] = Stage(stages[key].problems + found, True)
         else:
@@ -80,6 +87,17 @@ def working_bytes(stage: list[Solve], base: str, exact: bool, ordered: bool) -> 
     most = 0
     for problem, count in _batches(stage):
         most = max(most, solved + _batch_bytes(problem, count, base, exact, ordered))
+        solved += count * problem.rows * problem.columns
+    return most
+
+
+def rounding_bytes(stage: list[Solve]) -> int:
+    """The same for a solver that does not compensate: weights (and H of several) stacked, one of them being rounded."""
+    solved = most = 0
+    for problem, count in _batches(stage):
+        stacked = count * (problem.weight + (problem.square if count > 1 else 0))
+        clipping = CLIPPING * FLOAT * min(BLOCKS_CHUNK, problem.rows * problem.columns)
+        most = max(most, solved + stacked + max(ROUNDING * problem.weight, clipping))
         solved += count * problem.rows * problem.columns
     return most
 

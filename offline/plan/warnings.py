@@ -2,19 +2,21 @@
 
 import json
 
-from vlmq_vllm.offline.plan.load import Load, patches_per_token
+from vlmq_vllm.offline.plan.load import Load, expert_share, patches_per_token
 from vlmq_vllm.offline.plan.serving import Linear
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 
-ENOUGH = 4  # tokens per column: fewer leave second moments poorly known
+ENOUGH = 4  # tokens per column: fewer leave second moments poorly known, which are inverted to compensate
 
 
 def find_warnings(source: Source, settings: Settings, load: Load, linears: list[Linear]) -> list[str]:
     """One line each."""
     found = [*_served(linears), *_cut(linears)]
+    if settings.method in ("gptq", "vlmq"):
+        found += _tokens(source, load, linears)
     if settings.method != "rtn":
-        found += [*_tokens(source, load, linears), *_pictures(source, settings)]
+        found += _pictures(source, settings)
     return found
 
 
@@ -44,13 +46,10 @@ def _cut(linears: list[Linear]) -> list[str]:
 
 def _tokens(source: Source, load: Load, linears: list[Linear]) -> list[str]:
     """Too few tokens for the widest weight, among experts for the mean expert."""
-    text = source.model.config.get_text_config()
-    experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
-    share = (getattr(text, "num_experts_per_tok", None) or 1) / experts
     lines = []
     for expert in (False, True):
         widths = [x.columns for x in linears if (x.layer == "FusedMoE") is expert and x.component == "language"]
-        tokens = int(load.total * (share if expert else 1))
+        tokens = int(load.total * (expert_share(source) if expert else 1))
         if widths and tokens < ENOUGH * max(widths):
             whose = "each expert" if expert else "the decoder"
             lines.append(
