@@ -36,6 +36,7 @@ class Job:
     folder: str
     options: dict = field(default_factory=dict)
     pictures: tuple[int, ...] = (0, 1)
+    asked: tuple[tuple[str, str], ...] = ()
     video: bool = False
     times: int = 1
     reload: bool = False
@@ -103,6 +104,7 @@ def main(jobs: str) -> None:
 
 
 def answers_to(job: Job) -> list:
+    from PIL import Image
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
@@ -111,9 +113,12 @@ def answers_to(job: Job) -> list:
     defaults["limit_mm_per_prompt"] = {"image": max(1, *job.pictures), "video": int(job.video)}
     defaults |= {"enable_lora": True, "max_lora_rank": 8} if job.lora else {}
     llm = LLM(job.folder, **defaults | job.options)
-    prompts = [_prompt(llm, i, "image", [_picture(i + j) for j in range(n)]) for i, n in enumerate(job.pictures)]
+    shown = [([_picture(i + j) for j in range(n)], TEXTS[i % len(TEXTS)]) for i, n in enumerate(job.pictures)]
+    if job.asked:
+        shown = [([Image.open(file)], text) for file, text in job.asked]
+    prompts = [_prompt(llm, text, "image", pictures) for pictures, text in shown]
     if job.video:
-        prompts.append(_prompt(llm, 0, "video", [_film()]))
+        prompts.append(_prompt(llm, TEXTS[0], "video", [_film()]))
     sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=2, ignore_eos=True)
     sampling.prompt_logprobs = 0 if job.prompt_logs else None
     if job.choices:
@@ -136,9 +141,9 @@ def answers_to(job: Job) -> list:
     ]
 
 
-def _prompt(llm, number: int, kind: str, shown: list) -> dict:
+def _prompt(llm, question: str, kind: str, shown: list) -> dict:
     """A question about pictures or films, as the model's chat template writes it."""
-    content = [{"type": kind} for _ in shown] + [{"type": "text", "text": TEXTS[number % len(TEXTS)]}]
+    content = [{"type": kind} for _ in shown] + [{"type": "text", "text": question}]
     chat = [{"role": "user", "content": content}]
     text = llm.get_tokenizer().apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return {"prompt": text} | ({"multi_modal_data": {kind: shown}} if shown else {})
