@@ -21,6 +21,11 @@ def parameters_of(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return dict(layer.named_parameters())
 
 
+def is_clipped(linear: str) -> bool:
+    """Whether AWQ's search for clipped ranges is for this linear: not for q and k, whose outputs meet in a product."""
+    return linear.rpartition(".")[2] not in ("q_proj", "k_proj")
+
+
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     """Give a linear another weight; the one that it had is not changed."""
     if not isinstance(weight, torch.nn.Parameter):
@@ -28,7 +33,7 @@ def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     layer.get_submodule(linear).weight = weight
 
 
-def place(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+def set_parameter(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     """Give a layer another parameter `name`; the one that it had is not changed."""
     owner, _, leaf = name.rpartition(".")
     if not isinstance(value, torch.nn.Parameter):
@@ -48,9 +53,9 @@ def with_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor])
     """The layer with other parameters, by their names in it, for a while."""
     before = {name: layer.get_parameter(name) for name in parameters}
     for name, value in parameters.items():
-        place(layer, name, value)
+        set_parameter(layer, name, value)
     try:
         yield layer
     finally:
         for name, value in before.items():
-            place(layer, name, value)
+            set_parameter(layer, name, value)

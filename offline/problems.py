@@ -9,10 +9,9 @@ import torch
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.gptq import Solution, Solver, solve, stack
-from vlmq_vllm.offline.linears import with_parameters
+from vlmq_vllm.offline.linears import is_clipped, with_parameters
 from vlmq_vllm.offline.moments import Moments
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.scaling.groups import is_clipped
 from vlmq_vllm.offline.stages import Group
 from vlmq_vllm.offline.stream import Stream
 

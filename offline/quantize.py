@@ -4,7 +4,6 @@ A run that was stopped goes on where it was (`resume`): finished units are read 
 move behind them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.errors import QuantizeError, StoppedError
 from vlmq_vllm.offline.data.samples import Samples, read_samples
 from vlmq_vllm.offline.data.sources import check_exists
+from vlmq_vllm.offline.device import device_of
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.resume import identity, reader, unit_reader
@@ -50,7 +50,7 @@ def quantize(
         raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
     if data is not None:
         check_exists(data)
-    place = _device(device)
+    place = device_of(device)
     return _Run(Source(find(model)), settings, place, progress or Progress(), stop).run(out, data, resume)
 
 
@@ -141,19 +141,3 @@ class _Run:
         overrides = {target.module: target.format for target in self.targets if target.format != default}
         tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
         return QuantizationSpec(default, overrides, self.settings.activation_bits).to_dict(tool)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name; of several processes on one machine each gets a GPU of its own."""
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device = torch.zeros(1, device=name).device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # collectives of Python objects use the current one
-        return device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise QuantizeError(
-            f"device {name!r} cannot be used ({reason}); choose cpu, or cuda where there is a GPU"
-        ) from None

@@ -35,6 +35,7 @@ def identity(
         "device": device.type,
         "processes": ranks.size,
         **settings.to_dict(),
+        "modules": [list(item) for item in settings.modules.items()],  # of two patterns the later one wins
     }
 
 

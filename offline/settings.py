@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.exceptions import KEPT, exception
 
 METHODS = ("rtn", "awq", "gptq", "vlmq", "qvlm")
 # Which token weights a method takes, the first unless another is given.
@@ -16,7 +17,6 @@ SALIENCY = {
     "qvlm": ("none",),
 }
 BITS = (2, 3, 4, 8)
-KEPT = 16  # bits of what is left alone
 COMPONENTS = ("language", "vision", "connector")
 # What measured best on the demo model at each width (NOTES.md has the table); a setting that is given wins.
 BEST = {
@@ -49,7 +49,7 @@ class Settings:
     bits, group_size, symmetric: the format of every decoder linear. vision_bits, connector_bits: width of the vision
     tower's blocks and of the connector, 16 for leaving them alone.
     modules: exceptions, from a linear's name in the files, or a pattern of names (`*`), to its width, or to a mapping
-    that gives some of bits, group_size and symmetric; a later one wins.
+    that gives some of bits, group_size and symmetric; a later one wins. One without bits leaves alone what is at 16.
     activation_bits: 8 for rounding what every quantised linear gets, per token, when it is served; 16 for not.
     method: "rtn" rounds to nearest; "awq" scales channels, searches clipped ranges and rounds; "gptq" compensates (with
     base "gptq" unless another is given); "vlmq" does so with its own token weights; "qvlm" searches ranges for several
@@ -57,6 +57,7 @@ class Settings:
     saliency: token weights: "none", "vlmq" (gradient of a local loss), "modality" (MBQ: vision against answer tokens),
     "qig" (integrated gradients of the rounding error); which of them a method takes says `SALIENCY`.
     scale_loss: of AWQ's search: mean absolute ("mae") or squared ("mse") error.
+    base, alpha, damp, act_order: of methods that compensate (gptq, vlmq); others do without.
     base: "gptq" reproduces the layer on the inputs it gets; "gptaq" and "aligned" aim at the full-precision layer's
     outputs with the share `alpha` of the residual, column by column as its authors do, or in closed form beforehand.
     samples, max_tokens: how many calibration samples, and the longest that is used; longer ones are left out whole.
@@ -64,7 +65,8 @@ class Settings:
     damp: part of mean(diag H) that is added to the diagonal of H before it is factorised.
     act_order: treat columns by falling diag H ("static": groups stay as in the file) or in file order ("none").
     grid: scales from a group's range ("minmax"), by the least |error|^2.4 over shrunk ranges ("mse"), or by the least
-    squared error weighted with diag H ("mse-h").
+    squared error weighted with diag H ("mse-h", without H plain squares). Of AWQ it is the grid of its trials, the
+    final ranges are clipped by its own search; Q-VLM moves on from it.
     saliency_power: p in lambda = g^p; 2 is version 2 of the VLMQ paper, 1 is version 1.
     saliency_scope: "attention" weights q, k, v and o (the paper), "all" gate, up and down too.
     saliency_fallback: where there is no signal: tokens count alike ("ones") or by the error of rounded weights ("rtn").
@@ -114,8 +116,6 @@ class Settings:
             raise QuantizeError(
                 f"saliency is {self.saliency}; method {self.method} takes {taken} (--method gptq takes all of them)"
             )
-        if self.activation_bits != KEPT:
-            self._check_activations()
         for name in ("samples", "max_tokens"):
             if getattr(self, name) < 1:
                 raise QuantizeError(f"{name} is {getattr(self, name)}; it must be at least 1")
@@ -137,7 +137,9 @@ class Settings:
         except ValueError as error:
             raise QuantizeError(str(error)) from None
         for pattern in self.modules:
-            self._exception(pattern, self.format)
+            exception(pattern, self.modules[pattern], self.format, self.format)
+        if self.activation_bits != KEPT:
+            self._check_activations()
 
     @property
     def rounds(self) -> bool:
@@ -158,7 +160,7 @@ class Settings:
     @property
     def needs_kinds(self) -> bool:
         """Whether tokens of answers and of pictures must be told apart."""
-        return self.saliency == "modality" or (self.method == "qvlm" and self.vision_bits != KEPT)
+        return self.saliency == "modality" or (self.method == "qvlm" and bool(self.vision_bits != KEPT or self.modules))
 
     @property
     def sequential(self) -> bool:
@@ -181,31 +183,16 @@ class Settings:
         format = self.format_of(component)
         for pattern in self.modules:
             if fnmatchcase(module, pattern):
-                format = self._exception(pattern, format)
+                format = exception(pattern, self.modules[pattern], format, self.format)
         return format
-
-    def _exception(self, pattern: str, format: WeightFormat | None) -> WeightFormat | None:
-        """The format of modules of that pattern, `format` without it. Raises QuantizeError for one that cannot be."""
-        found = self.modules[pattern]
-        found = found if isinstance(found, dict) else {"bits": found}
-        if not (isinstance(pattern, str) and found and found.keys() <= {"bits", "group_size", "symmetric"}):
-            raise QuantizeError(
-                f"modules: {pattern!r} has {self.modules[pattern]!r}; give a width, or a mapping of bits, group_size "
-                "and symmetric"
-            )
-        if found.get("bits") == KEPT:
-            return None
-        try:
-            return replace(format or self.format, **found)
-        except ValueError as error:
-            raise QuantizeError(f"modules: {pattern!r}: {error}") from None
 
     def _check_activations(self) -> None:
         """Raises QuantizeError for what cannot be served with rounded activations."""
         if self.method == "qvlm":
             raise QuantizeError("method qvlm searches weights alone here; leave activation_bits at 16")
         widths = [self.bits, self.vision_bits, self.connector_bits]
-        widths += [format.bits for pattern in self.modules if (format := self._exception(pattern, self.format))]
+        exceptions = (exception(pattern, found, self.format, self.format) for pattern, found in self.modules.items())
+        widths += [format.bits for format in exceptions if format]
         if narrow := [bits for bits in widths if bits not in (4, 8, KEPT)]:
             raise QuantizeError(
                 f"activation_bits is {self.activation_bits} with weights of {narrow[0]} bits; activations are rounded "

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.experts import unfuse
+from vlmq_vllm.offline.linears import set_parameter
 from vlmq_vllm.offline.models import Family, family_of
 from vlmq_vllm.offline.places import Place, find_places
 from vlmq_vllm.offline.skeleton import build_skeleton
@@ -87,7 +88,7 @@ class Source:
             if not torch.isfinite(value).all():
                 found = self.places[full].tensor
                 raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
-            _place(module, inner, value.to(device, dtype))
+            set_parameter(module, inner, value.to(device, dtype))
         for inner, buffer in list(module.named_buffers()):
             owner, _, leaf = inner.rpartition(".")
             module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
@@ -97,7 +98,7 @@ class Source:
         """Drop the weights of module `name` again."""
         module = self.model.get_submodule(name)
         for inner, parameter in list(module.named_parameters()):
-            _place(module, inner, parameter.to("meta"))
+            set_parameter(module, inner, parameter.to("meta"))
 
     @contextmanager
     def front(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
@@ -107,7 +108,7 @@ class Source:
         resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
         for name in self._others():
-            _place(self.model, name, self.parameter(name).to(device, torch.float32))
+            set_parameter(self.model, name, self.parameter(name).to(device, torch.float32))
         self._move_buffers(device)
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:
@@ -127,7 +128,7 @@ class Source:
             for name in (family.embed, family.vision, *family.connectors):
                 self.release(name)
             for name in self._others():
-                _place(self.model, name, self.model.get_parameter(name).to("meta"))
+                set_parameter(self.model, name, self.model.get_parameter(name).to("meta"))
 
     def _others(self) -> list[str]:
         """Parameters outside the decoder's layers, the head and the parts that are loaded as modules: a newline's
@@ -154,7 +155,7 @@ class Source:
     def _lend_embeddings(self, device: torch.device):
         """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
         module = self.model.get_submodule(self.family.embed)
-        _place(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
+        set_parameter(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
         for name, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[name] = buffer.to(device)
         return module.register_forward_hook(lambda m, args, out: out.float())
@@ -198,11 +199,6 @@ def find(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None
-
-
-def _place(module: torch.nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner).register_parameter(leaf, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _tied(model: torch.nn.Module) -> set[str]:

@@ -46,7 +46,7 @@ class Stream:
         """The output of layer `index` alone."""
         args, kwargs = self.calls[index]
         with rounding_inputs(module for module in layer.modules() if module in self.rounded):
-            return _tensor(layer(self.hidden, *args, **kwargs))
+            return hidden_of(layer(self.hidden, *args, **kwargs))
 
     def inputs_of(
         self, layer: torch.nn.Module, index: int, names: Iterable[str], visit: Callable[[str, torch.Tensor], None]
@@ -121,11 +121,11 @@ def check_replay(source: Source, batch: dict, device: torch.device) -> None:
         def compare(layer, args, out):
             index = number[layer]
             args, kwargs = stream.calls[index]
-            replayed = _tensor(layer.forward(stream.hidden, *args, **kwargs))  # past the hooks, that is this one
+            replayed = hidden_of(layer.forward(stream.hidden, *args, **kwargs))  # past the hooks, that is this one
             stream.hidden = replayed + stream.terms.get(index, 0)
             name = f"{source.family.layers}.{index}"
             source.release(name)
-            _compare(name, replayed, _tensor(out))
+            _compare(name, replayed, hidden_of(out))
             if layer is layers[-1]:
                 raise _Stop
 
@@ -188,7 +188,7 @@ def _replaced(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
             del module.forward
 
 
-def _tensor(out: torch.Tensor | tuple) -> torch.Tensor:
+def hidden_of(out: torch.Tensor | tuple) -> torch.Tensor:
     """The hidden states among what a layer returns."""
     return out[0] if isinstance(out, tuple) else out
 

@@ -20,6 +20,7 @@ from vlmq_vllm.offline.source import Source
 from vlmq_vllm.unserved import why_unserved
 
 SHARD = 512 << 20  # bytes of unquantised tensors per file, more only for a tensor that is larger itself
+ORDER = ("vision", "connector", "language")  # in which components are quantised
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
@@ -49,15 +50,13 @@ def find_units(source: Source, settings: Settings) -> list[Unit]:
     """The units in the order in which they are quantised: tower, connectors, decoder. A component of which any linear
     is quantised is there as a whole."""
     units = []
-    for component in ("vision", "connector", "language"):
+    for component in ORDER:
         if settings.format_of(component) is None and not settings.modules:
             continue
         modules = _modules(source, component)
         own = [Unit(f"{component}-{i:05d}", component, name, i) for i, name in enumerate(modules)]
-        linears = (_named_linears(source, unit) for unit in own)
-        if settings.format_of(component) or any(
-            settings.format_for(component, source.module_in_files(name)) for names in linears for name in names
-        ):
+        names = _names(source, component)
+        if any(settings.format_for(component, name) for name in names) or not (names or settings.modules):
             units += own
     return units
 
@@ -65,27 +64,22 @@ def find_units(source: Source, settings: Settings) -> list[Unit]:
 def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[Target]:
     """The units' linears that are quantised. Raises RefusedError for one that vLLM would not load, unless
     `settings.force`, and for a component without linears; QuantizeError for exceptions that name no linear."""
-    targets, unused = [], set(settings.modules)
+    _check_exceptions(source, settings)
+    targets = []
     for unit in units:
         for name, linear in _named_linears(source, unit).items():
             module = source.module_in_files(name)
-            unused = {pattern for pattern in unused if not fnmatchcase(module, pattern)}
             format = settings.format_for(unit.component, module)
             if format is not None:
                 rows, columns = linear.weight.shape
                 _check_served(source, settings, unit, name, (rows, columns), format)
                 targets.append(Target(name, module, unit.component, rows, columns, format))
-    if unused:
-        raise QuantizeError(
-            f"modules: {sorted(unused)[0]!r} names no linear that can be quantised here; give names as in the model's "
-            f"files, such as {targets[0].module if targets else 'model.layers.0.mlp.down_proj'}"
-        )
     if settings.modules and not targets:
         raise RefusedError(f"nothing is left to quantise: the exceptions (modules) leave every linear at {KEPT} bits")
     for component in {unit.component for unit in units}:
         if not any(target.component == component for target in targets):
             raise RefusedError(f"this model's {component} has no linear layer to quantise; leave it at {KEPT} bits")
-    _check_experts(source, targets)
+    _check_experts(source, settings, targets)
     return targets
 
 
@@ -155,13 +149,37 @@ def _modules(source: Source, component: str) -> list[str]:
     return [f"{stack}.{i}" for i in range(count)]
 
 
+def _names(source: Source, component: str) -> list[str]:
+    """Names in the files of a component's linears."""
+    units = [Unit("", component, module, 0) for module in _modules(source, component)]
+    return [source.module_in_files(name) for unit in units for name in _named_linears(source, unit)]
+
+
+def _check_exceptions(source: Source, settings: Settings) -> None:
+    """Raises QuantizeError for an exception that names no linear."""
+    if settings.modules:
+        names = [name for component in ORDER for name in _names(source, component)]
+        for pattern in settings.modules:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise QuantizeError(
+                    f"modules: {pattern!r} names no linear that can be quantised; give names as in the model's files, "
+                    f"such as {_names(source, 'language')[0]}"
+                )
+
+
 def _named_linears(source: Source, unit: Unit) -> dict[str, torch.nn.Linear]:
     module = source.model.get_submodule(unit.module)
     return {f"{unit.module}.{linear}": module.get_submodule(linear) for linear in linears_of(module)}
 
 
-def _check_experts(source: Source, targets: list[Target]) -> None:
-    """Raises RefusedError unless a layer's experts share a format for gate and up, and one for down."""
+def _check_experts(source: Source, settings: Settings, targets: list[Target]) -> None:
+    """Raises RefusedError unless a layer's experts share a format for gate and up, and one for down, and for rounded
+    inputs."""
+    if settings.activation_bits != KEPT and any(is_expert(target.name) for target in targets):
+        raise RefusedError(
+            f"activation_bits is {settings.activation_bits}, but inputs of experts are served at {KEPT} bits only; "
+            f"leave it at {KEPT}, or the experts (modules: their names, such as '*.experts.*', at {KEPT})"
+        )
     found: dict[tuple[str, bool], set] = {}
     counts: dict[tuple[str, bool], int] = {}
     for target in targets:

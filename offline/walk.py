@@ -15,7 +15,7 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.gptq import Solution, round_to_nearest
-from vlmq_vllm.offline.linears import holding, linears_of, parameters_of, place, put, with_parameters
+from vlmq_vllm.offline.linears import holding, linears_of, parameters_of, put, set_parameter, with_parameters
 from vlmq_vllm.offline.problems import collect, find_problems, solve_all
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.settings import Settings
@@ -107,7 +107,7 @@ class Walk:
             layer = self.source.materialise(name, self.device)
             originals = parameters_of(layer)
             for inner, value in self.source.written(name).items():
-                place(layer, inner, value.to(self.device, torch.float32))
+                set_parameter(layer, inner, value.to(self.device, torch.float32))
             self._advance(layer, index, originals)
             self.source.release(name)
 
@@ -169,11 +169,11 @@ class Walk:
 
     def _base(self, stage: list[Group]) -> str:
         """The two streams send different tokens to an expert: there is no residual between them."""
-        return self.settings.base if len(stage) == 1 else "gptq"
+        return self.settings.base if len(stage) == 1 and self.settings.residual else "gptq"
 
     def _placed(self, layer: torch.nn.Module, linear: str, solution: Solution) -> tuple[str, Solution]:
         if self.settings.sequential:
-            put(layer, linear, _served(solution.weight))
+            put(layer, linear, solution.weight.served())
         return linear, solution
 
     def _format(self, name: str, linear: str) -> WeightFormat:
@@ -188,13 +188,8 @@ class Walk:
         return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), grid_of(self.settings))
 
     def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-        return {linear: _served(self._rounded(layer, name, linear)) for linear in self._linears(layer, name)}
+        return {linear: self._rounded(layer, name, linear).served() for linear in self._linears(layer, name)}
 
 
 def _full(name: str, linear: str) -> str:
     return f"{name}.{linear}"
-
-
-def _served(weight: QuantizedWeight) -> torch.Tensor:
-    """The weight [O, I] float32 with the values that it is served with."""
-    return weight.dequantize(weight.scale.dtype).float()

@@ -10,8 +10,8 @@ from PIL import Image
 
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.labels import answer_labels
 from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.saliency.answers import answer_labels
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream, capture
 

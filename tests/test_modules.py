@@ -9,7 +9,7 @@ import yaml
 from safetensors.torch import load_file
 
 from vlmq_vllm.checkpoint import read_modules
-from vlmq_vllm.errors import QuantizeError, RefusedError
+from vlmq_vllm.errors import QuantizeError, RefusedError, StoppedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.dequantize import dequantize
@@ -109,3 +109,69 @@ def test_experts_stay_together(tmp_path):
     settings = Settings(group_size=-1, modules={f"{experts}.*.down_proj": 16, f"{experts}.*.*_proj": 4})
     targets = find_targets(source, settings, find_units(source, settings))
     assert {t.format.bits for t in targets if t.module.startswith(experts)} == {4}
+
+
+def test_exception_without_bits_leaves_alone_what_is(demo_model):
+    settings = Settings(
+        bits=4, modules={"*proj": {"group_size": 32}, "model.layers.0.*": 16, "model.*.q_proj": {"symmetric": True}}
+    )
+    targets = find_targets(source := Source(demo_model), settings, find_units(source, settings))
+    assert len(targets) == 3 * 7 and {target.component for target in targets} == {"language"}
+    assert {target.format.group_size for target in targets} == {32}
+
+
+def test_a_component_that_is_left_alone(demo_model, calibration, tmp_path):
+    """A recipe may quantise the tower alone, or say once more that a component stays at 16 bits."""
+    settings = Settings(bits=4, group_size=64, vision_bits=4, method="rtn", modules={"model.layers.*": 16})
+    quantize(str(demo_model), tmp_path / "out", None, settings)
+    assert all(name.startswith("visual.blocks.") for name in read_modules(tmp_path / "out"))
+    settings = Settings(modules={"visual.*": 16})
+    targets = find_targets(source := Source(demo_model), settings, find_units(source, settings))
+    assert {target.component for target in targets} == {"language"}
+
+
+METHODS = [
+    {"method": "awq"},
+    {"method": "awq", "base": "aligned"},  # as in the recipe of another method: it is of no concern here
+    {"method": "awq", "saliency": "qig", "activation_bits": 8},
+    {"method": "gptq", "saliency": "modality", "base": "aligned"},
+    {"method": "qvlm"},
+]
+
+
+@pytest.mark.parametrize("options", METHODS, ids=lambda options: "-".join(map(str, options.values())))
+def test_exceptions_in_every_method(options, demo_model, tmp_path):
+    """Whole layers, parts of fused layers and one tower block besides, in every method's walk."""
+    from data import write
+
+    modules = {"model.layers.1.*": 16, "*.2.self_attn.k_proj": 8, "*.3.mlp.down_proj": 16, "visual.blocks.3.mlp.fc1": 4}
+    settings = Settings(bits=4, group_size=64, modules=modules, **options)
+    quantize(str(demo_model), tmp_path / "out", write(tmp_path / "data", "calibration", 4), settings)
+    found = {name: module.format.bits for name, module in read_modules(tmp_path / "out").items()}
+    assert len(found) == 3 * 7 - 1 + 1 and found["model.layers.2.self_attn.k_proj"] == 8
+    assert found["visual.blocks.3.mlp.fc1"] == 4 and "model.layers.3.mlp.down_proj" not in found
+
+
+def test_order_of_exceptions_decides_what_is_resumed(demo_model, calibration, tmp_path):
+    one = Settings(bits=4, group_size=64, method="rtn", modules={"*.q_proj": 2, "model.layers.0.*": 3})
+    other = Settings(bits=4, group_size=64, method="rtn", modules={"model.layers.0.*": 3, "*.q_proj": 2})
+    with pytest.raises(StoppedError):
+        quantize(str(demo_model), tmp_path / "out", None, one, stop=iter([False, True]).__next__)
+    with pytest.raises(RefusedError, match="had modules"):
+        quantize(str(demo_model), tmp_path / "out", None, other, resume=True)
+    quantize(str(demo_model), tmp_path / "out", None, one, resume=True)
+
+
+def test_experts_take_inputs_as_they_are(tmp_path):
+    family_models.build("qwen3_vl_moe", tmp_path)
+    source = Source(tmp_path)
+    settings = Settings(bits=4, group_size=-1, activation_bits=8)
+    with pytest.raises(RefusedError, match="inputs of experts"):
+        find_targets(source, settings, find_units(source, settings))
+    settings = Settings(bits=4, group_size=-1, activation_bits=8, modules={"*.experts.*": 16})
+    assert find_targets(source, settings, find_units(source, settings))
+
+
+def test_impossible_group_is_told_first():
+    with pytest.raises(QuantizeError, match="group_size is 7"):
+        Settings(bits=4, group_size=7, activation_bits=8, modules={"a": 8})

@@ -17,7 +17,7 @@ from vlmq_vllm.offline.qvlm.entropy import conditional_entropy, joint
 from vlmq_vllm.offline.qvlm.fake import fake, row_ranges
 from vlmq_vllm.offline.qvlm.ranges import find_ranges
 from vlmq_vllm.offline.qvlm.tower import TowerWalk
-from vlmq_vllm.offline.qvlm.vision import Recipe, faked, served, tune
+from vlmq_vllm.offline.qvlm.vision import Clipped, Recipe, faked, served, tune
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
@@ -141,8 +141,15 @@ def test_bounds_of_weights_and_tokens_learn_together(source, data):
 
 
 def test_a_batch_without_a_picture_teaches_nothing(source, data):
-    with pytest.raises(QuantizeError, match="add pictures"):
-        tune(source, [{"input_ids": torch.zeros(1, 3, dtype=torch.int64)}], [torch.zeros(1, 3)], {}, CPU)
+    """Nor does one without an answer: both are passed over, and refused where nothing else is left."""
+    batches, labels = data
+    blank = {"input_ids": torch.zeros(1, 3, dtype=torch.int64)}
+    silent = [torch.full_like(label, -100) for label in labels]
+    for untaught in (([blank], [torch.zeros(1, 3)]), (batches, silent)):
+        with pytest.raises(QuantizeError, match="both a picture and an answer"):
+            tune(source, *untaught, {}, CPU)
+    own = {"a": Clipped([torch.ones(1).requires_grad_()], torch.empty)}
+    assert tune(source, [blank, batches[0]], [torch.zeros(1, 3), labels[0]], own, CPU, Recipe(epochs=0)) == []
 
 
 def test_a_towers_walk_writes_what_was_learnt(source, data):

@@ -16,10 +16,10 @@ from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.gptq import round_to_nearest
 from vlmq_vllm.offline.grid import MINMAX
-from vlmq_vllm.offline.linears import holding, linears_of, weights_of
+from vlmq_vllm.offline.linears import holding, is_clipped, linears_of, weights_of
 from vlmq_vllm.offline.scaling import search
 from vlmq_vllm.offline.scaling.fold import effective, fold
-from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable, is_clipped
+from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
 from vlmq_vllm.offline.scaling.search import RATIOS, scales_of
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import find_stages, inspected

@@ -115,6 +115,10 @@ class QuantizedWeight:
         """The weight [O, I] in `dtype`; the product is taken in float32 and rounded once."""
         return dequantize(self.format, self.codes, self.scale, self.zero, dtype)
 
+    def served(self) -> torch.Tensor:
+        """The weight [O, I] float32 with the values that it has once it is dequantised to its scales' dtype."""
+        return self.dequantize(self.scale.dtype).float()
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of a checkpoint by part name."""
         assert int(self.codes.max()) < self.format.levels, "a code that is too wide would overwrite its neighbours"

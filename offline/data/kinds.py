@@ -28,8 +28,8 @@ def vision_ids(config: dict) -> set[int]:
     ids = {number for number in named if number is not None}
     if not ids:
         raise QuantizeError(
-            "config.json has neither image_token_id nor video_token_id; vision tokens of this model cannot be counted, "
-            "inspect the data without --model"
+            "config.json has neither image_token_id nor video_token_id; vision tokens of this model cannot be told "
+            "from others: inspect the data without --model, quantise with a saliency that needs no kinds of tokens"
         )
     return ids
 

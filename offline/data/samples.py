@@ -8,10 +8,10 @@ from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
 from vlmq_vllm.offline.data.kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.labels import answer_labels
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.progress import Progress
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.answers import answer_labels
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
 

@@ -17,6 +17,7 @@ paper leaves open, and one sign:
 One layer's weights are in memory at a time: once on the way forward, twice on the way back.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,9 +58,16 @@ def states(source: Source, stream: Stream, device: torch.device) -> list[torch.T
     return found
 
 
-def ranges_of(batches: list[list[torch.Tensor]]) -> list[Range]:
-    """The range of every channel at each place between layers, over the states of several batches."""
-    return [channel_ranges(place) for place in zip(*batches, strict=True)]
+def ranges_of(batches: Iterable[list[torch.Tensor]]) -> list[Range]:
+    """The range of every channel at each place between layers, over the states of several batches, one at a time."""
+    found: list[Range] = []
+    for place in batches:
+        own = [channel_ranges([x]) for x in place]
+        found = [
+            (torch.minimum(low, least), torch.maximum(high, most))
+            for (low, high), (least, most) in zip(found or own, own, strict=True)
+        ]
+    return found
 
 
 def steer(

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.grid import MSE, GridSearch
 from vlmq_vllm.offline.linears import weights_of
 from vlmq_vllm.offline.qvlm.ranges import Ranges, find_ranges
-from vlmq_vllm.offline.qvlm.vision import DEFAULT, Clipped, Recipe, served, tune
+from vlmq_vllm.offline.qvlm.vision import DEFAULT, UNTAUGHT, Clipped, Recipe, served, teaches, tune
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.walk import Row
@@ -21,8 +22,8 @@ from vlmq_vllm.offline.walk import Row
 class TowerWalk:
     """A tower whose blocks have the in-memory names `names`; `losses` are those of each epoch.
 
-    format_of: as in BlockWalk. batches, labels: as in `vision.tune`; of several processes the first learns, from its
-    own share, and the others take over what it found.
+    format_of: as in BlockWalk. batches, labels: as in `vision.tune`; of several processes the first that has pictures
+    learns, from its own share, and the others take over what it found.
     """
 
     def __init__(
@@ -48,10 +49,14 @@ class TowerWalk:
                     self.ranges[full] = find_ranges(weight, format, source.stored_dtype(f"{full}.weight"), grid)
                     clipped[full] = served(weight.detach(), self.ranges[full])
             source.release(name)
-        self.losses = tune(source, batches, labels, clipped, device, recipe) if ranks.rank == 0 else []
+        able = any(teaches(*pair) for pair in zip(batches, labels, strict=True))
+        learner = ranks.first(ranks.rank if able else None)
+        if learner is None:
+            raise QuantizeError(UNTAUGHT)
+        self.losses = tune(source, batches, labels, clipped, device, recipe) if ranks.rank == learner else []
         self.factors = {name: own.factors[0].detach() for name, own in clipped.items()}
         for factor in self.factors.values():
-            ranks.broadcast(factor, 0)
+            ranks.broadcast(factor, learner)
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:

@@ -12,7 +12,8 @@ there are equal in both and add nothing.
 What the paper leaves open: l1, l2 and eta, the optimiser and its rate (`Recipe`: guesses that were not tuned); the
 ranges that are varied: those of every group of weights, and for activations one factor on the lower and one on the
 upper bound of all tokens of a linear's input. One step per batch, in order, as the caller made them (the paper: 8
-pairs of 64, 10 epochs). Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
+pairs of 64, 10 epochs); every step reads the decoder from its files five times, so that this is for small decoders or
+few samples. Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import has_vision
+from vlmq_vllm.offline.data.labels import count_labels
 from vlmq_vllm.offline.qvlm.decoder import ranges_of, states, steer
 from vlmq_vllm.offline.qvlm.fake import Range, Rounder, by_token, fake
 from vlmq_vllm.offline.qvlm.ranges import Ranges
@@ -32,6 +34,10 @@ from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream, catch
 
 LEAST = 0.05  # of a factor; at 0 a range would be empty
+UNTAUGHT = (
+    "no calibration sample has both a picture and an answer, which the vision encoder's bounds are learnt from; "
+    "add such samples"
+)
 
 Answers = Callable[[Source, list[Stream], list[torch.Tensor], torch.device], tuple[float, list[torch.Tensor]]]
 
@@ -116,6 +122,11 @@ def clipping(model: torch.nn.Module, clipped: dict[str, Clipped]) -> Iterator[No
             del linear.forward
 
 
+def teaches(batch: dict, label: torch.Tensor) -> bool:
+    """Whether a batch has both a picture and an answer that is predicted."""
+    return has_vision(batch) and count_labels([label]) > 0
+
+
 def tune(
     source: Source,
     batches: list[dict],
@@ -127,23 +138,18 @@ def tune(
 ) -> list[Loss]:
     """Learn the factors of `clipped` (by in-memory name), in place; the losses of each epoch.
 
-    batches: inputs of the model; labels: int64 [B, T], -100 where nothing is predicted. Batches without a picture are
+    batches: inputs of the model; labels: int64 [B, T], -100 where nothing is predicted. Batches that teach nothing are
     passed over. Raises QuantizeError when none is left.
     """
-    pairs = [(batch, label) for batch, label in zip(batches, labels, strict=True) if has_vision(batch)]
+    pairs = [pair for pair in zip(batches, labels, strict=True) if teaches(*pair)]
     if not pairs:
-        raise QuantizeError(
-            "no calibration sample has a picture to learn the vision encoder's bounds from; add pictures"
-        )
+        raise QuantizeError(UNTAUGHT)
     factors = [factor for own in clipped.values() for factor in own.factors]
     adam = torch.optim.Adam(factors, recipe.rate)
     history = []
     with source.front(device):
-        with torch.no_grad():
-            full = [catch(source, source.family.layers, batch, device) for batch, _ in pairs]
-        found = [states(source, stream, device) for stream in full]
-        ranges, ends = ranges_of(found), [(x[0], x[-1]) for x in found]
-        del full, found
+        ends: list[tuple[torch.Tensor, torch.Tensor]] = []
+        ranges = ranges_of(_full(source, pairs, device, ends))
         for _ in range(recipe.epochs):
             losses = []
             for (batch, label), aims in zip(pairs, ends, strict=True):
@@ -158,6 +164,15 @@ def tune(
     return history
 
 
+@torch.no_grad()
+def _full(source, pairs, device, ends) -> Iterator[list[torch.Tensor]]:
+    """The full-precision states of each batch; the first and the last of them go to `ends`."""
+    for batch, _ in pairs:
+        found = states(source, catch(source, source.family.layers, batch, device), device)
+        ends.append((found[0], found[-1]))
+        yield found
+
+
 def _descend(source, stream, label, aims, ranges, device, recipe, backward) -> Loss:
     """The loss of one batch; its gradients go to the factors."""
     entered, left = aims
@@ -170,7 +185,7 @@ def _descend(source, stream, label, aims, ranges, device, recipe, backward) -> L
     with torch.enable_grad():
         encoder = (hidden - entered).norm() / entered.norm()
         (recipe.error * encoder + (hidden * gradient).sum()).backward()
-    value, error = float(encoder), steered.error
+    value, error = encoder.item(), steered.error
     total = reg + recipe.entropy * steered.entropy + recipe.error * (value + recipe.eta * error)
     return Loss(total, reg, steered.entropy, value, error)
 

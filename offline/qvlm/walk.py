@@ -140,7 +140,7 @@ class _Layer:
         """Put the weights in place as they would be served."""
         if choice != self.held:
             for linear, weight in self._rounded(self.walk.factors[choice]).items():
-                put(self.module, linear, weight.dequantize(weight.scale.dtype).float())
+                put(self.module, linear, weight.served())
             self.held = choice
 
     def run(self, state: list[torch.Tensor]) -> list[torch.Tensor]:

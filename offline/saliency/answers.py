@@ -15,26 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.kinds import ANSWER
+from vlmq_vllm.offline.data.labels import IGNORED, count_labels
 from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.stream import Stream, hidden_of
 
-IGNORED = -100  # label of a token that is not to be predicted
 KEPT = 4 << 30  # bytes of layers' inputs in the host's memory
 ROWS = 512  # tokens whose logits are in memory at once
 
 Visit = Callable[[int, str, int, torch.Tensor], None]
-
-
-def answer_labels(ids: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """Labels int64 [B, T]: the ids [B, T] of tokens of kind ANSWER, IGNORED elsewhere."""
-    return torch.where(kinds == ANSWER, ids, IGNORED)
-
-
-def count_labels(labels: Sequence[torch.Tensor]) -> int:
-    """Tokens that are predicted; nothing comes before the first of a sample."""
-    return sum(int((one[:, 1:] != IGNORED).sum()) for one in labels)
 
 
 @torch.no_grad()
@@ -164,7 +153,7 @@ def _back(
         outputs: dict[str, torch.Tensor] = {}
 
         def keep(module, args, out, inner: str, outputs: dict = outputs) -> None:
-            outputs[inner] = out[0] if isinstance(out, tuple) else out
+            outputs[inner] = hidden_of(out)
 
         handles = [
             layer.get_submodule(inner).register_forward_hook(lambda m, a, out, n=inner, keep=keep: keep(m, a, out, n))

@@ -18,11 +18,12 @@ import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.kinds import ANSWER, VISION
+from vlmq_vllm.offline.data.labels import IGNORED, count_labels
 from vlmq_vllm.offline.experts import is_expert
 from vlmq_vllm.offline.linears import linears_of
 from vlmq_vllm.offline.models import Family
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.answers import IGNORED, backward, count_labels
+from vlmq_vllm.offline.saliency.answers import backward
 from vlmq_vllm.offline.saliency.gradient import in_attention
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream

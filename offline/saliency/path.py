@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import torch
 
-from vlmq_vllm.offline.stream import Stream, removing
+from vlmq_vllm.offline.hooks import removing
+from vlmq_vllm.offline.stream import Stream, hidden_of
 
 STEPS = 32  # K
 Call = tuple[tuple, dict]
@@ -103,4 +104,4 @@ def _run(module: torch.nn.Module, call: Call, point: torch.Tensor) -> torch.Tens
     """The module's output [B, T, H] with another input in the call."""
     args, kwargs = call
     out = module(point, *args[1:], **kwargs) if args else module(**kwargs | {"hidden_states": point})
-    return out[0] if isinstance(out, tuple) else out
+    return hidden_of(out)

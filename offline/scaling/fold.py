@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmq_vllm.offline.linears import place, put
+from vlmq_vllm.offline.linears import put, set_parameter
 from vlmq_vllm.offline.scaling.groups import Scalable
 
 DtypeOf = Callable[[str], torch.dtype]  # by the name of a parameter in the layer, the 16-bit dtype that it is stored in
@@ -52,7 +52,7 @@ def fold(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, chang
     if scalable.offset is None:
         put(layer, scalable.source, layer.get_submodule(scalable.source).weight / scales[:, None])
     for name, value in changed.items():
-        place(layer, name, value)
+        set_parameter(layer, name, value)
 
 
 def _exact(

@@ -23,7 +23,6 @@ from vlmq_vllm.offline.stages import Group
 from vlmq_vllm.offline.stream import Stream
 
 SAME = 1e-4  # of a channel's largest value; a channel that does not follow is off by half of it or more
-PRODUCT = ("q_proj", "k_proj")  # their outputs meet in a product, whose error is not the sum of theirs
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,6 @@ class Scalable:
     def channels(self) -> int:
         """R."""
         return int(self.channel.max()) + 1
-
-
-def is_clipped(linear: str) -> bool:
-    """Whether AWQ's search for clipped ranges is for this linear: not for q and k."""
-    return linear.rpartition(".")[2] not in PRODUCT
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import holding
 from vlmq_vllm.offline.scaling.groups import Scalable
 from vlmq_vllm.offline.stages import inspected
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.stream import Stream, hidden_of
 
 BYTES = 1 << 30  # of inputs and outputs of inspected modules that are kept at once, a batch more at most
 ERRORS = {"mae": torch.Tensor.abs, "mse": torch.Tensor.square}
@@ -95,7 +95,7 @@ def _tried(layer: torch.nn.Module, trial: Trial, chunk: Chunk, rounding: Roundin
 
 
 def _error(module: torch.nn.Module, call: _Call, weights: torch.Tensor | None, error_of: Callable) -> torch.Tensor:
-    errors = error_of(_tensor(module(*call.args, **call.kwargs)) - call.out).flatten(0, -2).mean(-1)
+    errors = error_of(hidden_of(module(*call.args, **call.kwargs)) - call.out).flatten(0, -2).mean(-1)
     return (errors if weights is None else errors * weights).sum(dtype=torch.float64)
 
 
@@ -118,7 +118,7 @@ def _calls(layer: torch.nn.Module, index: int, stream: Stream, modules: set[str]
 
     def noting(name: str):
         def hook(module, args, kwargs, out):
-            calls[name] = _Call(args, kwargs, _tensor(out))
+            calls[name] = _Call(args, kwargs, hidden_of(out))
 
         return layer.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
 
@@ -135,7 +135,7 @@ def _rounded(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, r
     for linear in scalable.linears:
         weight, dtype = layer.get_submodule(linear).weight, rounding.dtype(linear)
         rounded = round_to_nearest(weight * columns, rounding.format(linear), dtype, rounding.search)
-        held[linear] = rounded.dequantize(dtype).float() / columns
+        held[linear] = rounded.served() / columns
     handles = []
     if rounding.inputs:
         handles = [
@@ -146,7 +146,3 @@ def _rounded(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, r
         ]
     with removing(handles), holding(layer, held):
         yield
-
-
-def _tensor(out: torch.Tensor | tuple) -> torch.Tensor:
-    return out[0] if isinstance(out, tuple) else out

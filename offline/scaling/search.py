@@ -19,7 +19,7 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.grid import GridSearch
-from vlmq_vllm.offline.linears import place
+from vlmq_vllm.offline.linears import set_parameter
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.scaling.fold import Changed, DtypeOf, effective, fold
 from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
@@ -99,7 +99,7 @@ class Scaling:
         self._check(layer, index, probe, before)
         stored = {name: value.to(dtype_of(name)) for name, value in changed.items()}
         for name, value in stored.items():  # a norm's bias is rounded only here
-            place(layer, name, value.float())
+            set_parameter(layer, name, value.float())
         return Scaled(ratios, stored)
 
     def _trials(

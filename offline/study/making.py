@@ -191,7 +191,7 @@ class PieceMaker:
 def unfolded(rounded: QuantizedWeight, weight: torch.Tensor, folded: torch.Tensor) -> torch.Tensor:
     """What a rounded weight amounts to [O, I], in the dtype of its scales: `folded` [O, I] was rounded in the place of
     `weight`. A weight of zero is rounded to zero."""
-    served = rounded.dequantize(rounded.scale.dtype).float()
+    served = rounded.served()
     return torch.where(folded == 0, 0.0, served * (weight / folded)).to(rounded.scale.dtype)
 
 

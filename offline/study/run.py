@@ -17,6 +17,7 @@ from vlmq_vllm.errors import QuantizeError, StoppedError
 from vlmq_vllm.offline.compare.settings import Settings as Judging
 from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.sources import check_exists
+from vlmq_vllm.offline.device import device_of
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.resume import identity
 from vlmq_vllm.offline.settings import BITS
@@ -62,7 +63,7 @@ def sweep(
         raise QuantizeError("methods other than rtn need calibration data; give --calibration FILE.jsonl")
     for source in filter(None, (data, calibration)):
         check_exists(source)
-    return _Run(model, settings, _device(device), say, stop).run(data, calibration, out, resume)
+    return _Run(model, settings, device_of(device), say, stop).run(data, calibration, out, resume)
 
 
 class _Run:
@@ -187,10 +188,3 @@ class _Run:
             "dtype": self.settings.dtype,
             "components": self.subject.components,
         }
-
-
-def _device(name: str) -> torch.device:
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise QuantizeError(f"device {name!r} cannot be used ({str(error).partition(chr(10))[0]})") from None
