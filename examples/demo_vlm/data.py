@@ -25,7 +25,7 @@ def write(folder: Path, split: str, count: int) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--split", default="calibration", choices=("calibration", "evaluation"))
+    parser.add_argument("--split", default="calibration", choices=("calibration", "validation", "evaluation"))
     parser.add_argument("--count", type=int, default=128)
     args = parser.parse_args()
     print(write(args.out, args.split, args.count))
