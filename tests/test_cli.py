@@ -73,7 +73,7 @@ MISTAKES = {
     "device that is not there": (lambda m, t: [m, *RTN, "--device", "cuda:77"], "device 'cuda:77' cannot be used"),
     "bits 5": (lambda m, t: [m, "--bits", 5], "bits is 5; choose one of 2, 3, 4"),
     "unaligned groups": (lambda m, t: [m, "--group-size", 48], "group_size is 48; with 3 bits groups begin on"),
-    "unknown method": (lambda m, t: [m, "--method", "magic"], "method is magic; choose one of rtn, awq, gptq, vlmq, qvlm"),
+    "unknown method": (lambda m, t: [m, "--method", "magic"], "method is magic; choose one of rtn, awq, gptq"),
     "no data": (lambda m, t: [m], "method 'vlmq' needs calibration data; give --data FILE.jsonl"),
     "data that is not there": (
         lambda m, t: [m, "--data", t / "none.jsonl"],
