@@ -28,7 +28,8 @@ METHODS = {
     "qig-rounded": {"method": "awq", "saliency": "qig", "activation_bits": 8},
     "vlmq-rounded": {"method": "vlmq", "activation_bits": 8, "vision_bits": 8},
 }
-SLOW = ("awq-mse", "q-vlm-tower", "qig-rounded", "awq-rounded")
+# Tested in make test by another method that takes the same way.
+SLOW = ("awq-mse", "mbq", "qig", "q-vlm-tower", "qig-rounded", "awq-rounded")
 SCALED = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 SCALED += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
 

@@ -339,8 +339,11 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize(
     "method",
-    [{"method": "vlmq"}, {"method": "awq", "saliency": "qig"}, {"method": "gptq", "saliency": "modality"}],
-    ids=lambda method: "-".join(method.values()),
+    [
+        pytest.param({"method": "vlmq"}, id="vlmq"),
+        pytest.param({"method": "awq", "saliency": "qig"}, id="qig", marks=pytest.mark.slow),
+        pytest.param({"method": "gptq", "saliency": "modality"}, id="modality", marks=pytest.mark.slow),
+    ],
 )
 def test_the_predicted_peak_is_that_of_a_run(tmp_path, calibration, monkeypatch, method):
     family = family_models.FAMILIES["qwen2_vl"]
