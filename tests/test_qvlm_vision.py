@@ -69,7 +69,7 @@ def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
     for i in range(4):
         source.release(f"{source.family.layers}.{i}")
     assert found.error == pytest.approx(error.item(), rel=1e-5) and found.error > 0
-    assert found.entropy == pytest.approx(float(entropy), rel=1e-5)
+    assert found.entropy == pytest.approx(entropy.item(), rel=1e-5)
     # float32 through four layers in the same order; the sums of the two ways back differ in theirs
     torch.testing.assert_close(found.error_gradient, by_error[0], rtol=1e-3, atol=1e-5 * float(by_error[0].abs().max()))
     torch.testing.assert_close(found.entropy_gradient, by_entropy, rtol=1e-3, atol=1e-4 * float(by_entropy.abs().max()))
