@@ -81,6 +81,7 @@ def test_budgets(tmp_path):
         assert allowed is None or found["per_weight"] <= allowed, (case, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", [arch for arch in LIMITS if arch != "sm_90"])
 def test_other_gpus(arch, tmp_path):
     wanted = cases(tokens=(8, 64)) + cases(bits=(4,), tokens=(16, 128))
@@ -88,7 +89,7 @@ def test_other_gpus(arch, tmp_path):
         check(arch, case, found)
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_other_kernels(arch, tmp_path):
     """Mixtures of experts, dequantisation, repacking; ragged K, one group per row, float16."""
     wanted = cases(tokens=(8, 64), kind="experts") + cases(tokens=(512,), kind="dequantise", symmetric=False)

@@ -92,6 +92,7 @@ def lopsided(tmp_path_factory):
     return folder / "model", path
 
 
+@pytest.mark.slow
 def test_two_processes_with_every_part_of_a_method(lopsided, tmp_path):
     """Channel scales, token weights and ranges are the same although one process has pictures and the other none."""
     model, data = lopsided

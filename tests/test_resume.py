@@ -55,7 +55,14 @@ def sums(folder) -> str:
 
 
 # in front of the second layer, with a third layer that has been written but not named, and behind the last layer
-@pytest.mark.parametrize(("unit", "when"), [(1, "after"), (3, "before"), (4, "after")])
+@pytest.mark.parametrize(
+    ("unit", "when"),
+    [
+        pytest.param(1, "after", marks=pytest.mark.slow),
+        (3, "before"),
+        pytest.param(4, "after", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_is_resumed_to_the_same_bytes(unit, when, begin, quantized, tmp_path):
     assert finished(begin(at=(unit, signal.SIGKILL.value, when)))[0] == -signal.SIGKILL
     files = list((tmp_path / ".out.partial").glob("*.safetensors"))
