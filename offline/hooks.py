@@ -1,17 +1,25 @@
 """Hooks on modules for a while: linears whose inputs are rounded as they will be when the model is served."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 
 from vlmq_vllm.activations import round_tokens
 
+Rounding = Callable[[torch.Tensor], torch.Tensor]  # [.., I] to [.., I]
+
 
 @contextmanager
-def rounding_inputs(linears: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Round what these modules get, per token to 8 bits, for a while. Other hooks on them see rounded inputs."""
-    with removing([linear.register_forward_pre_hook(_round, prepend=True) for linear in linears]):
+def rounding_inputs(linears: Iterable[torch.nn.Module], rounding: Rounding = round_tokens) -> Iterator[None]:
+    """Round what these modules get, as it will be when they are served, for a while; gradients pass as if it were not.
+    Other hooks on them see rounded inputs."""
+
+    def hook(module: torch.nn.Module, inputs: tuple) -> tuple:
+        x, *rest = inputs
+        return x + (rounding(x) - x).detach(), *rest
+
+    with removing([linear.register_forward_pre_hook(hook, prepend=True) for linear in linears]):
         yield
 
 
@@ -23,13 +31,3 @@ def removing(handles: list) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def straight_through(x: torch.Tensor) -> torch.Tensor:
-    """Rounded x with the gradient of x."""
-    return x + (round_tokens(x) - x).detach()
-
-
-def _round(module: torch.nn.Module, inputs: tuple) -> tuple:
-    x, *rest = inputs
-    return straight_through(x), *rest

@@ -10,13 +10,12 @@ rounds what its linears get; gradients pass through that rounding unchanged. The
 A batch is one micro-batch: its samples do not see each other, and it has few enough tokens (`batches.py`).
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
 from vlmq_vllm.offline.experts import is_expert
-from vlmq_vllm.offline.hooks import removing
+from vlmq_vllm.offline.hooks import Rounding, rounding_inputs
 from vlmq_vllm.offline.linears import holding, weights_of
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.saliency.path import STEPS, Switch, call_of, input_of, integrated_gradients
@@ -51,9 +50,7 @@ class Integrated:
     the first layer with activations, where both streams are equal) tokens count alike.
     """
 
-    def __init__(
-        self, ranks: Ranks, activations: Callable[[torch.Tensor], torch.Tensor] | None = None, steps: int = STEPS
-    ) -> None:
+    def __init__(self, ranks: Ranks, activations: Rounding | None = None, steps: int = STEPS) -> None:
         self.ranks, self.activations, self.steps = ranks, activations, steps
 
     def __call__(
@@ -109,20 +106,8 @@ class Integrated:
 
 
 @contextmanager
-def _quantized(layer: torch.nn.Module, weights: dict[str, torch.Tensor], activations: Callable | None):
+def _quantized(layer: torch.nn.Module, weights: dict[str, torch.Tensor], activations: Rounding | None):
     """The layer with other weights of some linears, which also round what they get."""
-    with ExitStack() as stack:
-        stack.enter_context(holding(layer, weights))
-        if activations is not None:
-            hook = _straight_through(activations)
-            stack.enter_context(removing([layer.get_submodule(n).register_forward_pre_hook(hook) for n in weights]))
+    linears = [layer.get_submodule(name) for name in weights] if activations else []
+    with holding(layer, weights), rounding_inputs(linears, activations):
         yield
-
-
-def _straight_through(activations: Callable[[torch.Tensor], torch.Tensor]) -> Callable:
-    """A hook that rounds a linear's input; gradients pass as if it did not."""
-
-    def hook(module, args):
-        return (args[0] + (activations(args[0].detach()) - args[0].detach()), *args[1:])
-
-    return hook
