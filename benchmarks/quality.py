@@ -7,10 +7,12 @@ quantised model goes to a JSONL file, which a later run completes; `--table` wri
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ from evaluate import answer, embed, load
 from pictures import Picture, ask
 from vlmq_vllm.offline.dequantize import dequantize
 from vlmq_vllm.offline.quantize import quantize
+from vlmq_vllm.offline.recipe import read_recipe
 from vlmq_vllm.offline.settings import Settings
 
 MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
@@ -122,6 +125,28 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def complete(args: argparse.Namespace, figures: Callable[[Path, int, str, int], dict], chats: int = POOL) -> None:
+    """Measure what the file `args.rows` lacks of `args.bits`, `args.methods` and `args.seeds`, and write the table.
+
+    figures(pool, bits, method, seed): of one model, calibrated from a pool of `chats`; rounding to nearest has no seed.
+    """
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    done = {(row["bits"], row["name"], row["seed"]) for row in rows}
+    with tempfile.TemporaryDirectory() as folder:
+        pool = write(Path(folder), "calibration", chats)
+        for bits, name in itertools.product(args.bits, args.methods):
+            for seed in args.seeds[:1] if name == "RTN" else args.seeds:
+                about = {"bits": bits, "name": name + args.label, "seed": seed}
+                if tuple(about.values()) not in done:
+                    rows.append(about | figures(pool, bits, name, seed))
+                    with args.rows.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+                    print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    if args.table:
+        args.table.write_text(table(rows) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4])
@@ -130,6 +155,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all, e.g. group_size=64"
     )
+    parser.add_argument("--recipe", type=Path, help="take the widths of modules from this recipe of `vlmq sweep`")
     parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration chats")
     parser.add_argument("--questions", type=int, default=2000)
@@ -137,30 +163,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="markdown file to write at the end")
     args = parser.parse_args()
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    done = {(row["bits"], row["name"], row["seed"]) for row in rows}
+    widths = {name: read_recipe(args.recipe)[name] for name in ("bits", "modules")} if args.recipe else {}
     judge = Judge(args.questions)
-    with tempfile.TemporaryDirectory() as folder:
-        pool = write(Path(folder), "calibration", POOL)
-        for bits in args.bits:
-            for name in args.methods:
-                label = name + args.label
-                for seed in args.seeds[:1] if name == "RTN" else args.seeds:
-                    if (bits, label, seed) in done:
-                        continue
-                    options = (
-                        {"bits": bits, "group_size": GROUPS[bits], "samples": args.samples, "seed": seed}
-                        | METHODS[name]
-                        | extra
-                    )
-                    row = {"bits": bits, "name": label, "seed": seed, **measure(judge, pool, options), **options}
-                    rows.append(row)
-                    with args.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-                    print(json.dumps(row), flush=True)
-    print(table(rows))
-    if args.table:
-        args.table.write_text(table(rows) + "\n")
+
+    def figures(pool: Path, bits: int, name: str, seed: int) -> dict:
+        options = {"bits": bits, "group_size": GROUPS[bits], "samples": args.samples, "seed": seed}
+        options |= METHODS[name] | extra
+        return options | {"widths": widths} | measure(judge, pool, options | widths)
+
+    complete(args, figures)
 
 
 if __name__ == "__main__":

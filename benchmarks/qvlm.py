@@ -15,7 +15,6 @@ The judge is that of `quality.py`. One line per model goes to a JSONL file, whic
 import argparse
 import json
 import sys
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,20 +22,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/demo_vlm"))
 
-from quality import MODEL, Judge, table
+from quality import MODEL, Judge, complete
 
-from data import write
 from evaluate import load
 from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.labels import answer_labels
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import linears_of, put
 from vlmq_vllm.offline.qvlm.activations import Rounded, search_stack
 from vlmq_vllm.offline.qvlm.fake import PERCENTILES, rounding, row_ranges
 from vlmq_vllm.offline.qvlm.vision import Recipe, faked, tune
-from vlmq_vllm.offline.saliency.answers import answer_labels
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
 
@@ -131,25 +129,12 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="markdown file to write at the end")
     args = parser.parse_args()
     recipe = Recipe(**{name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)})
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    done = {(row["bits"], row["name"], row["seed"]) for row in rows}
     judge = Judge(args.questions)
-    with tempfile.TemporaryDirectory() as folder:
-        pool = write(Path(folder), "calibration", POOL)
-        for bits in args.bits:
-            for name in args.methods:
-                for seed in args.seeds:
-                    label = name + args.label
-                    if (bits, label, seed) in done:
-                        continue
-                    about = {"bits": bits, "group_size": -1, "name": label, "seed": seed}
-                    rows.append(about | measure(judge, pool, bits, name, seed, recipe))
-                    with args.rows.open("a") as file:
-                        file.write(json.dumps(rows[-1]) + "\n")
-                    print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
-    if args.table:
-        args.table.write_text(table(rows) + "\n")
+
+    def figures(pool: Path, bits: int, name: str, seed: int) -> dict:
+        return {"group_size": -1} | measure(judge, pool, bits, name, seed, recipe)
+
+    complete(args, figures, POOL)
 
 
 if __name__ == "__main__":
