@@ -64,6 +64,7 @@ class _Run:
         self.ranks = Ranks(device)
         self.units = find_units(source, settings)
         self.targets = find_targets(source, settings, self.units)
+        self.kept = find_kept(source, self.targets, self.units)
         self.rest = find_rest(source, self.targets, self.units)
         self.formats = {target.name: target.format for target in self.targets}
         self.samples = Samples()
@@ -130,7 +131,7 @@ class _Run:
             raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
         tensors, rows = walk.layer(unit.module, unit.index, last)
         if writer:
-            kept = {name: self.source.read(name) for name in find_kept(self.source, unit, self.targets)}
+            kept = {name: self.source.read(name) for name in self.kept[unit.key]}
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
         self.progress.layer(unit.module, rows, self.settings.damp)

@@ -1,7 +1,7 @@
 """What a run needs to go on where another was stopped: proof that both are the same run, and what it has written."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -12,7 +12,7 @@ from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.units import Target, Unit
+from vlmq_vllm.offline.units import Target, Unit, parents_of
 from vlmq_vllm.offline.writer import WEIGHTS, Parts
 
 
@@ -42,7 +42,7 @@ def identity(
 def reader(parts: Parts, targets: list[Target], units: list[Unit]) -> Callable[[str], torch.Tensor | None]:
     """The weight that a linear (by its name in the files) has been given, as it is served; None before that."""
     keys = {unit.module: unit.key for unit in units}
-    owner = {t.module: next(keys[m] for m in _parents(t.name) if m in keys) for t in targets}
+    owner = {t.module: next(keys[m] for m in parents_of(t.name) if m in keys) for t in targets}
     formats = {target.module: target.format for target in targets}
 
     def read(module: str) -> torch.Tensor | None:
@@ -77,10 +77,3 @@ def unit_reader(
         return found
 
     return written
-
-
-def _parents(name: str) -> Iterator[str]:
-    """The name itself and the modules around it, from the inside."""
-    while name:
-        yield name
-        name = name.rpartition(".")[0]

@@ -83,17 +83,20 @@ def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[
     return targets
 
 
-def find_kept(source: Source, unit: Unit, targets: list[Target]) -> list[str]:
-    """Tensors of a unit that stay as they are (norms, biases, linears at 16 bits), by their names in the files."""
-    taken = {source.places[f"{target.name}.weight"].tensor for target in targets}
-    inside = (place.tensor for name, place in source.places.items() if name.startswith(f"{unit.module}."))
-    return sorted(set(inside) - taken)
+def find_kept(source: Source, targets: list[Target], units: list[Unit]) -> dict[str, list[str]]:
+    """By unit key its tensors that stay as they are: norms, biases, linears at 16 bits; by their names in the files."""
+    taken, keys = _taken(source, targets), {unit.module: unit.key for unit in units}
+    kept: dict[str, set[str]] = {unit.key: set() for unit in units}
+    for name, place in source.places.items():
+        key = next((keys[module] for module in parents_of(name) if module in keys), None)
+        if key and place.tensor not in taken:
+            kept[key].add(place.tensor)
+    return {key: sorted(names) for key, names in kept.items()}
 
 
 def find_rest(source: Source, targets: list[Target], units: list[Unit]) -> dict[str, list[str]]:
     """Every tensor of the source that belongs to no unit, by unit key, in files of about SHARD bytes."""
-    taken = {source.places[f"{target.name}.weight"].tensor for target in targets}
-    taken.update(name for unit in units for name in find_kept(source, unit, targets))
+    taken = _taken(source, targets).union(*find_kept(source, targets, units).values())
     rest: dict[str, list[str]] = {}
     size = SHARD
     for name in sorted(source.headers):
@@ -108,9 +111,21 @@ def find_rest(source: Source, targets: list[Target], units: list[Unit]) -> dict[
 
 def expected_bytes(source: Source, targets: list[Target]) -> int:
     """Size of the checkpoint's weights on disk."""
-    taken = {source.places[f"{target.name}.weight"].tensor for target in targets}
+    taken = _taken(source, targets)
     packed = sum(t.format.bits_per_weight(t.rows, t.columns) * t.rows * t.columns / 8 for t in targets)
     return math.ceil(packed) + sum(stored_bytes(source, name) for name in source.headers if name not in taken)
+
+
+def parents_of(name: str) -> Iterator[str]:
+    """The name itself and the modules around it, from the inside."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def _taken(source: Source, targets: list[Target]) -> set[str]:
+    """The tensors in the files that become packed."""
+    return {source.places[f"{target.name}.weight"].tensor for target in targets}
 
 
 def stored_bytes(source: Source, name: str) -> int:
