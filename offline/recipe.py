@@ -7,6 +7,19 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.settings import Settings
 
 PLAIN = (int, bool, dict)
+# Settings that only some runs read, by the method or the token weights that do.
+READERS = {
+    "scale_loss": ("awq",),
+    "base": ("gptq", "vlmq"),
+    "alpha": ("gptq", "vlmq"),
+    "damp": ("gptq", "vlmq"),
+    "act_order": ("gptq", "vlmq"),
+    "saliency_power": ("vlmq",),
+    "saliency_scope": ("vlmq",),
+    "saliency_fallback": ("vlmq",),
+    "saliency_floor": ("vlmq",),
+    "saliency_cap": ("vlmq",),
+}
 
 
 def read_recipe(path: Path) -> dict:
@@ -36,3 +49,9 @@ def settings_from(recipe: dict, options: dict) -> Settings:
         if not (isinstance(value, allowed) or left_open) or (type(value) is bool and kinds[key] is not bool):
             raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {kinds[key]}")
     return Settings(**recipe | {key: value for key, value in options.items() if key in kinds})
+
+
+def unread(settings: Settings, options: dict) -> list[str]:
+    """Which of these options a run with these settings does not read."""
+    found = (settings.method, settings.saliency)
+    return [name for name in options if name in READERS and not set(READERS[name]) & set(found)]

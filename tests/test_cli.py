@@ -11,6 +11,9 @@ from collections import namedtuple
 
 import pytest
 
+from vlmq_vllm.offline.recipe import unread
+from vlmq_vllm.offline.settings import Settings
+
 
 def test_quantize_verify_dequantize(vlmq, demo_model, tmp_path):
     out = tmp_path / "w4"
@@ -119,6 +122,26 @@ def test_a_recipe_gives_the_same_checkpoint_and_options_win(vlmq, demo_model, tm
     assert code == 0
     settings = json.loads(said)["settings"]
     assert (settings["bits"], settings["group_size"], settings["method"]) == (2, 32, "rtn")
+
+
+@pytest.mark.parametrize(
+    ("method", "saliency", "idle"),
+    [
+        ("rtn", "none", ["scale_loss", "damp", "act_order", "saliency_power"]),
+        ("awq", "qig", ["damp", "act_order", "saliency_power"]),
+        ("gptq", "modality", ["scale_loss", "saliency_power"]),
+        ("gptq", "vlmq", ["scale_loss"]),
+        ("vlmq", "vlmq", ["scale_loss"]),
+    ],
+)
+def test_options_that_a_method_makes_no_use_of(method, saliency, idle):
+    options = {"scale_loss": "mse", "damp": 0.02, "act_order": "none", "saliency_power": 1, "grid": "minmax"}
+    assert unread(Settings(method=method, saliency=saliency), options) == idle
+
+
+def test_an_option_without_use_is_named(vlmq, demo_model, tmp_path):
+    code, _, said = vlmq("quantize", demo_model, "-o", tmp_path / "out", *RTN, "--damp", "0.02", "--act-order", "none")
+    assert code == 0 and "vlmq: method rtn makes no use of --damp, --act-order" in said
 
 
 def test_hub_names(vlmq, demo_model, tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def quantize(
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
     from vlmq_vllm.offline.malloc import give_back_large_blocks
-    from vlmq_vllm.offline.recipe import read_recipe, settings_from
+    from vlmq_vllm.offline.recipe import read_recipe, settings_from, unread
 
     settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
     import torch
@@ -80,6 +80,9 @@ def quantize(
     give_back_large_blocks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first = os.environ.get("RANK", "0") == "0"
+    if first and (idle := unread(settings, given(context))):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        typer.echo(f"vlmq: method {settings.method} makes no use of {options}", err=True)
     progress = Progress(Console(stderr=True)) if first else Progress()
     try:
         rows = run.quantize(model, out, data, settings, device, progress, resume, stop_on_sigterm())
