@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from vlmq_vllm.errors import CheckpointError, QuantizeError, RefusedError
 from vlmq_vllm.headers import INDEX
+from vlmq_vllm.offline.whole import check_written, is_about_space
 
 SUMS = "SHA256SUMS"
 REPORT = "vlmq_report.json"
@@ -117,7 +118,7 @@ class Writer(Parts):
         # what is wrong with the input stays wrong: there is nothing to go on with
         hopeless = isinstance(error, CheckpointError | QuantizeError) and not isinstance(error, RefusedError)
         kept = self._leave(hopeless)
-        if isinstance(error, OSError | SafetensorError) and _is_about_space(error):
+        if isinstance(error, OSError | SafetensorError) and is_about_space(error):
             advice = "make room and add --resume to go on" if kept else "make room and run again"
             raise RefusedError(f"no space left while writing {self.out}; {advice}") from error
 
@@ -136,10 +137,7 @@ class Writer(Parts):
         try:
             save_file(tensors, path, metadata={"format": "pt"})
             path.chmod(0o644)  # safetensors makes files private
-            with safe_open(path, "pt") as file:
-                for name, tensor in tensors.items():
-                    if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
-                        raise RefusedError(f"{name} reads back from {self.folder} with other bits: the disk fails")
+            check_written(path, tensors)
             (self.folder / LOG / f"{unit}.json").write_text(json.dumps(notes or []))
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -195,18 +193,6 @@ def sha256(path: Path) -> str:
 def _bytes(file, name: str) -> int:
     tensor = file.get_tensor(name)
     return tensor.numel() * tensor.element_size()
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """As bytes, so that NaNs compare."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def _is_about_space(error: Exception) -> bool:
-    """ENOSPC, EFBIG or EDQUOT, from Python or inside safetensors' message."""
-    if isinstance(error, OSError):
-        return error.errno in (28, 27, 122)
-    return any(f"os error {number}" in str(error) or f"code: {number}" in str(error) for number in (28, 27, 122))
 
 
 def _size(count: int) -> str:

@@ -37,6 +37,11 @@ def alone(parts: int, part: int, width: int) -> Widths:
     return tuple(width if i == part else KEPT for i in range(parts))
 
 
+def full_precision(parts: int) -> Widths:
+    """Every part at 16 bits."""
+    return (KEPT,) * parts
+
+
 def full_grid(parts: int, bits: tuple[int, ...], limit: int) -> list[Widths]:
     """Every combination of the widths and 16. Raises RefusedError for more than `limit`."""
     levels = (*bits, KEPT)

@@ -12,7 +12,6 @@ from importlib.util import find_spec
 import numpy as np
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.settings import KEPT
 from vlmq_vllm.offline.study.designs import Widths, alone
 
 TREES = 500
@@ -80,8 +79,3 @@ def fit_forest(damage: dict[Widths, float], without: int | None, seed: int) -> F
         permutation=shuffled.importances_mean.tolist(),
         spread=shuffled.importances_std.tolist(),
     )
-
-
-def full_precision(parts: int) -> Widths:
-    """The configuration with every part at 16 bits."""
-    return (KEPT,) * parts

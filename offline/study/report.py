@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from vlmq_vllm.offline.study.designs import Widths
-from vlmq_vllm.offline.study.importance import Forest, find_rises, fit_forests, full_precision
+from vlmq_vllm.offline.study.designs import Widths, full_precision
+from vlmq_vllm.offline.study.importance import Forest, find_rises, fit_forests
 from vlmq_vllm.offline.study.mixtures import Mixture
 from vlmq_vllm.offline.study.pareto import draw, pareto_front
 from vlmq_vllm.offline.study.parts import Part
