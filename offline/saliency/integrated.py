@@ -5,9 +5,10 @@ the layer's rounded weights, `path.py` gives IG [T, C] of every sample. Where we
 starts at zero. Where activations are too, it goes from the quantised stream's input to the full-precision one's, and Mq
 rounds what its linears get; gradients pass through that rounding unchanged. Then, within each sample,
 
-    u_t = mean_c |IG_tc|,   divided by sum u,   at most Q3 + 1.5 (Q3 - Q1),   divided by its mean: lambda_t
+    u_t = mean_c |IG_tc|,   u' = u / sum u,   c = u' within [Q1 - 1.5 IQR, Q3 + 1.5 IQR],   lambda = c / sum c
 
-A batch is one micro-batch: its samples do not see each other, and it has few enough tokens (`batches.py`).
+with the quartiles Q1 and Q3 of u' and IQR = Q3 - Q1, so that a long sample counts no more than a short one. A batch is
+one micro-batch: its samples do not see each other, and it has few enough tokens (`batches.py`).
 """
 
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +27,7 @@ from vlmq_vllm.offline.stream import Stream
 def token_weights(
     gradients: torch.Tensor, samples: int, valid: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N] float32 with mean 1 over each sample's valid tokens, from IG [N, C] of `samples` of equal length.
+    """Weights [N] float32 with sum 1 over each sample's valid tokens, from IG [N, C] of `samples` of equal length.
 
     valid [N] bool: None for all; other tokens get 0. Also [samples] bool, whether a sample has no signal, that is all
     zero or not finite: its valid tokens count alike.
@@ -38,9 +39,9 @@ def token_weights(
     silent = ~(total.isfinite() & (total > 0))
     score = torch.where(silent, valid.double(), score) / torch.where(silent, valid.sum(1, keepdim=True), total)
     low, high = score.where(valid, torch.nan).nanquantile(torch.tensor([0.25, 0.75]).to(score), dim=1, keepdim=True)
-    score = score.minimum(high + 1.5 * (high - low)).where(valid, 0)
-    mean = score.sum(1, keepdim=True) / valid.sum(1, keepdim=True)
-    return (score / mean).where(valid, 0).flatten().float(), silent.flatten()
+    reach = 1.5 * (high - low)
+    score = score.clamp(low - reach, high + reach).where(valid, 0)
+    return (score / score.sum(1, keepdim=True)).flatten().float(), silent.flatten()
 
 
 class Integrated:
@@ -63,8 +64,8 @@ class Integrated:
     ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
         """Token weights [N] per batch of each weighted linear, and what the report says of them all.
 
-        Linears of a group have the same list. `rounding()` puts the layer's own rounded weights in place; `full` is
-        needed where activations are rounded. Experts are not weighted: which tokens they see changes.
+        Linears of a group have the same list; its mean is 1. `rounding()` puts the layer's own rounded weights in
+        place; `full` is needed where activations are rounded. Experts are not weighted: which tokens they see changes.
         """
         originals = weights_of(layer)
         with rounding():
@@ -87,6 +88,8 @@ class Integrated:
         name = inspected(group)
         module = layer.get_submodule(name)
         own = {linear: weight for linear, weight in rounded.items() if f"{linear}.".startswith(f"{name}.")}
+        if not own:
+            return None
 
         def switch() -> AbstractContextManager:
             return _quantized(layer, own, self.activations)
@@ -102,7 +105,12 @@ class Integrated:
             weights, silent = token_weights(gradients, len(stream.hidden))
             found.append(weights)
             heard += int((~silent).sum())
-        return found if self.ranks.any(heard > 0) else None
+        if not self.ranks.any(heard > 0):
+            return None
+        sizes = [(len(weights), len(stream.hidden)) for weights, stream in zip(found, quantized, strict=True)]
+        device = next(layer.parameters()).device  # that processes exchange tensors on
+        tokens, samples = self.ranks.add(torch.tensor(sizes, dtype=torch.float64, device=device).sum(0))
+        return [weights * (tokens / samples).float() for weights in found]
 
 
 @contextmanager
