@@ -102,8 +102,12 @@ class _Run:
         for component in ("vision", "connector", "language"):
             units = [unit for unit in self.units if unit.component == component]
             if not all(parts.done(unit.key) for unit in units):
-                for walk, unit in self._walks(component, units):
-                    self._unit(unit, walk, parts, writer, last=unit.module == units[-1].module)
+                self._component(component, units, parts, writer)
+
+    def _component(self, component: str, units: list[Unit], parts: Parts, writer: Writer | None) -> None:
+        """One of them; its streams are gone when the next one begins."""
+        for walk, unit in self._walks(component, units):
+            self._unit(unit, walk, parts, writer, last=unit.module == units[-1].module)
 
     def _check_replay(self) -> None:
         if self.samples.probe is not None:

@@ -79,7 +79,7 @@ class Walk:
         layer = self.source.materialise(name, self.device)
         originals = parameters_of(layer)
         weights, tokens, ratios = {}, {}, {}
-        if self.weigh:
+        if self.weigh and self._linears(layer, name):
             streams = self.full, self.quantized
             weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
         stages = self._stages(layer, index, name)
@@ -87,6 +87,7 @@ class Walk:
         rows = []
         if self.scale:
             ratios, tensors = self._scaled(layer, index, name, stages, weights)
+            weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
         for stage in stages:
             for linear, solution in self._solve(layer, index, name, stage, weights, originals):
                 module = self.source.module_in_files(_full(name, linear))
