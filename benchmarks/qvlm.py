@@ -1,6 +1,6 @@
 """Q-VLM on the demo model, weights and activations rounded alike: `python benchmarks/qvlm.py --bits 4 6 8 --seeds 1 2`.
 
-Rounding stays in floating point (`offline/qvlm/activations.py`): all linears of the vision tower's blocks and of the
+Rounding stays in floating point (`offline/qvlm/fake_stack.py`): all linears of the vision tower's blocks and of the
 decoder's layers, their inputs per token in the tower and per channel in the decoder. The connector, the embeddings and
 the head are left alone. Methods on the same chats:
 
@@ -32,9 +32,9 @@ from vlmq_vllm.offline.data.labels import answer_labels
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import linears_of, put
-from vlmq_vllm.offline.qvlm.activations import Rounded, search_stack
 from vlmq_vllm.offline.qvlm.fake import PERCENTILES, rounding, row_ranges
-from vlmq_vllm.offline.qvlm.vision import Recipe, faked, tune
+from vlmq_vllm.offline.qvlm.fake_stack import Rounded, search_stack
+from vlmq_vllm.offline.qvlm.vision import Recipe, clip_rows, tune
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
 
@@ -76,7 +76,7 @@ def learnt(source: Source, names: list[str], bits: int, tower: Rounded, data: tu
         block = source.materialise(name, CPU)
         for linear in linears_of(block):
             weight = block.get_submodule(linear).weight.detach()
-            clipped[f"{name}.{linear}"] = faked(weight, row_ranges(weight, 1 << bits), bits, share)
+            clipped[f"{name}.{linear}"] = clip_rows(weight, row_ranges(weight, 1 << bits), bits, share)
         source.release(name)
     losses = tune(source, *data, clipped, CPU, recipe)
     for name, own in clipped.items():

@@ -1,11 +1,18 @@
-"""Entropies against numpy loops, and partitions of dependencies made by hand."""
+"""Entropies against numpy loops, which tokens they are taken of, and partitions of entropies made by hand."""
 
 import numpy as np
 import pytest
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.qvlm.entropy import channel_ranges, conditional_entropy, dependency, joint, soft_codes
+from vlmq_vllm.offline.qvlm.entropy import (
+    channel_ranges,
+    conditional_entropy,
+    joint,
+    neighbour_entropy,
+    sampled,
+    soft_codes,
+)
 from vlmq_vllm.offline.qvlm.partition import find_blocks
 from vlmq_vllm.offline.ranks import Ranks
 
@@ -33,26 +40,26 @@ def reference(ahead: np.ndarray, behind: np.ndarray, levels: int) -> float:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (7, 3), (33, 5)])
-def test_dependency_is_that_of_loops_in_numpy(bits, tokens, channels):
+def test_entropy_is_that_of_loops_in_numpy(bits, tokens, channels):
     ahead = torch.randn(tokens + 1, channels)
     behind = ahead.roll(1, 0) * 3 + torch.randn(tokens + 1, channels)
     expected = reference(ahead.double().numpy(), behind.double().numpy(), 1 << bits)
-    found = dependency([ahead], [behind], bits, Ranks(CPU), CPU)
+    found = neighbour_entropy([ahead], [behind], bits, Ranks(CPU), CPU)
     assert found == pytest.approx(expected, abs=1e-5)  # float32 against float64; entropies are of order 1
 
 
 def test_batches_of_any_cut_give_the_same_table():
     ahead, behind = torch.randn(2, 12, 5).unbind(0)
-    whole = dependency([ahead], [behind], 4, Ranks(CPU), CPU)
+    whole = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU)
     parts = [3, 1, 8]
     shaped = [[part[None] for part in x.split(parts)] for x in (ahead, behind)]
-    assert dependency(*shaped, 4, Ranks(CPU), CPU) == pytest.approx(whole, abs=1e-6)
+    assert neighbour_entropy(*shaped, 4, Ranks(CPU), CPU) == pytest.approx(whole, abs=1e-6)
 
 
-def test_dependency_does_not_depend_on_scale_and_offset():
+def test_entropy_does_not_depend_on_scale_and_offset():
     ahead, behind = torch.randn(2, 40, 3).unbind(0)
-    one = dependency([ahead], [behind], 4, Ranks(CPU), CPU)
-    other = dependency([ahead * 1000 + 5], [behind * 0.01 - 3], 4, Ranks(CPU), CPU)
+    one = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU)
+    other = neighbour_entropy([ahead * 1000 + 5], [behind * 0.01 - 3], 4, Ranks(CPU), CPU)
     assert other == pytest.approx(one, abs=1e-3)  # the offsets cost float32 two to three digits
 
 
@@ -76,11 +83,50 @@ def test_conditional_entropy_of_tables_with_a_known_one():
     torch.testing.assert_close(conditional_entropy(7 * independent), torch.tensor(np.log(4), dtype=torch.float32))
 
 
-def test_a_subsample_takes_tokens_evenly():
-    """Tokens repeat with period 4, so that every fourth would be one token; a stride of 3 sees all alike."""
-    x = torch.arange(4.0).repeat(30)[:, None]
-    full = dependency([x], [x * 2], 2, Ranks(CPU), CPU)
-    assert dependency([x], [x * 2], 2, Ranks(CPU), CPU, elements=40) == pytest.approx(full, abs=1e-6)
+@pytest.mark.parametrize("elements", [1000, 2600, 10**6])
+@pytest.mark.parametrize("sizes", [[20] * 100, [1, 33, 20, 7, 19] * 25])
+def test_a_subsample_of_many_short_batches_is_that_of_all_their_tokens_at_once(sizes, elements):
+    """Batches are one sample each, and shorter than the stride, of which the first token is the same everywhere."""
+    ahead = torch.randn(sum(sizes), 4)
+    behind = ahead.roll(1, 1) + 0.3 * torch.randn(sum(sizes), 4)
+    firsts = [sum(sizes[:i]) for i in range(len(sizes))]
+    ahead[firsts], behind[firsts] = torch.tensor([9.0, -9.0, 9.0, -9.0]), torch.tensor([-9.0, 9.0, 9.0, -9.0])
+    whole = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU, elements)
+    batches = [[part[None] for part in x.split(sizes)] for x in (ahead, behind)]
+    assert neighbour_entropy(*batches, 4, Ranks(CPU), CPU, elements) == pytest.approx(whole, abs=1e-6)
+    full = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU)
+    # of 250 tokens a table of 16 x 16 is known to a few percent; first tokens alone have an entropy of about 0
+    assert full > 0.5 and whole == pytest.approx(full, rel=0.1)
+
+
+@pytest.mark.parametrize("length", [4, 16, 64])
+@pytest.mark.parametrize("stride", [1, 4, 16, 32, 50])
+def test_a_subsample_has_tokens_from_every_place_of_samples_of_one_length(length, stride):
+    """A stride that is a multiple of the length would meet one and the same place of every sample."""
+    count = 400 * stride // length
+    x = torch.arange(float(length)).repeat(count)[:, None].expand(-1, 3)
+    (found,) = sampled([x.reshape(count, length, 3)], count * length * 3 // stride)
+    assert found.dtype == torch.float32 and len(found) == pytest.approx(count * length / stride, rel=0.02)
+    # of 400 places at multiples of the golden ratio no interval's share is off by more than 3 / 400
+    shares = found[:, 0].histc(4, 0, length) / len(found)
+    torch.testing.assert_close(shares, torch.full((4,), 0.25), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "elements", "stride", "runs"),
+    [([5], 1, 5, 1), ([5, 2], 2, 4, 2), ([3, 0, 9], 3, 4, 3), ([1], 8, 1, 1), ([2, 2, 2, 1], 3, 3, 3)],
+)
+def test_a_subsample_has_one_token_of_every_run(sizes, elements, stride, runs):
+    """The last run may be shorter than the others."""
+    tokens = torch.arange(float(sum(sizes)))[:, None]
+    found = torch.cat(sampled(tokens.split(sizes), elements))
+    assert (found[:, 0] // stride).tolist() == list(range(runs))
+
+
+def test_all_tokens_are_taken_where_there_are_few():
+    parts = list(torch.randn(9, 4, dtype=torch.float64).split([2, 7]))
+    for part, found in zip(parts, sampled(parts, 36), strict=True):
+        assert torch.equal(found, part.float())
 
 
 def test_the_table_is_differentiable_in_both():
@@ -92,7 +138,7 @@ def test_the_table_is_differentiable_in_both():
 
 
 @pytest.mark.parametrize(
-    ("dependencies", "depth", "threshold", "blocks"),
+    ("entropies", "depth", "threshold", "blocks"),
     [
         ([], 3, None, [(0, 1)]),
         ([1.0], 3, None, [(0, 1), (1, 2)]),  # the median itself is not above the median
@@ -105,8 +151,8 @@ def test_the_table_is_differentiable_in_both():
         ([1.0, 3.0, 1.0, 2.0, 3.0], 3, None, [(0, 1), (1, 3), (3, 6)]),  # median 2, and (1 + 3) / 2 is not above it
     ],
 )
-def test_blocks_are_runs_above_the_threshold(dependencies, depth, threshold, blocks):
-    found = find_blocks(dependencies, depth, threshold)
+def test_blocks_are_runs_above_the_threshold(entropies, depth, threshold, blocks):
+    found = find_blocks(entropies, depth, threshold)
     assert [(block.start, block.stop) for block in found] == blocks
 
 

@@ -17,7 +17,7 @@ from vlmq_vllm.offline.qvlm.entropy import conditional_entropy, joint
 from vlmq_vllm.offline.qvlm.fake import fake, row_ranges
 from vlmq_vllm.offline.qvlm.ranges import find_ranges
 from vlmq_vllm.offline.qvlm.tower import TowerWalk
-from vlmq_vllm.offline.qvlm.vision import Clipped, Recipe, faked, served, tune
+from vlmq_vllm.offline.qvlm.vision import Clipped, Recipe, clip_groups, clip_rows, tune
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
@@ -80,7 +80,7 @@ def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
 def test_a_learnt_factor_rounds_as_what_is_written(symmetric, shape, group):
     weight, format = torch.randn(shape), WeightFormat(3, group, symmetric)
     ranges = find_ranges(weight, format, torch.bfloat16)
-    own = served(weight, ranges)
+    own = clip_groups(weight, ranges)
     with torch.no_grad():
         own.factors[0].uniform_(0.5, 1.2)
     expected = ranges.rounded(weight, own.factors[0].detach())
@@ -101,7 +101,7 @@ def test_learning_lowers_the_loss_and_its_terms(source, data):
     for name in names(source):
         block = source.materialise(name, CPU)
         for linear, weight in weights_of(block).items():
-            clipped[f"{name}.{linear}"] = served(weight.detach(), find_ranges(weight, FORMAT, torch.bfloat16))
+            clipped[f"{name}.{linear}"] = clip_groups(weight.detach(), find_ranges(weight, FORMAT, torch.bfloat16))
         source.release(name)
     losses = tune(source, *data, clipped, CPU, Recipe(epochs=4, rate=0.01))
     assert len(losses) == 4 and losses[-1].total < 0.95 * losses[0].total
@@ -119,7 +119,7 @@ def test_the_answers_gradient_is_what_the_given_function_says(source, data):
         seen.append((streams[0].hidden.shape[:2], labels[0].shape, streams[0].hidden.requires_grad))
         return 0.25, [torch.zeros_like(streams[0].hidden)]
 
-    own = served(weight, find_ranges(weight, FORMAT, torch.bfloat16))
+    own = clip_groups(weight, find_ranges(weight, FORMAT, torch.bfloat16))
     recipe = Recipe(entropy=0.0, error=0.0, epochs=2)
     losses = tune(source, *data, {f"{names(source)[0]}.mlp.fc1": own}, CPU, recipe, backward)
     assert torch.equal(own.factors[0], torch.ones_like(own.factors[0]))
@@ -132,7 +132,7 @@ def test_bounds_of_weights_and_tokens_learn_together(source, data):
     for name in names(source)[:2]:
         block = source.materialise(name, CPU)
         for linear, weight in weights_of(block).items():
-            clipped[f"{name}.{linear}"] = own = faked(weight.detach(), row_ranges(weight, 16), 4, 1.0)
+            clipped[f"{name}.{linear}"] = own = clip_rows(weight.detach(), row_ranges(weight, 16), 4, 1.0)
             torch.testing.assert_close(own.weight(), fake(weight, *row_ranges(weight, 16), 16))
         source.release(name)
     losses = tune(source, *data, clipped, CPU, Recipe(epochs=3, rate=0.01))

@@ -93,7 +93,7 @@ def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_wri
 
 def test_blocks_of_one_layer_are_greedy(begin):
     walk = begin(depth=1)
-    assert walk.dependencies == [0.0] * 3 and list(map(len, walk.blocks)) == [1] * 4
+    assert walk.entropies == [0.0] * 3 and list(map(len, walk.blocks)) == [1] * 4
     walked(walk)
     assert all(
         choice.joint == choice.greedy and choice.error == choice.greedy_error for choice in walk.choices.values()
@@ -118,6 +118,7 @@ def test_a_walk_that_goes_on_writes_the_same(begin, written):
         found, _ = walk.layer(walk.names[k], k, k == 3)
         assert found.keys() == expected[k].keys()
         assert all(torch.equal(found[name], expected[k][name]) for name in found)
+    assert not walk.results  # what had been written before is not kept
 
 
 def test_linears_without_a_format_stay_as_they_are(begin):

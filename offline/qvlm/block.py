@@ -1,4 +1,4 @@
-"""Blocks of a stack: the dependencies that part it into blocks, and the search of one block's choices.
+"""Blocks of a stack: the entropies that part it into blocks, and the search of one block's choices.
 
 Both streams are needed: U behind the quantised layers, F behind the full-precision ones. The error of a layer or a
 block is the mean over all elements of
@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from vlmq_vllm.offline.qvlm.entropy import dependency
+from vlmq_vllm.offline.qvlm.entropy import neighbour_entropy
 from vlmq_vllm.offline.qvlm.search import Choice, search
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
@@ -49,7 +49,7 @@ def measure(
         for stream in streams:
             stream.hidden = stream.run(layer, k)
         source.release(name)
-        found.append(dependency(ahead, [stream.hidden for stream in streams], bits, ranks, device))
+        found.append(neighbour_entropy(ahead, [stream.hidden for stream in streams], bits, ranks, device))
     return found
 
 

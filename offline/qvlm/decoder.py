@@ -22,18 +22,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vlmq_vllm.offline.qvlm.entropy import (
-    Range,
-    channel_ranges,
-    conditional_entropy,
-    joint,
-    sampled,
-    stride_of,
-)
+from vlmq_vllm.offline.qvlm.entropy import channel_ranges, conditional_entropy, joint, sampled
+from vlmq_vllm.offline.qvlm.fake import Range
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream
 
-ELEMENTS = 1 << 18  # of each layer and batch that the entropy looks at
+BATCH_ELEMENTS = 1 << 18  # of each layer and batch that the entropy looks at
 
 
 @dataclass(frozen=True)
@@ -92,11 +86,11 @@ def _entropies(
 ) -> tuple[float, list[torch.Tensor]]:
     """L_ent, and its gradients at every x^k as if they did not depend on each other."""
     entropy, gradients = 0.0, [torch.zeros_like(x) for x in found]
-    stride = stride_of(found[:1], ELEMENTS)
     for k, share in enumerate(shares):
         pair = [x.detach().requires_grad_() for x in found[k : k + 2]]
         with torch.enable_grad():
-            table = joint(*(sampled(x, stride) for x in pair), ranges[k], ranges[k + 1], 1 << bits)
+            seen = (sampled([x], BATCH_ELEMENTS)[0] for x in pair)
+            table = joint(*seen, ranges[k], ranges[k + 1], 1 << bits)
             value = share * conditional_entropy(table)
         for place, gradient in zip((k, k + 1), torch.autograd.grad(value, pair), strict=True):
             gradients[place] += gradient

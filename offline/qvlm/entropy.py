@@ -1,4 +1,4 @@
-"""How much a layer's activations depend on those of the layer before: Q-VLM's proxy (2410.08119, equations 4 to 6).
+"""The entropy of a layer's activations given those of the layer before (Q-VLM, 2410.08119, equations 4 to 6).
 
 X^(k) [N, C] is what layer k reads. Every element x is assigned softly to the M = 2^bits points q_m of its grid (eq. 5),
 
@@ -8,24 +8,30 @@ which gives for matching elements of two consecutive layers a joint distribution
 
     D(k, k + 1) = -sum_ab p(a, b) log p(b | a),   p(a, b) = mean over elements of p(q_a | x^(k)) p(q_b | x^(k+1)).
 
-What the paper leaves open:
+What the paper leaves open, and one contradiction:
 
+* the paper calls D the dependency between the layers, but a conditional entropy is the opposite: 0 where x^(k+1)
+  follows from x^(k), and large, up to log M, where knowing x^(k) tells nothing. D is as printed, and so is the rule
+  that joins layers whose D is large (`partition.py`); only the name is not taken over;
 * the unit of x: here one grid step, so that Delta is 1; in any other unit the softness would depend on the scale;
 * the grid: M points over the range of the element's channel, as its language model's activations are quantised;
 * the joint distribution: given the values, the two assignments are independent; all channels share one table;
-* D(r, s) (eq. 6): the sum over the s - r pairs of neighbours in between; the printed sum goes one pair further.
+* D(r, s) (eq. 6): the sum over the s - r pairs of neighbours in between; the printed sum goes one pair further;
+* of more than ELEMENTS elements, those of some tokens are looked at: one of every run of equal length over all samples,
+  at a place in the run that moves on by the golden ratio. A fixed step may meet the same position of every sample, and
+  the first is no example: in a causal decoder it is much the same for all of them.
 """
 
 from collections.abc import Sequence
 
 import torch
 
+from vlmq_vllm.offline.qvlm.fake import Range
 from vlmq_vllm.offline.ranks import Ranks
 
 ELEMENTS = 1 << 20  # of each layer that are looked at, on each process
 CHUNK = 1 << 22  # of soft assignments at once
-
-Range = tuple[torch.Tensor, torch.Tensor]
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
 
 
 def channel_ranges(batches: Sequence[torch.Tensor]) -> Range:
@@ -60,18 +66,27 @@ def conditional_entropy(table: torch.Tensor) -> torch.Tensor:
     return rest.clamp_min(0)
 
 
-def sampled(hidden: torch.Tensor, stride: int) -> torch.Tensor:
-    """Every `stride`-th token [N, C] float32 of hidden states [..., C], all of its channels."""
-    return hidden.flatten(0, -2)[::stride].float()
+def sampled(batches: Sequence[torch.Tensor], elements: int = ELEMENTS) -> list[torch.Tensor]:
+    """About `elements` elements of tensors [..., C]: of each some tokens [n, C] float32, spread over all together."""
+    rows = [part.flatten(0, -2) for part in batches]
+    places = _places(sum(map(len, rows)), -(-sum(part.numel() for part in batches) // elements))
+    found, start = [], 0
+    for part in rows:
+        own = places[(places >= start) & (places < start + len(part))] - start
+        found.append(part[own.to(part.device)].float())
+        start += len(part)
+    return found
 
 
-def stride_of(batches: Sequence[torch.Tensor], elements: int = ELEMENTS) -> int:
-    """The stride at which about `elements` elements of the batches are looked at."""
-    return max(1, -(-sum(part.numel() for part in batches) // elements))
+def _places(tokens: int, stride: int) -> torch.Tensor:
+    """One place in every run of `stride` tokens, int64."""
+    runs = torch.arange(-(-tokens // stride), dtype=torch.float64)
+    within = ((runs + 1) * GOLDEN).frac() * stride
+    return (runs * stride + within).long().clamp(max=tokens - 1)
 
 
 @torch.no_grad()
-def dependency(
+def neighbour_entropy(
     ahead: Sequence[torch.Tensor],
     behind: Sequence[torch.Tensor],
     bits: int,
@@ -85,8 +100,7 @@ def dependency(
     """
     table = torch.zeros(1 << bits, 1 << bits, dtype=torch.float64, device=device)
     if ahead:
-        stride = stride_of(ahead, elements)
-        bounds, bounds_behind = channel_ranges(ahead), channel_ranges(behind)
-        for a, b in zip(ahead, behind, strict=True):
-            table += joint(sampled(a, stride), sampled(b, stride), bounds, bounds_behind, 1 << bits).double()
+        bounds = channel_ranges(ahead), channel_ranges(behind)
+        for a, b in zip(sampled(ahead, elements), sampled(behind, elements), strict=True):
+            table += joint(a, b, *bounds, 1 << bits).double()
     return float(conditional_entropy(ranks.add(table)))

@@ -33,8 +33,8 @@ def fake(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor, levels: int) ->
 
 
 def channel_percentiles(batches: Sequence[torch.Tensor], shares: Sequence[float]) -> list[Range]:
-    """For each share p the range [C] of every channel over tensors [..., C]: from its (1 - p)- to its p-quantile, which
-    are linear between neighbouring values."""
+    """For each share p the range [C] of every channel over tensors [..., C], which are not all empty: from its (1 - p)-
+    to its p-quantile, which are linear between neighbouring values."""
     rows = [part.detach().flatten(0, -2) for part in batches]
     width = max(1, COLUMNS // sum(map(len, rows)))
     found: list[list[Range]] = [[] for _ in shares]

@@ -13,7 +13,7 @@ from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.grid import MSE, GridSearch
 from vlmq_vllm.offline.linears import weights_of
 from vlmq_vllm.offline.qvlm.ranges import Ranges, find_ranges
-from vlmq_vllm.offline.qvlm.vision import DEFAULT, UNTAUGHT, Clipped, Recipe, served, teaches, tune
+from vlmq_vllm.offline.qvlm.vision import DEFAULT, UNTAUGHT, Clipped, Recipe, clip_groups, teaches, tune
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.walk import Row
@@ -47,7 +47,7 @@ class TowerWalk:
                 full = f"{name}.{linear}"
                 if (format := format_of(full)) is not None:
                     self.ranges[full] = find_ranges(weight, format, source.stored_dtype(f"{full}.weight"), grid)
-                    clipped[full] = served(weight.detach(), self.ranges[full])
+                    clipped[full] = clip_groups(weight.detach(), self.ranges[full])
             source.release(name)
         able = any(teaches(*pair) for pair in zip(batches, labels, strict=True))
         learner = ranks.first(ranks.rank if able else None)

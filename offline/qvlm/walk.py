@@ -38,7 +38,7 @@ class BlockWalk:
     """The streams in front of a stack whose layers have the in-memory names `names`, in order.
 
     format_of: the format of a linear by its in-memory name, None where it stays as it is. quantized, full: U and F,
-    one pair per batch. blocks: the partition; dependencies: D in nats it rests on (none for depth 1); choices: what
+    one pair per batch. blocks: the partition; entropies: D in nats it rests on (none for depth 1); choices: what
     was searched, by the number of a block's first layer.
     """
 
@@ -58,10 +58,10 @@ class BlockWalk:
     ) -> None:
         self.source, self.names, self.format_of, self.device, self.ranks = source, names, format_of, device, ranks
         self.quantized, self.full, self.grid, self.factors = quantized, full, grid, factors
-        self.dependencies = [0.0] * (len(names) - 1)
+        self.entropies = [0.0] * (len(names) - 1)
         if depth > 1:
-            self.dependencies = measure(source, names, full, ENTROPY_BITS, ranks, device)
-        self.blocks = find_blocks(self.dependencies, depth, threshold)
+            self.entropies = measure(source, names, full, ENTROPY_BITS, ranks, device)
+        self.blocks = find_blocks(self.entropies, depth, threshold)
         self.choices: dict[int, Choice] = {}
         self.behind = 0  # layers that the streams have passed
         self.results: dict[int, tuple[Tensors, list[Row]]] = {}
@@ -73,7 +73,8 @@ class BlockWalk:
         last: nothing comes behind it, so that the streams need not move on.
         """
         if index >= self.behind:
-            self._solve(self._block(index), last or self._block(index).stop == len(self.names))
+            block = self._block(index)
+            self._solve(block, index, last or block.stop == len(self.names))
         return self.results.pop(index)
 
     @torch.no_grad()
@@ -103,14 +104,16 @@ class BlockWalk:
         found = {linear: self.format_of(f"{self.names[index]}.{linear}") for linear in weights_of(layer)}
         return {linear: format for linear, format in found.items() if format is not None}
 
-    def _solve(self, block: range, last: bool) -> None:
-        """Search a block and keep its layers' results; the streams move past it."""
-        layers = [_Layer(self, k) for k in block]
+    def _solve(self, block: range, first: int, last: bool) -> None:
+        """Search a block and keep the results of its layers from `first` on, as those before it have been written; the
+        streams move past it."""
+        layers = [_ServedLayer(self, k) for k in block]
         start = [stream.hidden for stream in self.quantized]
         choice = search_block(layers, start, len(self.factors), self.ranks, self.device)
         self.choices[block.start] = choice
         for layer, number in zip(layers, choice.joint, strict=True):
-            self.results[layer.index] = layer.result(self.factors[number])
+            if layer.index >= first:
+                self.results[layer.index] = layer.result(self.factors[number])
             if not last:
                 layer.hold(number)
                 start = layer.run(start)
@@ -120,7 +123,7 @@ class BlockWalk:
         self.behind = block.stop
 
 
-class _Layer:
+class _ServedLayer:
     """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
 
     def __init__(self, walk: BlockWalk, index: int) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import put, weights_of
 from vlmq_vllm.offline.qvlm.block import Hidden, measure, search_block
@@ -54,12 +55,15 @@ def search_stack(
     depth: int = DEPTH,
     percentiles: Sequence[float] = PERCENTILES,
 ) -> Rounded:
-    """Round the layers `names`; the streams move behind the last. per_token: ranges as in the vision encoder."""
+    """Round the layers `names`; the streams move behind the last. per_token: ranges as in the vision encoder.
+
+    Raises QuantizeError for a linear that no token reaches (an expert, say), unless its ranges are per token.
+    """
     ranks, found = Ranks(device), Rounded()
-    dependencies = measure(source, names, full, bits, ranks, device) if depth > 1 else [0.0] * (len(names) - 1)
-    found.blocks = find_blocks(dependencies, depth)
+    entropies = measure(source, names, full, bits, ranks, device) if depth > 1 else [0.0] * (len(names) - 1)
+    found.blocks = find_blocks(entropies, depth)
     for block in found.blocks:
-        layers = [_Layer(source, names[k], k, bits, per_token, percentiles, quantized, full, device) for k in block]
+        layers = [_FakeLayer(source, names[k], k, bits, per_token, percentiles, quantized, full, device) for k in block]
         state = [stream.hidden for stream in quantized]
         choice = search_block(layers, state, len(percentiles), ranks, device)
         found.choices.append(choice)
@@ -75,7 +79,7 @@ def search_stack(
     return found
 
 
-class _Layer:
+class _FakeLayer:
     """A layer of a block while it is searched."""
 
     def __init__(self, source, name, index, bits, per_token, percentiles, quantized, full, device) -> None:
@@ -116,6 +120,12 @@ class _Layer:
 
     def _fix(self, inputs: dict[str, Hidden]) -> None:
         """The rounders of every candidate, from the full-precision inputs."""
+        for linear, seen in inputs.items():
+            if not any(part.numel() for part in seen):
+                raise QuantizeError(
+                    f"no calibration token reaches {self.name}.{linear}, so that its inputs have no range; "
+                    "give more samples"
+                )
         ranges = {linear: channel_percentiles(seen, self.percentiles) for linear, seen in inputs.items()}
         self.rounders = [
             {linear: by_channel(found[c], self.levels) for linear, found in ranges.items()}
