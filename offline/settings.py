@@ -51,11 +51,12 @@ class Settings:
     modules: exceptions, from a linear's name in the files, or a pattern of names (`*`), to its width, or to a mapping
     that gives some of bits, group_size and symmetric; a later one wins. One without bits leaves alone what is at 16.
     activation_bits: 8 for rounding what every quantised linear gets, per token, when it is served; 16 for not.
-    method: "rtn" rounds to nearest; "awq" scales channels, searches clipped ranges and rounds; "gptq" compensates (with
-    base "gptq" unless another is given); "vlmq" does so with its own token weights; "qvlm" searches ranges for several
-    layers jointly.
+    method: "rtn" rounds to nearest; "awq" scales the decoder's channels, searches clipped ranges and rounds; "gptq"
+    compensates (with base "gptq" unless another is given); "vlmq" does so with its own token weights; "qvlm" searches
+    ranges for several layers jointly.
     saliency: token weights: "none", "vlmq" (gradient of a local loss), "modality" (MBQ: vision against answer tokens),
-    "qig" (integrated gradients of the rounding error); which of them a method takes says `SALIENCY`.
+    "qig" (integrated gradients of the rounding error); which of them a method takes says `SALIENCY`. They stand in the
+    second moments, those of "awq" in the search for scales alone.
     scale_loss: of AWQ's search: mean absolute ("mae") or squared ("mse") error.
     base, alpha, damp, act_order: of methods that compensate (gptq, vlmq); others do without.
     base: "gptq" reproduces the layer on the inputs it gets; "gptaq" and "aligned" aim at the full-precision layer's

@@ -33,7 +33,8 @@ class Row:
     signal" where they should have been but all gradients are zero or some not finite (as in the first layer, where both
     streams are equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is
     compensated.
-    scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled.
+    scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled, and all but the
+    decoder's.
     """
 
     module: str
