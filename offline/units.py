@@ -45,6 +45,11 @@ class Target:
     columns: int
     format: WeightFormat
 
+    @property
+    def packed_bits(self) -> float:
+        """Bits of the packed linear on disk, scales and zero points included."""
+        return self.format.bits_per_weight(self.rows, self.columns) * self.rows * self.columns
+
 
 def find_units(source: Source, settings: Settings) -> list[Unit]:
     """The units in the order in which they are quantised: tower, connectors, decoder. A component of which any linear
@@ -112,7 +117,7 @@ def find_rest(source: Source, targets: list[Target], units: list[Unit]) -> dict[
 def expected_bytes(source: Source, targets: list[Target]) -> int:
     """Size of the checkpoint's weights on disk."""
     taken = _taken(source, targets)
-    packed = sum(t.format.bits_per_weight(t.rows, t.columns) * t.rows * t.columns / 8 for t in targets)
+    packed = sum(target.packed_bits / 8 for target in targets)
     return math.ceil(packed) + sum(stored_bytes(source, name) for name in source.headers if name not in taken)
 
 

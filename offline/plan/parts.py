@@ -56,13 +56,8 @@ def find_parts(source: Source, targets: Iterable[Target]) -> list[Part]:
         tensor = tensor_of[target.name]
         part = parts[component_of[tensor], source.headers[tensor].dtype]
         part.quantized += target.rows * target.columns
-        part.packed_bits += packed_bits(target)
+        part.packed_bits += target.packed_bits
     return sorted(parts.values(), key=lambda part: (COMPONENTS.index(part.component), part.dtype))
-
-
-def packed_bits(target: Target) -> float:
-    """Bits of a quantised linear on disk, scales and zero points included."""
-    return target.format.bits_per_weight(target.rows, target.columns) * target.rows * target.columns
 
 
 def _component(source: Source, name: str, linears: set[str]) -> str:

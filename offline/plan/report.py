@@ -6,7 +6,7 @@ from pathlib import Path
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.plan.load import Load, load_of
 from vlmq_vllm.offline.plan.memory import LIBRARIES, find_phases
-from vlmq_vllm.offline.plan.parts import Part, find_parts, packed_bits
+from vlmq_vllm.offline.plan.parts import Part, find_parts
 from vlmq_vllm.offline.plan.phase import Phase
 from vlmq_vllm.offline.plan.serving import Linear, find_linears
 from vlmq_vllm.offline.plan.warnings import find_warnings
@@ -113,7 +113,7 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
         linears=linears,
         phases=find_phases(source, settings, units, find_rest(source, targets, units), load, exact=kind == "cpu"),
         quantized=sum(target.rows * target.columns for target in targets),
-        packed_bits=sum(map(packed_bits, targets)),
+        packed_bits=sum(target.packed_bits for target in targets),
         source_bytes=sum(part.bytes for part in parts),
         checkpoint_bytes=expected_bytes(source, targets),
         warnings=find_warnings(source, settings, load, linears),

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field
 
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.names import FUSED
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.units import Target
 from vlmq_vllm.unserved import why_unserved
@@ -16,14 +17,8 @@ from vlmq_vllm.unserved import why_unserved
 SIZES = (1, 2, 4, 8)  # tensor-parallel sizes that are looked at
 GROUPS = (128, 64, 32, -1)  # group sizes that are proposed instead
 ROW_PARALLEL = {"o_proj", "down_proj", "out_proj", "proj", "fc2", "linear_fc2", "linear_2", "mlp.2"}
-FUSED = {
-    "q_proj": "QKVParallelLinear",
-    "k_proj": "QKVParallelLinear",
-    "v_proj": "QKVParallelLinear",
-    "qkv": "QKVParallelLinear",
-    "gate_proj": "MergedColumnParallelLinear",
-    "up_proj": "MergedColumnParallelLinear",
-}
+LAYERS = dict.fromkeys((*FUSED["qkv_proj"], "qkv"), "QKVParallelLinear")
+LAYERS |= dict.fromkeys(FUSED["gate_up_proj"], "MergedColumnParallelLinear")
 
 
 @dataclass(frozen=True)
@@ -72,7 +67,7 @@ def _judge(linear: Linear, target: Target, heads: Heads, source: Source) -> None
     leaf = leaf_of(target.name)
     row = leaf in ROW_PARALLEL
     experts = re.search(r"\.experts\.", target.name) is not None
-    linear.layer = "FusedMoE" if experts else "RowParallelLinear" if row else FUSED.get(leaf, "ColumnParallelLinear")
+    linear.layer = "FusedMoE" if experts else "RowParallelLinear" if row else LAYERS.get(leaf, "ColumnParallelLinear")
     heads = heads if target.component == "language" else None
     for size in SIZES:
         linear.cuts[size] = why_not_cut(leaf, linear.rows, linear.columns, linear.format, size, heads)

@@ -6,6 +6,7 @@ Each term names the code whose tensors it counts. c is a weight's number of colu
 import re
 from dataclasses import dataclass, field
 
+from vlmq_vllm.names import FUSED
 from vlmq_vllm.offline.factor import STRIP
 from vlmq_vllm.offline.grid import BLOCKS_CHUNK
 from vlmq_vllm.offline.plan.load import FLOAT
@@ -13,7 +14,7 @@ from vlmq_vllm.offline.problems import TOGETHER, is_flat
 
 ROUNDING = 4  # float32 tensors of a weight's size at once where it is rounded to nearest
 CLIPPING = 5  # the same of a slice of it while ranges are searched with blocks of H
-SHARED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # read one input: without weights, one problem
+SHARED = (FUSED["qkv_proj"], FUSED["gate_up_proj"])  # read one input: without token weights one problem
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ import re
 from dataclasses import dataclass
 
 from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.names import FUSED
 from vlmq_vllm.offline.experts import is_expert
 from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.units import Target, Unit, find_targets, find_units
+from vlmq_vllm.offline.units import ORDER, Target, Unit, find_targets, find_units
 from vlmq_vllm.unserved import why_unserved
 
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
-ORDER = ("vision", "connector", "language")
 THIRDS = ("front", "middle", "end")
 
 
@@ -116,7 +115,12 @@ def _module(unit: Unit, linear: str, count: int) -> str:
     parent, _, leaf = linear.rpartition(".")
     if is_expert(f".{linear}"):
         parent = parent.rpartition(".")[0]
-    return ".".join(filter(None, (str(unit.index), parent, FUSED.get(leaf, leaf))))
+    return ".".join(filter(None, (str(unit.index), parent, _fused(leaf))))
+
+
+def _fused(leaf: str) -> str:
+    """What vLLM calls the layer into which it fuses a linear, without the ending; k and v alone are a part of qkv."""
+    return next((name.removesuffix("_proj") for name, parts in FUSED.items() if leaf in parts), leaf)
 
 
 def _targets(source: Source, settings: Settings, units: list[Unit]) -> list[Target]:

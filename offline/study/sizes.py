@@ -33,16 +33,16 @@ class Sizes:
     def bits_per_parameter(self, widths: dict[str, int]) -> float:
         """Over all parameters of the model."""
         packed = [
-            replace(target, format=replace(target.format, bits=widths[target.name]))
-            for target in self.targets
-            if widths.get(target.name, KEPT) != KEPT
+            at_width(target, widths[target.name]) for target in self.targets if widths.get(target.name, KEPT) != KEPT
         ]
         return 8 * expected_bytes(self.source, packed) / self.parameters
 
 
 def linear_bits(target: Target, width: int) -> int:
     """Bits on disk of a linear at `width`."""
-    weights = target.rows * target.columns
-    if width == KEPT:
-        return KEPT * weights
-    return round(replace(target.format, bits=width).bits_per_weight(target.rows, target.columns) * weights)
+    return KEPT * target.rows * target.columns if width == KEPT else round(at_width(target, width).packed_bits)
+
+
+def at_width(target: Target, width: int) -> Target:
+    """A linear to be quantised, in the same format with `width` bits."""
+    return replace(target, format=replace(target.format, bits=width))
