@@ -130,7 +130,7 @@ def test_memory_of_weights_by_modality_by_hand(demo_model):
     assert loss["logits, or the head as stored"] == 4 * 4 * 512 * 512  # of 512 tokens and 512 words, four tensors
     assert back["graph of a layer"] == BATCH * 4 * (12 * D + 5 * INNER)
     many = dict(terms(demo_model, 4096, 2048, method="gptq", saliency="modality"))["modality: loss"]
-    assert 0 <= (4 << 30) - many["inputs of all layers"] < 5 * 4 * D  # KEPT, in whole tokens
+    assert 0 <= (4 << 30) - many["inputs of all layers"] < 5 * 4 * D  # LIMIT, in whole tokens
 
 
 def test_weights_that_a_group_shares_make_one_problem(demo_model):

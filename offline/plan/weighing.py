@@ -3,7 +3,7 @@
 from vlmq_vllm.offline.plan.load import FLOAT, Load, expert_share
 from vlmq_vllm.offline.plan.phase import ATTENTION_GRAPH, MLP_GRAPH, Layer, Phase
 from vlmq_vllm.offline.plan.solving import ROUNDING, Stage
-from vlmq_vllm.offline.saliency.answers import KEPT, ROWS
+from vlmq_vllm.offline.saliency.answers import LIMIT, ROWS
 from vlmq_vllm.offline.scaling.losses import BYTES
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source
@@ -33,7 +33,7 @@ def modalities(source: Source, layer: Layer, load: Load, streams: int) -> list[P
     bytes of those that have been captured."""
     passed = FLOAT * layer.width
     kept = passed * (len(source.layers()) + 1)
-    chunk = max(load.batch, min(load.total, KEPT // kept))
+    chunk = max(load.batch, min(load.total, LIMIT // kept))
     host = {"inputs of all layers": chunk * kept}
     held = {"streams": streams, "gradients": (load.total + chunk) * passed}
     back = {"layer in float32": layer.bytes, "graph of a layer": load.batch * layer.graph}

@@ -20,7 +20,7 @@ from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import Stream, hidden_of
 
-KEPT = 4 << 30  # bytes of layers' inputs in the host's memory
+LIMIT = 4 << 30  # bytes of layers' inputs in the host's memory
 ROWS = 512  # tokens whose logits are in memory at once
 
 Visit = Callable[[int, str, int, torch.Tensor], None]
@@ -35,7 +35,7 @@ def backward(
     linears: Sequence[str] = (),
     visit: Visit | None = None,
     total: int | None = None,
-    limit: int = KEPT,
+    limit: int = LIMIT,
 ) -> tuple[float, list[torch.Tensor]]:
     """L and its gradients at the streams' hidden [B, T, d] in front of the first layer. The streams are left as given.
 
