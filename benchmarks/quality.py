@@ -25,6 +25,7 @@ from data import write
 from evaluate import answer, embed, load
 from pictures import Picture, ask
 from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.plan.report import plan
 from vlmq_vllm.offline.quantize import quantize
 from vlmq_vllm.offline.recipe import read_recipe
 from vlmq_vllm.offline.settings import Settings
@@ -113,7 +114,7 @@ def table(rows: list[dict]) -> str:
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        group = "row" if row["group_size"] == -1 else row["group_size"]
+        group = "row" if row["settings"]["group_size"] == -1 else row["settings"]["group_size"]
         groups.setdefault((row["bits"], group, row["name"]), []).append(row)
     for (bits, group, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
         cells = []
@@ -125,20 +126,26 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def complete(args: argparse.Namespace, figures: Callable[[Path, int, str, int], dict], chats: int = POOL) -> None:
+def complete(args: argparse.Namespace, options: Callable[[int, str, int], dict], figures: Callable[[Path, dict], dict]):
     """Measure what the file `args.rows` lacks of `args.bits`, `args.methods` and `args.seeds`, and write the table.
 
-    figures(pool, bits, method, seed): of one model, calibrated from a pool of `chats`; rounding to nearest has no seed.
+    options(bits, method, seed): what a model is made and judged with; figures(pool, row): what was measured of one made
+    from a pool of POOL chats. Rounding to nearest has no seed. Ends where the file has such a model of other options.
     """
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    done = {(row["bits"], row["name"], row["seed"]) for row in rows}
+    known = {(row["bits"], row["name"], row["seed"]): row for row in rows}
     with tempfile.TemporaryDirectory() as folder:
-        pool = write(Path(folder), "calibration", chats)
+        pool = write(Path(folder), "calibration", POOL)
         for bits, name in itertools.product(args.bits, args.methods):
             for seed in args.seeds[:1] if name == "RTN" else args.seeds:
-                about = {"bits": bits, "name": name + args.label, "seed": seed}
-                if tuple(about.values()) not in done:
-                    rows.append(about | figures(pool, bits, name, seed))
+                about = {"bits": bits, "name": name + args.label, "seed": seed} | options(bits, name, seed)
+                row = known.get((bits, about["name"], seed))
+                if row and (other := {key: value for key, value in about.items() if row.get(key) != value}):
+                    sys.exit(
+                        f"{args.rows} has {about['name']} at {bits} bits without {other}; give another file or --label"
+                    )
+                if not row:
+                    rows.append(about | figures(pool, about))
                     with args.rows.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
                     print(json.dumps(rows[-1]), flush=True)
@@ -155,7 +162,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all, e.g. group_size=64"
     )
-    parser.add_argument("--recipe", type=Path, help="take the widths of modules from this recipe of `vlmq sweep`")
+    parser.add_argument("--recipe", type=Path, help="formats of modules by this recipe of `vlmq sweep`")
     parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="calibration chats")
     parser.add_argument("--questions", type=int, default=2000)
@@ -163,15 +170,22 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="markdown file to write at the end")
     args = parser.parse_args()
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
-    widths = {name: read_recipe(args.recipe)[name] for name in ("bits", "modules")} if args.recipe else {}
+    if args.recipe:
+        extra |= widths(args.recipe)
+        args.bits = [round(plan(str(MODEL), Settings(**extra)).bits_per_weight, 3)]
     judge = Judge(args.questions)
 
-    def figures(pool: Path, bits: int, name: str, seed: int) -> dict:
-        options = {"bits": bits, "group_size": GROUPS[bits], "samples": args.samples, "seed": seed}
-        options |= METHODS[name] | extra
-        return options | {"widths": widths} | measure(judge, pool, options | widths)
+    def options(bits: int, name: str, seed: int) -> dict:
+        settings = {"bits": bits, "group_size": GROUPS.get(bits), "samples": args.samples, "seed": seed}
+        return {"questions": args.questions, "settings": settings | METHODS[name] | extra}
 
-    complete(args, figures)
+    complete(args, options, lambda pool, row: measure(judge, pool, row["settings"]))
+
+
+def widths(recipe: Path) -> dict:
+    """The formats of a recipe of `vlmq sweep`."""
+    found = read_recipe(recipe)
+    return {name: found[name] for name in ("bits", "group_size", "symmetric", "modules")}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stream import capture
 
 CPU = torch.device("cpu")
-POOL = 512  # chats from which each seed draws
 PAIRS = 64  # chats of a run, and
 TOKENS = 480  # of a batch, about eight chats: as many as the paper has
 METHODS = {
@@ -131,10 +130,13 @@ def main() -> None:
     recipe = Recipe(**{name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)})
     judge = Judge(args.questions)
 
-    def figures(pool: Path, bits: int, name: str, seed: int) -> dict:
-        return {"group_size": -1} | measure(judge, pool, bits, name, seed, recipe)
+    def options(bits: int, name: str, seed: int) -> dict:
+        return {"questions": args.questions, "settings": {"method": name, "group_size": -1} | asdict(recipe)}
 
-    complete(args, figures, POOL)
+    def figures(pool: Path, row: dict) -> dict:
+        return measure(judge, pool, row["bits"], row["settings"]["method"], row["seed"], recipe)
+
+    complete(args, options, figures)
 
 
 if __name__ == "__main__":
