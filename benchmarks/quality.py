@@ -28,7 +28,7 @@ from vlmq_vllm.offline.dequantize import dequantize
 from vlmq_vllm.offline.plan.report import plan
 from vlmq_vllm.offline.quantize import quantize
 from vlmq_vllm.offline.recipe import read_recipe
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.settings import KEPT, Settings
 
 MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
@@ -98,10 +98,13 @@ class Judge:
 
 
 def measure(judge: Judge, pool: Path, options: dict) -> dict[str, float]:
-    """Quantise with `options` and judge the twin in 16 bits."""
+    """Quantise with `options` and judge the twin in 16 bits, or where activations are rounded the checkpoint itself."""
+    settings = Settings(**options)
     with tempfile.TemporaryDirectory() as folder:
         out, twin = Path(folder) / "out", Path(folder) / "twin"
-        quantize(str(MODEL), out, None if options["method"] == "rtn" else pool, Settings(**options))
+        quantize(str(MODEL), out, None if settings.method == "rtn" else pool, settings)
+        if settings.activation_bits != KEPT:
+            return judge(out)
         dequantize(out, twin)
         return judge(twin)
 
