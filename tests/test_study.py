@@ -169,7 +169,7 @@ def test_a_folder_goes_on_only_with_the_same_study(study, demo_model, calibratio
     asked = (str(demo_model), held_out, calibration, out)
     with pytest.raises(RefusedError, match="holds a study already; add --resume"):
         sweep(*asked, KINDS)
-    with pytest.raises(RefusedError, match="had group_size 128, this one has 64"):
+    with pytest.raises(RefusedError, match="begun with --group-size 128; this run has --group-size 64: give"):
         sweep(*asked, replace(KINDS, group_size=64), resume=True)
     with pytest.raises(RefusedError, match="is no folder of a study"):
         sweep(str(demo_model), held_out, calibration, tmp_path, KINDS, resume=True)

@@ -29,7 +29,10 @@ def sweep(
     ] = "one",
     runs: Annotated[int, typer.Option(help="Configurations of a random design; the most that a grid may have.")] = 128,
     components: Annotated[
-        str, typer.Option(help="Of vision, connector and language; default: all by component, else language.")
+        str,
+        typer.Option(
+            help="Of vision, connector and language; default: all by component, else language; --resume: as before."
+        ),
     ] = "",
     samples: Annotated[int | None, typer.Option(help="Held-out chats to use, drawn by --seed; default: all.")] = None,
     calibration_samples: Annotated[int, typer.Option(help="Calibration chats to use.")] = 128,
@@ -37,14 +40,18 @@ def sweep(
     symmetric: Symmetric = False,
     budget: Annotated[
         float | None,
-        typer.Option(help="Also find widths of modules for so many bits per weight, scales included, and a recipe."),
+        typer.Option(
+            help="Also find widths of modules for so many bits per weight (below 16), scales included, and a recipe."
+        ),
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Leave out longer chats.")] = 2048,
     max_pixels: Annotated[int, typer.Option(help="Shrink larger calibration pictures; 0: leave them.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the judged model.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")] = "",
     seed: Annotated[int, typer.Option(help="Decides drawn chats, random designs and the forest.")] = 42,
-    resume: Annotated[bool, typer.Option(help="Go on with a study; it may ask for more than before.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with a study; may ask for more bits, methods, parts and designs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Give parts of MODEL fewer bits, one at a time or in combinations, and report what that costs.

@@ -1,19 +1,20 @@
 """Every linear of a study at every width and by every method, on disk.
 
-One file per method, width and unit, `METHOD-BITS/UNIT.safetensors`, written aside and renamed, so that it is there
-whole or not at all. A linear is there with the tensors of a checkpoint (`format.PARTS`) by its name in the files; where
-its columns were scaled (AWQ), as the weight [O, I] that codes, scales and channel scales amount to, in 16 bits.
+One file per method, width and unit, `METHOD-BITS/UNIT.safetensors`, written aside, read back and renamed, so that it is
+there whole or not at all. A linear is there with the tensors of a checkpoint (`format.PARTS`) by its name in the files;
+where its columns were scaled (AWQ), as the weight [O, I] that codes, scales and channel scales amount to, in 16 bits.
 """
 
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.units import Target, Unit
+from vlmq_vllm.offline.whole import aside, check_written
 
 Kind = tuple[str, int]  # method, width
 
@@ -36,9 +37,16 @@ class Pieces:
         for name, weight in weights.items():
             parts = {"weight": weight} if isinstance(weight, torch.Tensor) else weight.tensors()
             tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial)
-        partial.replace(path)
+        with aside(path) as partial:
+            save_file(tensors, partial)
+            check_written(partial, tensors)
+
+    def drop_damaged(self) -> list[Path]:
+        """Remove files that are cut short or no safetensors files, so that they are made again; returns their paths."""
+        damaged = [path for path in sorted(self.folder.glob("*/*.safetensors")) if not _opens(path)]
+        for path in damaged:
+            path.unlink()
+        return damaged
 
     def read(self, kind: Kind, unit: Unit, target: Target) -> torch.Tensor:
         """The weight [O, I] of a linear as it would be served, in the 16-bit dtype of its scales."""
@@ -49,3 +57,12 @@ class Pieces:
             found = {part: file.get_tensor(name) for part in PARTS if (name := f"{target.module}.{part}") in names}
         weight = QuantizedWeight.from_tensors(replace(target.format, bits=kind[1]), found)
         return weight.dequantize(weight.scale.dtype)
+
+
+def _opens(path: Path) -> bool:
+    """Whether the header is sound and covers the whole file."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError:
+        return False

@@ -1,9 +1,11 @@
 """What a study found, as files: results.csv, pareto.csv, pareto.png, report.md and recipe.yaml.
 
-report.md is made of plain tables; `summary` is the same for programs.
+report.md is made of plain tables; `summary` is the same for programs. All are of the same run: what it does not make, a
+picture without matplotlib or a recipe without a budget, is removed where an earlier run has made it.
 """
 
 import csv
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +17,12 @@ from vlmq_vllm.offline.study.importance import Forest, find_rises, fit_forests
 from vlmq_vllm.offline.study.mixtures import Mixture
 from vlmq_vllm.offline.study.pareto import draw, pareto_front
 from vlmq_vllm.offline.study.parts import Part
+from vlmq_vllm.offline.study.results import COLUMNS
 from vlmq_vllm.offline.study.settings import StudySettings
 from vlmq_vllm.offline.study.tables import markdown
+from vlmq_vllm.offline.whole import aside
 
-COLUMNS = ("method", "label", "bits_per_weight", "bits_per_parameter", "kl", "kl_error", "nll", "exact")
+FILES = ("results.csv", "pareto.csv", "pareto.png", "recipe.yaml", "report.md")
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,21 @@ def write(folder: Path, study: Study) -> dict:
         for method in study.settings.methods:
             forests[method] = fit_forests(study.damage(method), study.settings.bits, study.settings.seed)
     front = study.front()
-    _csv(folder / "results.csv", [study.base, *study.rows])
-    _csv(folder / "pareto.csv", front)
+    makers: dict[str, Callable[[Path], object]] = {
+        "results.csv": lambda path: _csv(path, [study.base, *study.rows]),
+        "pareto.csv": lambda path: _csv(path, front),
+        "report.md": lambda path: path.write_text(markdown(study, forests, front), encoding="utf-8"),
+    }
     if find_spec("matplotlib") is not None:
-        draw(folder / "pareto.png", study.rows)
+        makers["pareto.png"] = lambda path: draw(path, study.rows)
     if study.mixed:
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(study.mixed.recipe, sort_keys=False))
-    (folder / "report.md").write_text(markdown(study, forests, front), encoding="utf-8")
+        makers["recipe.yaml"] = lambda path: path.write_text(yaml.safe_dump(study.mixed.recipe, sort_keys=False))
+    for name in FILES:
+        if name in makers:
+            with aside(folder / name) as partial:
+                makers[name](partial)
+        else:
+            (folder / name).unlink(missing_ok=True)
     return summary(study, forests, front)
 
 

@@ -1,9 +1,9 @@
 """The folder of a study: what makes it this study, and one line per configuration in `results.jsonl`.
 
-identity.json   what decides the numbers; a study that goes on must have the same
+identity.json   what decides the numbers (`identity.py`); a study that goes on must have the same
 pieces/         solved linears (`pieces.py`)
 results.jsonl   one configuration per line, in the order in which they were run
-results.csv, pareto.csv, pareto.png, report.md, recipe.yaml   written at the end, anew each time
+results.csv, pareto.csv, pareto.png, report.md, recipe.yaml   written at the end, anew each time (`report.py`)
 """
 
 import fcntl
@@ -12,11 +12,16 @@ import json
 import os
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.settings import KEPT
+from vlmq_vllm.offline.study.identity import continued
+from vlmq_vllm.offline.whole import ASIDE, aside, is_about_space
 from vlmq_vllm.offline.writer import check_destination
 
 IDENTITY, RESULTS = "identity.json", "results.jsonl"
+COLUMNS = ("method", "label", "bits_per_weight", "bits_per_parameter", "kl", "kl_error", "nll", "exact")
 
 
 def key_of(widths: dict[str, int]) -> str:
@@ -26,49 +31,62 @@ def key_of(widths: dict[str, int]) -> str:
 
 
 class Results:
-    """`with Results(folder, identity, resume) as results:`; one process at a time.
+    """`with Results(folder, resume) as results:` then `begin`; one process at a time.
 
-    Raises QuantizeError where the folder cannot be created, RefusedError for one that is there and is not to be gone
-    on with, is another study, or is being written.
+    identity: of the study that is there, None for a new one. Raises QuantizeError where the folder cannot be created,
+    RefusedError for one that is there and is not to be gone on with, is damaged, or is being written. A new folder
+    goes away again if nothing is written into it.
     """
 
-    def __init__(self, folder: Path, identity: dict, resume: bool) -> None:
-        self.folder = folder
-        there = folder.is_dir() and any(folder.iterdir())
-        if there and not (folder / IDENTITY).is_file():
-            raise RefusedError(f"{folder} is no folder of a study; choose another")
-        if there and not resume:
-            raise RefusedError(
-                f"{folder} holds a study already; add --resume to go on with it, or choose another folder"
-            )
-        if not there:
-            if not folder.is_dir():
-                check_destination(folder)
-            folder.mkdir(exist_ok=True)
+    def __init__(self, folder: Path, resume: bool) -> None:
+        self.folder, self.identity, self.rows = folder, None, {}
+        self.created = not folder.is_dir()
+        if self.created:
+            check_destination(folder)
+            folder.mkdir()
         self.lock = os.open(folder, os.O_RDONLY)
         try:
-            self._begin(identity, there)
+            self._open(resume)
         except BaseException:
-            os.close(self.lock)
+            self._leave()
             raise
 
-    def _begin(self, identity: dict, there: bool) -> None:
+    def _open(self, resume: bool) -> None:
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RefusedError(f"another process is writing {self.folder}; wait for it or choose another") from None
-        if there:
-            _check_same(self.folder, identity)
-        else:
-            partial = self.folder / f"{IDENTITY}.partial"
-            partial.write_text(json.dumps(identity, indent=2) + "\n")
-            partial.replace(self.folder / IDENTITY)
-        self.rows = {(row["method"], row["key"]): row for row in _whole_lines(self.folder / RESULTS)}
+        if not any(path.name != IDENTITY + ASIDE for path in self.folder.iterdir()):  # what a kill may leave
+            return
+        if not (self.folder / IDENTITY).is_file():
+            raise RefusedError(f"{self.folder} is no folder of a study; choose another")
+        if not resume:
+            raise RefusedError(
+                f"{self.folder} holds a study already; add --resume to go on with it, or choose another folder"
+            )
+        self.identity = _read_identity(self.folder)
+        self.rows = {(row["method"], row["key"]): row for row in _read_rows(self.folder / RESULTS)}
+
+    def begin(self, identity: dict) -> None:
+        """Make the folder that of the study `identity`. Raises RefusedError where it is another's."""
+        wanted = identity if self.identity is None else continued(self.folder, self.identity, identity)
+        if wanted != self.identity:
+            with aside(self.folder / IDENTITY) as partial:
+                partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+        self.identity = wanted
 
     def __enter__(self) -> "Results":
         return self
 
     def __exit__(self, kind, error, trace) -> None:
+        self._leave()
+        if isinstance(error, OSError | SafetensorError) and is_about_space(error):
+            advice = "run again" if self.identity is None else "add --resume to go on"
+            raise RefusedError(f"no space left while writing {self.folder}; make room and {advice}") from error
+
+    def _leave(self) -> None:
+        if self.created and not any(self.folder.iterdir()):
+            self.folder.rmdir()
         os.close(self.lock)
 
     def find(self, method: str, widths: dict[str, int]) -> dict | None:
@@ -76,7 +94,7 @@ class Results:
         return self.rows.get((method, key_of(widths)))
 
     def add(self, row: dict) -> None:
-        """Append a row; it has at least "method" and "key"."""
+        """Append a row: `COLUMNS` and "key"."""
         with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
@@ -84,22 +102,44 @@ class Results:
         self.rows[row["method"], row["key"]] = row
 
 
-def _check_same(folder: Path, identity: dict) -> None:
-    before = json.loads((folder / IDENTITY).read_text())
-    for key in sorted(identity.keys() | before.keys()):
-        if before.get(key) != identity.get(key):
-            raise RefusedError(
-                f"the study in {folder} had {key} {before.get(key)!r}, this one has {identity.get(key)!r}; give the "
-                "same, or choose another folder"
-            )
+def _read_identity(folder: Path) -> dict:
+    found = _parsed((folder / IDENTITY).read_bytes())
+    if found is None:
+        raise RefusedError(
+            f"{folder / IDENTITY} is damaged, so that nothing says which study this is; remove {folder} to begin anew, "
+            "or choose another folder"
+        )
+    return found
 
 
-def _whole_lines(path: Path) -> list[dict]:
-    """Rows that are there in full; what a killed run left of a last line goes."""
+def _read_rows(path: Path) -> list[dict]:
+    """All rows. The last line goes where it is not whole: what a kill or a full disk left of it is measured again."""
     if not path.is_file():
         return []
     content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = content.splitlines(keepends=True)
+    rows = [_row(line) for line in lines]
+    if rows and rows[-1] is None:
+        os.truncate(path, len(content) - len(lines[-1]))
+        rows.pop()
+    if None in rows:
+        raise RefusedError(
+            f"{path} is damaged in line {rows.index(None) + 1}; remove that line, and --resume measures its "
+            "configuration again"
+        )
+    return rows
+
+
+def _row(line: bytes) -> dict | None:
+    """The row of a whole line, None for a damaged one."""
+    row = _parsed(line) if line.endswith(b"\n") else None
+    return row if row and row.keys() >= {"key", *COLUMNS} else None
+
+
+def _parsed(content: bytes) -> dict | None:
+    """A JSON object, None for anything else."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

@@ -2,12 +2,12 @@
 
 The full-precision model judges every configuration on held-out chats that are no calibration chats. What has been done
 stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods, parts
-or designs.
+or designs, and for calibration where there was none.
 """
 
-import hashlib
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,18 +18,17 @@ from vlmq_vllm.offline.compare.settings import Settings as Judging
 from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.sources import check_exists
 from vlmq_vllm.offline.device import device_of
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.resume import identity
-from vlmq_vllm.offline.settings import BITS
 from vlmq_vllm.offline.source import Source, find
-from vlmq_vllm.offline.study.chats import Chats, read
+from vlmq_vllm.offline.study.chats import read
 from vlmq_vllm.offline.study.designs import Widths, find_design
+from vlmq_vllm.offline.study.identity import identify
 from vlmq_vllm.offline.study.importance import check_forest
 from vlmq_vllm.offline.study.judge import Figures, Judge
 from vlmq_vllm.offline.study.making import PieceMaker
 from vlmq_vllm.offline.study.mixtures import Budget, recipe_of
 from vlmq_vllm.offline.study.parts import Part, Subject, expand, find_parts, find_subject, label_of
 from vlmq_vllm.offline.study.pieces import Pieces
+from vlmq_vllm.offline.study.remaining import Remaining
 from vlmq_vllm.offline.study.report import Mixed, Study, write
 from vlmq_vllm.offline.study.results import Results, key_of
 from vlmq_vllm.offline.study.settings import StudySettings
@@ -52,8 +51,9 @@ def sweep(
     """Study `model` (a folder or hub name) on the held-out chats `data`, and write the study's folder `out`.
 
     calibration: chats for the solver, of which none may be held out; only method "rtn" goes without. stop: asked
-    between units and configurations; when it says yes the run ends with StoppedError. Returns the report as JSON's
-    types. Raises QuantizeError (RefusedError for what cannot be done) and CheckpointError.
+    between units and configurations; when it says yes the run ends with StoppedError. A study that is resumed keeps its
+    components unless others are asked for. Returns the report as JSON's types. Raises QuantizeError (RefusedError for
+    what cannot be done) and CheckpointError.
     """
     if settings.design != "one":
         check_forest()
@@ -63,7 +63,11 @@ def sweep(
         raise QuantizeError("methods other than rtn need calibration data; give --calibration FILE.jsonl")
     for source in filter(None, (data, calibration)):
         check_exists(source)
-    return _Run(model, settings, device_of(device), say, stop).run(data, calibration, out, resume)
+    place = device_of(device)
+    with Results(out, resume) as results:
+        if settings.components is None and results.identity is not None:
+            settings = replace(settings, components=tuple(results.identity.get("components", ())) or None)
+        return _Run(model, settings, place, say, stop).run(data, calibration, results)
 
 
 class _Run:
@@ -81,34 +85,42 @@ class _Run:
         self.budget = Budget(self.subject, self.modules, settings.levels, settings.budget) if settings.budget else None
         self.processor = load_processor(self.source.folder)
 
-    def run(self, data: str | Path, calibration: str | Path | None, out: Path, resume: bool) -> dict:
+    def run(self, data: str | Path, calibration: str | Path | None, results: Results) -> dict:
         found = read(data, calibration, self.source, self.processor, self.settings, self.say)
-        with Results(out, self._identity(found), resume) as results:
-            pieces = Pieces(out / "pieces")
-            kinds = {(m, b): self.settings.of(m, b) for m in self.settings.methods for b in self.settings.bits}
-            PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop).run(found.batches)
-            found.batches.clear()
-            judging = Judging(
-                dtype=self.settings.dtype, device=str(self.device), new_tokens=0, max_tokens=self.settings.max_tokens
-            )
-            about = (pieces, found.questions, self.processor, judging, self.device)
-            judge = Judge(self.source, self.subject, *about)
-            self.say(f"{len(judge.questions)} held-out questions; {len(self.parts)} parts by {self.settings.by}")
-            study = self._study(results, judge, data, calibration)
-            return write(out, study)
+        places = {"model": self.model, "data": str(data), "calibration": calibration and str(calibration)}
+        components = self.subject.components
+        results.begin(identify(self.source, self.settings, components, self.device, found.taught, found.asked, places))
+        pieces = Pieces(results.folder / "pieces")
+        for path in pieces.drop_damaged():
+            self.say(f"{path} was damaged; it is made again when it is needed")
+        kinds = {(m, b): self.settings.of(m, b) for m in self.settings.methods for b in self.settings.bits}
+        PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop).run(found.batches)
+        found.batches.clear()
+        judging = Judging(
+            dtype=self.settings.dtype, device=str(self.device), new_tokens=0, max_tokens=self.settings.max_tokens
+        )
+        judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
+        self.say(f"{len(judge.questions)} held-out questions; {len(self.parts)} parts by {self.settings.by}")
+        self.remaining = Remaining(self._missing(results), self.say)
+        return write(results.folder, self._study(results, judge, places))
 
-    def _study(self, results: Results, judge: Judge, data: str | Path, calibration: str | Path | None) -> Study:
+    def _missing(self, results: Results) -> int:
+        """How many configurations have not been run. Those of a budget as if by the last method: which it will be is
+        not known yet."""
+        methods, bits = self.settings.methods, self.settings.bits
+        wanted = {(method, key_of(expand(self.parts, widths))) for method in methods for widths in self.design}
+        if self.budget:
+            alone = find_design("one", len(self.modules), bits, 0, 0)
+            wanted |= {(methods[-1], key_of(expand(self.modules, widths))) for widths in alone}
+        return len(wanted - results.rows.keys()) + (1 + BLIND if self.budget else 0)
+
+    def _study(self, results: Results, judge: Judge, places: dict[str, str | None]) -> Study:
         base = self._row("none", "16 bits", {}, judge.full_precision())
         for method in self.settings.methods:
             self._evaluate(results, judge, method, self.parts, self.design)
         mixed = self._mix(results, judge) if self.budget else None
         return Study(
-            about={
-                "model": self.model,
-                "data": str(data),
-                "calibration": calibration and str(calibration),
-                "questions": len(judge.questions),
-            },
+            about=places | {"questions": len(judge.questions)},
             settings=self.settings,
             parts=self.parts,
             base=base,
@@ -134,7 +146,10 @@ class _Run:
     def _judged(self, judge: Judge, method: str, label: str, linears: dict[str, int]) -> dict:
         if self.stop():
             raise StoppedError(f"stopped before {method}, {label}; add --resume to the same command to go on")
-        return self._row(method, label, linears, judge(method, linears))
+        begun = time.monotonic()
+        figures = judge(method, linears)
+        self.remaining.done(time.monotonic() - begun)
+        return self._row(method, label, linears, figures)
 
     def _row(self, method: str, label: str, linears: dict[str, int], figures: Figures) -> dict:
         return {
@@ -174,17 +189,3 @@ class _Run:
             rows.append(row | {"label": label})
         recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), method, self.settings)
         return Mixed(method, self.modules, rises, mixture, rows[0], rows[1:], recipe)
-
-    def _identity(self, found: Chats) -> dict:
-        """What decides the numbers. Not which widths, methods, parts and configurations there are: each is a row."""
-        base = self.settings.of("gptq", max(BITS))  # one width for all studies, that takes every group size
-        same = identity(self.source, base, found.taught, self.device, Ranks(self.device))
-        left = {name: value for name, value in same.items() if name not in ("bits", "method", "threads", "processes")}
-        return left | {
-            "samples": len(found.taught),
-            "max_pixels": self.settings.max_pixels,
-            "held-out": hashlib.sha256("".join(found.asked).encode()).hexdigest(),
-            "max_tokens": self.settings.max_tokens,
-            "dtype": self.settings.dtype,
-            "components": self.subject.components,
-        }

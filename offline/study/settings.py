@@ -20,7 +20,7 @@ class StudySettings:
     bits: widths that parts are given, besides 16. methods: how weights are rounded, each in a study of its own.
     by: what a part is (`parts.py`). design: which configurations of the parts are run (`designs.py`); runs: how many of
     a random design, and the greatest number for a grid. components: to which the study is confined; None is all that
-    can be served for "component", the decoder for the others.
+    can be served for "component", the decoder for the others, and in a study that is resumed those that it has.
     group_size, symmetric: of every quantised linear. budget: average bits per weight, scales and zero points included,
     over all linears of the study's components, for which a mixed recipe is sought; None for none.
     samples: held-out chats that are used; None for all. calibration_samples, max_tokens, max_pixels: as samples,
@@ -61,8 +61,11 @@ class StudySettings:
                 raise QuantizeError(f"{name} is {value}; it must be at least 1")
         if self.max_pixels < 0:
             raise QuantizeError(f"max_pixels is {self.max_pixels}; it must not be negative (0 is none)")
-        if self.budget is not None and not 0 < self.budget <= KEPT:
-            raise QuantizeError(f"budget is {self.budget}; give average bits per weight, such as 3.5")
+        if self.budget is not None and not 0 < self.budget < KEPT:
+            raise QuantizeError(
+                f"budget is {self.budget}; give average bits per weight below {KEPT}, at which nothing would be "
+                "quantised, such as 3.5"
+            )
         for method in self.methods:
             for bits in self.bits:
                 self.of(method, bits)
