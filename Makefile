@@ -32,7 +32,7 @@ test-all: install
 
 # What only a GPU can show, with a python3 that has torch for it: the kernels' tests there, then their speed beside
 # whatever peers are installed (benchmarks/README.md). Under ten minutes; writes kernels.jsonl and kernels.md.
-GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product expert_products int8 op cuda sweep_kernel)
+GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product expert_products int8 op cuda columns)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
 	PYTHONPATH=. $(PYTHON) benchmarks/kernels.py --seconds 420 --out kernels.jsonl

@@ -1,6 +1,6 @@
 """GPTQ on tensors: from a weight and the second moments of its inputs to codes.
 
-For weights W [O, I] and moments H, D (`moments.py`) the rounded weight Q is chosen column by column (`sweep.py`) for
+For weights W [O, I] and moments H, D (`moments.py`) the rounded weight Q is chosen column by column (`columns.py`) for
 a small
 
     sum_n lambda_n | Q x_n - W f_n |^2.
@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.offline.columns import ColumnPass
 from vlmq_vllm.offline.factor import aligned, find_factor, push_of
 from vlmq_vllm.offline.grid import MSE, GridSearch, blocks_of, find_grid, to_codes
 from vlmq_vllm.offline.solution import Solution
-from vlmq_vllm.offline.sweep import Sweep
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def solve(
         elif residual is not None:
             moves = _permuted(residual[pick], order[pick]) if solver.act_order else residual[pick]
             push = push_of(moves, factor).mul_(solver.alpha)
-        quantized, losses = _sweep(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
+        quantized, losses = _rounded(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
         for i, weight, loss in zip(solved, quantized, losses, strict=True):
             found[i] = Solution(weight, loss, factors[i][1], dead[i])
     for i in set(range(len(h))) - found.keys():
@@ -124,7 +124,7 @@ def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
-def _sweep(
+def _rounded(
     weights, importance, order, factor, push, format, dtype, solver
 ) -> tuple[list[QuantizedWeight], torch.Tensor]:
     count, rows, columns = weights.shape
@@ -139,7 +139,7 @@ def _sweep(
             if z is not None:
                 zero[i] = z.float().T
     group_of = format.group_of(columns, weights.device)[order]
-    sweep = Sweep(_rows(weights.mT, order), factor, scale, zero, group_of, format.levels, push)
+    sweep = ColumnPass(_rows(weights.mT, order), factor, scale, zero, group_of, format.levels, push)
     if solver.act_order:
         sweep.run()
     else:
@@ -158,7 +158,7 @@ def _sweep(
 
 
 def _finder(importance, format, dtype, solver):
-    """Grid of one group of compensated columns [B, n, O], as `Sweep.run` asks for it."""
+    """Grid of one group of compensated columns [B, n, O], as `ColumnPass.run` asks for it."""
     whole = WeightFormat(format.bits, -1, format.symmetric)
 
     def find(columns: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:

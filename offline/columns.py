@@ -23,7 +23,7 @@ LEAF = 32  # columns that are rounded one by one between two matrix products
 FindGrid = Callable[[torch.Tensor, int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
-class Sweep:
+class ColumnPass:
     """State of a pass over `targets` [B, I, O] (overwritten) with factors U [B, I, I].
 
     scale, zero: [B, G, O] float32; group_of [B, I] is the group of each column in the order of treatment.
@@ -100,7 +100,7 @@ class Sweep:
             self._columns_in_torch(start, stop)
 
     def _columns_in_triton(self, start: int, stop: int) -> None:
-        from vlmq_vllm.offline.sweep_kernel import round_columns  # here, so that a CPU needs no Triton
+        from vlmq_vllm.offline.columns_kernel import round_columns  # here, so that a CPU needs no Triton
 
         state = (self.delta, self.owed, self.values, self.codes, self.loss)
         given = (self.factor, self.push, self.scale, self.zero, self.group_of, self.levels)

@@ -1,4 +1,4 @@
-"""The inner block of the column solver (`sweep.py`) in Triton: some columns of [B, I, O], rounded one by one.
+"""The inner block of the column solver (`columns.py`) in Triton: some columns of [B, I, O], rounded one by one.
 
 In plain torch a column takes a dozen launches, and starting them is what a GPU would wait for; here a block of columns
 takes one. Rows (O) never meet, so each program owns a tile of them in one of the B problems and walks over the columns.
@@ -19,7 +19,7 @@ TILE = 32 * WARPS  # one row per thread: its sums over columns need no other thr
 
 
 @triton.jit(do_not_specialize=["start", "count"])
-def sweep_kernel(
+def columns_kernel(
     delta,  # [B, n_columns, n_rows], on entry the targets
     owed,  # [B, n_columns, n_rows]
     values,  # [B, n_columns, n_rows], written if HAS_PUSH
@@ -114,7 +114,7 @@ def round_columns(
     columns: range,
     block: int,
 ) -> None:
-    """Round `columns`, at most `block`, of the state that `sweep.py` describes; in place.
+    """Round `columns`, at most `block`, of the state that `columns.py` describes; in place.
 
     float32 delta, owed, values [B, I, O], loss [B, O], scale, zero [B, G, O], codes uint8 [B, I, O] and group_of int64
     [B, I] contiguous; factor and push float32 [B, I, I] of any strides. values and push come together or not at all.
@@ -139,7 +139,7 @@ def round_columns(
         raise ValueError(f"{len(columns)} columns at once; the kernel's block is {block}")
     problems, n_columns, n_rows = delta.shape
     with torch.cuda.device_of(delta):  # Triton launches on the current device, which need not be delta's
-        sweep_kernel[(problems * triton.cdiv(n_rows, TILE),)](
+        columns_kernel[(problems * triton.cdiv(n_rows, TILE),)](
             delta=delta,
             owed=owed,
             values=values,

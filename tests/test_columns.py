@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_problems import FP32, rel_rms
 
-from vlmq_vllm.offline.sweep import LEAF, Sweep
+from vlmq_vllm.offline.columns import LEAF, ColumnPass
 
 NAN = float("nan")
 GROUPS = 4
@@ -60,11 +60,11 @@ def exact_state(problems: int, rows: int, columns: range, levels: int, pushed: b
     return state if pushed else state | {"push": None, "values": None}
 
 
-def sweep_in(state: dict, levels: int) -> Sweep:
+def sweep_in(state: dict, levels: int) -> ColumnPass:
     """The pass over the problems of `state` but the first and the last, which works in `state`."""
     own = {name: t if t is None else t[1:-1] for name, t in state.items()}
     given = (own[name] for name in ("delta", "factor", "scale", "zero", "group_of"))
-    sweep = Sweep(*given, levels, own["push"])
+    sweep = ColumnPass(*given, levels, own["push"])
     sweep.owed, sweep.values, sweep.codes, sweep.loss = (own[name] for name in ("owed", "values", "codes", "loss"))
     return sweep
 
@@ -96,7 +96,7 @@ def test_a_block_is_that_of_plain_torch_to_the_bit(problems, rows, levels, pushe
             assert ((tensor == expected) | (tensor.isnan() & expected.isnan())).all(), name
 
 
-def whole_pass(columns_of, pushed: bool, width: int | None, device: torch.device) -> Sweep:
+def whole_pass(columns_of, pushed: bool, width: int | None, device: torch.device) -> ColumnPass:
     """A pass through `columns_of` over random weights; with `width` a group's grid is found at its first column."""
     torch.manual_seed(1)
     targets = torch.randn(2, 96, 24)
@@ -106,7 +106,7 @@ def whole_pass(columns_of, pushed: bool, width: int | None, device: torch.device
     scale, zero = torch.rand(2, 6, 24) * 0.2 + 0.4, torch.randint(2, 6, (2, 6, 24)).float()
     order = torch.rand(2, 96).argsort() if width is None else torch.arange(96).expand(2, -1)
     given = [single(t, device) for t in (targets, factor, scale, zero, order // 16, push)]
-    sweep = Sweep(*given[:5], 8, given[5])
+    sweep = ColumnPass(*given[:5], 8, given[5])
     sweep._columns = partial(columns_of, sweep)
     if width is None:
         sweep.run()
@@ -120,8 +120,8 @@ def test_a_pass_is_that_of_plain_torch(pushed, width, device):
     """Within the rounding of float32: the kernel adds up to 32 products in another order, and a GPU fuses multiplying
     and adding. That moves sums by some 2^-23 of them, and a value between two codes to the other: its row then differs.
     """
-    expected = whole_pass(Sweep._columns_in_torch, pushed, width, device)
-    found = whole_pass(Sweep._columns_in_triton, pushed, width, device)
+    expected = whole_pass(ColumnPass._columns_in_torch, pushed, width, device)
+    found = whole_pass(ColumnPass._columns_in_triton, pushed, width, device)
     same = (found.codes == expected.codes).all(1)  # [B, O]
     assert same.float().mean() > (0.95 if device.type == "cuda" else 0.999)
     for name in ("delta", "owed", "loss", "scale") + (("values",) if pushed else ()):
@@ -133,8 +133,8 @@ def test_a_pass_is_that_of_plain_torch(pushed, width, device):
 def test_the_device_chooses(is_cuda, monkeypatch):
     called = []
     for way in ("torch", "triton"):
-        monkeypatch.setattr(Sweep, f"_columns_in_{way}", lambda self, *block, way=way: called.append((way, block)))
-    sweep = object.__new__(Sweep)
+        monkeypatch.setattr(ColumnPass, f"_columns_in_{way}", lambda self, *block, way=way: called.append((way, block)))
+    sweep = object.__new__(ColumnPass)
     sweep.delta = SimpleNamespace(is_cuda=is_cuda)
     sweep._columns(3, 7)
     assert called == [("triton" if is_cuda else "torch", (3, 7))]
@@ -161,9 +161,9 @@ def test_refused(change, message, device):
 
 WITHOUT_GPU = """
 import subprocess, sys, torch
-from vlmq_vllm.offline.sweep import LEAF, Sweep
+from vlmq_vllm.offline.columns import LEAF, ColumnPass
 
-sweep = Sweep(torch.ones(1, 4, 2), torch.eye(4)[None], *torch.ones(2, 1, 1, 2), torch.zeros(1, 4).long(), 4)
+sweep = ColumnPass(torch.ones(1, 4, 2), torch.eye(4)[None], *torch.ones(2, 1, 1, 2), torch.zeros(1, 4).long(), 4)
 sweep.run()
 print("triton" in sys.modules)
 try:
@@ -174,9 +174,9 @@ except ValueError as error:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vlmq_vllm.offline.sweep_kernel import TILE, WARPS, sweep_kernel
+from vlmq_vllm.offline.columns_kernel import TILE, WARPS, columns_kernel
 
-names = sweep_kernel.arg_names
+names = columns_kernel.arg_names
 types = {"codes": "*u8", "group_of": "*i64", "top": "fp32", "start": "i32", "count": "i32"}
 types |= {name: "i32" for name in names if name.startswith(("n_", "stride_"))}
 
@@ -184,7 +184,7 @@ def compile(arch, pushed):
     given = dict(HAS_PUSH=pushed, BLOCK=LEAF, TILE=TILE, stride_factor_i=1)  # Triton makes constants of ones
     given |= dict(stride_push_k=1) if pushed else dict(push=None, values=None, n_rows=1, n_groups=1)
     signature = {name: "constexpr" if name in given else types.get(name, "*fp32") for name in names}
-    source = ASTSource(sweep_kernel, signature, given)
+    source = ASTSource(columns_kernel, signature, given)
     ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=WARPS)).asm["ptx"]
     target = ptx.split(".target ")[1].split()[0].strip(",")
     call = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", target, "-o", sys.argv[1], "/dev/stdin"]
