@@ -22,7 +22,7 @@ from vlmq_vllm.offline.commands.verify import verify
 USAGE, REFUSED, UNSOUND = 2, 3, 4  # exit codes; 75, stopped and to be resumed, is given where a run stops
 
 app = typer.Typer(
-    help="Quantise vision-language models to 2, 3 or 4 bits and check the result.",
+    help="Quantise vision-language models to 2, 3, 4 or 8 bits and check the result.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

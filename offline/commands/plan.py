@@ -32,7 +32,9 @@ def plan(
     activation_bits: ActivationBits = 16,
     method: Method = "vlmq",
     saliency: Saliency = "",
-    base: Annotated[str, typer.Option(help="gptq, gptaq or aligned; default: what measured best for the width.")] = "",
+    base: Annotated[
+        str, typer.Option(help="gptq, gptaq or aligned; default: for vlmq what measured best, for gptq gptq.")
+    ] = "",
     saliency_scope: Annotated[
         str, typer.Option(help="attention, or all for gate, up and down too; default: by width.")
     ] = "",
@@ -42,7 +44,9 @@ def plan(
     tokens: Annotated[int | None, typer.Option(help="Tokens of a sample, if known; default: --max-tokens.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = "",
     force: Annotated[bool, typer.Option(help="Plan also layers that vLLM would not load.")] = False,
-    recipe: Annotated[Path | None, typer.Option(help="YAML with any options of vlmq quantize.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML with settings of vlmq quantize; options given here win.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""
