@@ -1,0 +1,208 @@
+"""Files of a study that are whole or not at all: pieces, and what a run reports; and how long the rest takes."""
+
+import os
+import resource
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.offline.study import pieces as module
+from vlmq_vllm.offline.study import report
+from vlmq_vllm.offline.study.designs import full_precision, one_at_a_time
+from vlmq_vllm.offline.study.mixtures import Mixture
+from vlmq_vllm.offline.study.parts import Part
+from vlmq_vllm.offline.study.pieces import Pieces
+from vlmq_vllm.offline.study.remaining import Remaining, duration
+from vlmq_vllm.offline.study.results import Results
+from vlmq_vllm.offline.study.settings import StudySettings
+from vlmq_vllm.offline.units import Target, Unit
+from vlmq_vllm.offline.whole import aside
+
+UNIT = Unit("language-00000", "language", "layers.0", 0)
+SHAPES = [(1, 32), (7, 96), (33, 64)]
+
+
+def target_of(name, shape):
+    return Target(name, name, "language", *shape, WeightFormat(4, 32, False))
+
+
+def weights_of(shape, bits):
+    """A linear in codes and one that was scaled."""
+    rows, columns = shape
+    codes = torch.randint(2**bits, shape, dtype=torch.uint8)
+    scale = torch.rand(rows, columns // 32).half()
+    zero = torch.randint(2**bits, scale.shape, dtype=torch.uint8)
+    return {
+        "codes": QuantizedWeight(WeightFormat(bits, 32, False), codes, scale, zero),
+        "scaled": torch.randn(shape).bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_pieces_come_back_as_they_are_served(tmp_path, shape, bits):
+    weights, kind = weights_of(shape, bits), ("awq", bits)
+    Pieces(tmp_path).write(kind, UNIT, weights)
+    codes = weights["codes"]
+    of = torch.arange(shape[1]) // 32
+    expected = ((codes.codes.float() - codes.zero.float()[:, of]) * codes.scale.float()[:, of]).half()
+    assert torch.equal(Pieces(tmp_path).read(kind, UNIT, target_of("codes", shape)), expected)
+    assert torch.equal(Pieces(tmp_path).read(kind, UNIT, target_of("scaled", shape)), weights["scaled"])
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["language-00000.safetensors"]
+
+
+def test_a_disk_that_gives_other_bits_back_leaves_the_piece_that_was_there(tmp_path, monkeypatch):
+    pieces, weights = Pieces(tmp_path), weights_of((7, 96), 2)
+    pieces.write(("rtn", 2), UNIT, weights)
+    before = pieces.file(("rtn", 2), UNIT).read_bytes()
+
+    def flipping(tensors, path):
+        save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path)
+
+    monkeypatch.setattr(module, "save_file", flipping)
+    for bits in (2, 3):
+        with pytest.raises(RefusedError, match="reads back from .* with other bits: the disk fails"):
+            pieces.write(("rtn", bits), UNIT, weights)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files == [pieces.file(("rtn", 2), UNIT)] and files[0].read_bytes() == before
+
+
+def test_a_piece_that_is_cut_short_is_dropped_and_a_sound_one_stays(tmp_path):
+    pieces = Pieces(tmp_path)
+    for bits in (2, 3, 4):
+        pieces.write(("rtn", bits), UNIT, weights_of((7, 96), bits))
+    cut, empty = (pieces.file(("rtn", bits), UNIT) for bits in (2, 4))
+    os.truncate(cut, cut.stat().st_size - 1)
+    os.truncate(empty, 0)
+    assert pieces.drop_damaged() == [cut, empty] and pieces.drop_damaged() == []
+    assert [*tmp_path.rglob("*.safetensors")] == [pieces.file(("rtn", 3), UNIT)]
+
+
+@pytest.mark.parametrize("what", ["piece", "row"])
+def test_no_room_for_a_file_is_one_line_and_leaves_whole_files(tmp_path, what):
+    """A limit of files' sizes is what a test can set; its error is told apart from others as that of a full disk is."""
+    row = dict.fromkeys(("method", "key", "label", "bits_per_weight", "bits_per_parameter"), "x" * 500)
+    row |= dict.fromkeys(("kl", "kl_error", "nll", "exact"), 0.0)
+    refused = pytest.raises(RefusedError, match=r"no space left while writing .*s; make room and add --resume to go on")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with refused, Results(tmp_path / "s", resume=False) as results:
+            results.begin({"model": "1"})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+            if what == "row":
+                results.add(row)
+            Pieces(tmp_path / "s/pieces").write(("rtn", 3), UNIT, weights_of((33, 64), 3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [*tmp_path.rglob("*.partial")] and not [*tmp_path.rglob("*.safetensors")]
+    with Results(tmp_path / "s", resume=True) as results:
+        results.add(row)
+    with Results(tmp_path / "s", resume=True) as results:
+        assert list(results.rows.values()) == [row]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "a", []
+
+    def note(number):
+        at = Path(f"/proc/self/fd/{number}")
+        synced.append((at.resolve().name, at.read_text(), path.exists()))
+
+    monkeypatch.setattr(os, "fsync", note)
+    with aside(path) as partial:
+        partial.write_text("text")
+    assert synced == [("a.partial", "text", False)] and path.read_text() == "text"
+    with pytest.raises(ValueError, match="in between"), aside(path) as partial:
+        partial.write_text("other")
+        raise ValueError("in between")
+    assert path.read_text() == "text" and [*tmp_path.iterdir()] == [path]
+
+
+def study_of(budget):
+    """Two parts by one method at 2 and 4 bits; a recipe where there is a budget."""
+    settings = StudySettings(bits=(2, 4), methods=("rtn",), budget=budget)
+    figures = {"kl_error": None, "nll": 1.0, "exact": 0.5}
+    rows = {
+        widths: {"method": "rtn", "key": str(i), "label": str(widths), "bits_per_weight": sum(widths) / 2}
+        | {"bits_per_parameter": 8.0, "kl": 16 / sum(widths)}
+        | figures
+        for i, widths in enumerate(one_at_a_time(2, settings.bits))
+    }
+    base = {"method": "none", "key": "", "label": "16 bits", "bits_per_weight": 16.0, "bits_per_parameter": 16.0}
+    parts = [Part("one", ("a",)), Part("two", ("b",))]
+    [first, *others] = rows.values()
+    mixed = report.Mixed(
+        "rtn", parts, [{2: 0.9, 4: 0.8}] * 2, Mixture((2, 4), 1.7, []), first, others, {"bits": 2, "modules": {"b": 4}}
+    )
+    return report.Study(
+        about={"model": "m", "data": "d", "calibration": None, "questions": 1},
+        settings=settings,
+        parts=parts,
+        base=base | {"kl": 0.0} | figures,
+        rows=list(rows.values()),
+        found={"rtn": rows},
+        shares=[0.5, 0.5],
+        mixed=mixed if budget else None,
+    )
+
+
+def test_damage_of_everything_at_16_bits_is_none():
+    study = study_of(None)
+    assert study.damage("rtn")[full_precision(2)] == 0 and full_precision(3) == (16, 16, 16)
+    assert study.rises("rtn") == [{2: 16 / 18, 4: 0.8}, {2: 16 / 18, 4: 0.8}]
+
+
+def test_all_files_are_of_the_same_run(tmp_path, monkeypatch):
+    made = {"results.csv", "pareto.csv", "report.md"}
+    monkeypatch.setattr(report, "draw", lambda path, rows: path.write_text(f"picture of {len(rows)}"))
+    monkeypatch.setattr(report, "find_spec", lambda name: SimpleNamespace())
+    report.write(tmp_path, study_of(3.5))
+    assert {path.name for path in tmp_path.iterdir()} == made | {"pareto.png", "recipe.yaml"}
+    assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == {"bits": 2, "modules": {"b": 4}}
+    assert (tmp_path / "pareto.png").read_text() == "picture of 6"
+    assert "## Mixture" in (tmp_path / "report.md").read_text()
+    (tmp_path / "results.jsonl").write_text("")  # no report: it stays
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    report.write(tmp_path, study_of(None))
+    assert {path.name for path in tmp_path.iterdir()} == made | {"results.jsonl"}
+    assert "## Mixture" not in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    report.write(tmp_path, study_of(3.5))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def torn(path, rows):
+        path.write_text("half")
+        raise OSError("interrupted")
+
+    for name in ("_csv", "draw"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="interrupted"):
+            patch.setattr(report, name, torn)
+            report.write(tmp_path, study_of(3.5))
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_time_that_is_left_is_said_once_after_the_first_configuration():
+    said = []
+    remaining = Remaining(13, said.append)
+    for seconds in (15.0, 1.0, 1.0):
+        remaining.done(seconds)
+    assert said == ["a configuration takes 15 seconds; 12 more take about 3 minutes"] and remaining.count == 10
+    Remaining(1, said.append).done(15.0)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 seconds"), (9.9, "9.9 seconds"), (10.2, "10 seconds"), (119, "119 seconds"), (120, "2 minutes")]
+    + [(7199, "120 minutes"), (7200, "2 hours"), (172800, "2 days")],
+)
+def test_a_duration_has_a_unit_of_which_there_are_several(seconds, text):
+    assert duration(seconds) == text
