@@ -1,5 +1,6 @@
 """The vision encoder's bounds: the decoder's part of the gradient against autograd of the whole, and learning."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -11,16 +12,17 @@ from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.gptq import round_to_nearest
+from vlmq_vllm.offline.hooks import removing
 from vlmq_vllm.offline.linears import weights_of
 from vlmq_vllm.offline.qvlm.decoder import ranges_of, states, steer
 from vlmq_vllm.offline.qvlm.entropy import conditional_entropy, joint
 from vlmq_vllm.offline.qvlm.fake import fake, row_ranges
 from vlmq_vllm.offline.qvlm.ranges import find_ranges
 from vlmq_vllm.offline.qvlm.tower import TowerWalk
-from vlmq_vllm.offline.qvlm.vision import Clipped, Recipe, clip_groups, clip_rows, tune
+from vlmq_vllm.offline.qvlm.vision import Clipped, Recipe, clip_groups, clip_rows, clipping, tune
 from vlmq_vllm.offline.ranks import Ranks
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture
+from vlmq_vllm.offline.stream import capture, hidden_of
 
 CPU = torch.device("cpu")
 FORMAT = WeightFormat(3, -1, False)
@@ -96,14 +98,85 @@ def test_a_learnt_factor_rounds_as_what_is_written(symmetric, shape, group):
     assert int(gradient.count_nonzero()) <= 1
 
 
-def test_learning_lowers_the_loss_and_its_terms(source, data):
+def clipped_tower(source, rows: int = 0) -> dict[str, Clipped]:
+    """All blocks' linears; those of the last `rows` blocks with inputs rounded as well."""
     clipped = {}
-    for name in names(source):
+    for i, name in enumerate(names(source)):
         block = source.materialise(name, CPU)
         for linear, weight in weights_of(block).items():
-            clipped[f"{name}.{linear}"] = clip_groups(weight.detach(), find_ranges(weight, FORMAT, torch.bfloat16))
+            weight = weight.detach()
+            if i < 4 - rows:
+                clipped[f"{name}.{linear}"] = clip_groups(weight, find_ranges(weight, FORMAT, torch.bfloat16))
+            else:
+                clipped[f"{name}.{linear}"] = clip_rows(weight, row_ranges(weight, 16), 4, 0.99)
         source.release(name)
+    return clipped
+
+
+def whole(source, batch: dict, clipped: dict[str, Clipped]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """x^0 to x^n and the logits of the model's own forward pass, all of it in memory and in one graph."""
+    family, places = source.family, []
+    parts = [f"{family.layers}.{i}" for i in range(4)] + [f"{family.layers.rpartition('.')[0]}.norm", "lm_head"]
+    modules = [source.materialise(name, CPU) for name in parts]
+    handles = [modules[0].register_forward_pre_hook(lambda m, args: places.append(args[0]))]
+    handles += [
+        layer.register_forward_hook(lambda m, args, out: places.append(hidden_of(out))) for layer in modules[:4]
+    ]
+    with source.front(CPU), clipping(source.model, clipped), torch.enable_grad(), removing(handles):
+        logits = source.model(**batch, use_cache=False).logits
+    for name in parts:
+        source.release(name)
+    return places, logits
+
+
+def norm(tensors: Iterable[torch.Tensor]) -> float:
+    return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
+
+
+def test_the_gradient_of_a_batch_is_that_of_the_whole_objective(source, data):
+    """Autograd of the weighted sum of all four terms, through the model's own forward pass."""
+    (batch, *_), (label, *_) = data
+    label = label.where(label < 0, 7)  # answers the model does not expect: else L_reg has next to no gradient
+    with torch.no_grad():
+        full, _ = whole(source, batch, {})
+    clipped = clipped_tower(source, rows=1)
+    factors = [factor for own in clipped.values() for factor in own.factors]
+    places, logits = whole(source, batch, clipped)
+    encoder, decoder = ((places[k] - full[k]).norm() / full[k].norm() for k in (0, -1))
+    by_error = torch.autograd.grad(decoder, places[:-1], retain_graph=True)
+    norms = torch.stack([gradient.norm() for gradient in by_error])
+    ranges = ranges_of([full])
+    entropy = sum(
+        share * conditional_entropy(joint(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
+        for k, share in enumerate(norms / norms.sum())
+    )
+    answer = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten(), ignore_index=-100)
+    terms = {"answer": answer, "entropy": 3.0 * entropy, "encoder": 0.7 * encoder, "decoder": 0.7 * 1.9 * decoder}
+    parts = {name: torch.autograd.grad(term, factors, retain_graph=True) for name, term in terms.items()}
+    expected = [sum(own) for own in zip(*parts.values(), strict=True)]
+    for own in parts.values():  # each is far more than the tolerance below
+        assert norm(own) > 0.1 * norm(expected)
+
+    (loss,) = tune(source, [batch], [label], clipped, CPU, Recipe(entropy=3.0, error=0.7, eta=1.9, epochs=1))
+    found = [loss.total, loss.answer, loss.entropy, loss.encoder, loss.decoder]
+    wanted = [value.item() for value in (sum(terms.values()), answer, entropy, encoder, decoder)]
+    assert found == pytest.approx(wanted, rel=1e-4)
+    for factor, gradient in zip(factors, expected, strict=True):
+        # float32 on both sides, sums in another order: 3e-6 were seen
+        assert norm([factor.grad - gradient]) < 1e-4 * norm([gradient])
+
+
+def test_learning_lowers_the_loss_and_its_terms(source, data, monkeypatch):
+    clipped, read, materialise = clipped_tower(source), [], source.materialise
+
+    def counted(name: str, *args, **options) -> torch.nn.Module:
+        read.append(name)
+        return materialise(name, *args, **options)
+
+    monkeypatch.setattr(source, "materialise", counted)
     losses = tune(source, *data, clipped, CPU, Recipe(epochs=4, rate=0.01))
+    # what the docstring says of the cost
+    assert all(read.count(f"{source.family.layers}.{i}") == (5 * 4 + 1) * len(data[0]) for i in range(4))
     assert len(losses) == 4 and losses[-1].total < 0.95 * losses[0].total
     assert losses[-1].encoder < losses[0].encoder and losses[-1].decoder < losses[0].decoder
     assert all((own.factors[0] - 1).abs().max().item() > 0.01 for own in clipped.values())
