@@ -87,6 +87,7 @@ def sweep(
     import torch
 
     from vlmq_vllm.offline.study.run import sweep as run
+    from vlmq_vllm.offline.study.tables import counted
 
     def say(line: str) -> None:
         typer.echo(f"vlmq: {line}", err=True)
@@ -101,12 +102,14 @@ def sweep(
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
         return
-    typer.echo(f"{out}/report.md: {len(found['rows'])} configurations of {len(found['parts'])} parts")
+    rows, parts = counted(len(found["rows"]), "configuration"), counted(len(found["parts"]), "part")
+    typer.echo(f"{out}/report.md: {rows} of {parts}")
     if "mixture" in found:
         row = found["mixture"]["row"]
+        given = f"--data {calibration} " if calibration else ""
         typer.echo(
             f"{out}/recipe.yaml: {row['bits_per_weight']:.3f} bits per weight, KL {row['kl']:.3g}. "
-            f"Use it: vlmq quantize {model} -o OUT --data {calibration or 'CALIBRATION'} --recipe {out}/recipe.yaml"
+            f"Use it: vlmq quantize {model} -o OUT {given}--recipe {out}/recipe.yaml"
         )
 
 

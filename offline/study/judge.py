@@ -20,6 +20,7 @@ from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.linears import put
 from vlmq_vllm.offline.settings import KEPT
 from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.study.chats import count_pictured
 from vlmq_vllm.offline.study.parts import Subject
 from vlmq_vllm.offline.study.pieces import Pieces
 
@@ -39,7 +40,10 @@ class Figures:
 
 
 class Judge:
-    """Scores of the full-precision model, found once, and the model that is changed."""
+    """Scores of the full-precision model, found once, and the model that is changed.
+
+    questions: those that are short enough. pictured: how many of them have a picture. Raises QuantizeError for none.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,8 @@ class Judge:
                 self.teacher.append(self._score(len(self.questions) - 1, None))
         if not self.questions:
             raise QuantizeError(f"no held-out chat has at most {settings.max_tokens} tokens; raise --max-tokens")
+        short = f" of at most {settings.max_tokens} tokens"
+        self.pictured = count_pictured(self.questions, subject.components, short, "raise --max-tokens")
 
     def full_precision(self) -> Figures:
         """The figures of the model itself."""

@@ -27,7 +27,7 @@ from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.solvers import grid_of, solver_of
 from vlmq_vllm.offline.source import Source
 from vlmq_vllm.offline.stages import Group, find_stages
-from vlmq_vllm.offline.stream import Stream, capture
+from vlmq_vllm.offline.stream import Stream, capture, check_replay
 from vlmq_vllm.offline.study.parts import Subject
 from vlmq_vllm.offline.study.pieces import Kind, Pieces
 from vlmq_vllm.offline.units import Target, Unit
@@ -60,8 +60,11 @@ class PieceMaker:
         return [kind for kind in self.settings if not self.pieces.file(kind, unit).is_file()]
 
     @torch.no_grad()
-    def run(self, batches: list[dict]) -> None:
-        """Write what is missing; `batches` as in a quantisation run. Raises QuantizeError and StoppedError."""
+    def run(self, batches: list[dict], probe: dict | None) -> None:
+        """Write what is missing; `batches` as in a quantisation run, `probe` a sample on which is proved that running
+        layer by layer is the model's own forward. Raises QuantizeError and StoppedError."""
+        if probe is not None and self._walks(self.subject.units):
+            check_replay(self.source, probe, self.device)
         for component in self.subject.components:
             units = [unit for unit in self.subject.units if unit.component == component]
             behind = [i for i, unit in enumerate(units) if self.missing(unit)]
@@ -69,7 +72,7 @@ class PieceMaker:
                 self._component(component, units[: behind[-1] + 1], batches)
 
     def _component(self, component: str, units: list[Unit], batches: list[dict]) -> None:
-        calibrated = any(method != "rtn" for unit in units for method, _ in self.missing(unit))
+        calibrated = self._walks(units)
         family = self.source.family
         stack = {"vision": family.blocks, "language": family.layers}.get(component)
         streams = self._streams(stack, batches) if calibrated and stack else []
@@ -88,6 +91,10 @@ class PieceMaker:
             self.source.release(unit.module)
             if missing:
                 self.say(f"{unit.module}: {', '.join(f'{method} at {bits} bits' for method, bits in missing)}")
+
+    def _walks(self, units: list[Unit]) -> bool:
+        """Whether anything is missing that needs the inputs of linears."""
+        return any(method != "rtn" for unit in units for method, _ in self.missing(unit))
 
     def _streams(self, stack: str, batches: list[dict]) -> list[Stream]:
         found = [stream for stream in capture(self.source, stack, batches, self.device) if stream]

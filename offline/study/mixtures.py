@@ -1,7 +1,7 @@
 """A mixture of widths within a budget: from the modules' rises to widths, to controls, and to a recipe.
 
 The budget is an average over the weights of the study's linears, scales and zero points included. Controls are blind
-mixtures of the same size: modules in random order get the next width as long as it fits.
+mixtures of at most its size: modules in random order get the next width as long as it fits.
 """
 
 import random
@@ -9,12 +9,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.experts import is_expert
 from vlmq_vllm.offline.settings import KEPT
 from vlmq_vllm.offline.study.budget import Choice, allocate, isotonic
 from vlmq_vllm.offline.study.parts import Part, Subject
-from vlmq_vllm.offline.study.settings import SOLVER, StudySettings
+from vlmq_vllm.offline.study.settings import StudySettings
 from vlmq_vllm.offline.study.sizes import linear_bits
 from vlmq_vllm.offline.units import Target
 
@@ -64,6 +66,17 @@ class Budget:
         found = allocate(choices, self.total)
         return Mixture(tuple(choice.width for choice in found), sum(choice.rise for choice in found), pooled)
 
+    def expected(self, uniform: dict[int, float]) -> float:
+        """KL to be expected of a blind mixture within the budget if damages add up: with `uniform`, the KL of all
+        modules at one width (16 bits have none), in proportion to the bits between the sizes of two of these."""
+        sizes = [sum(own[width] for own in self.bits) for width in self.bits[0]]
+        return float(np.interp(self.total, sizes, [uniform.get(width, 0.0) for width in self.bits[0]]))
+
+    def controls(self, seed: int, count: int) -> list[tuple[int, ...]]:
+        """The different ones of `count` blind mixtures, none of which is uniform: those are in every study anyway."""
+        drawn = dict.fromkeys(self.blind(seed + i) for i in range(count))
+        return [widths for widths in drawn if len(set(widths)) > 1]
+
     def blind(self, seed: int) -> tuple[int, ...]:
         """Widths that know nothing of the modules but their sizes: the greatest common width that fits, and in random
         order the next one for as many modules as it fits for."""
@@ -81,10 +94,12 @@ class Budget:
         return tuple(widths)
 
 
-def recipe_of(subject: Subject, widths: dict[str, int], method: str, settings: StudySettings) -> dict:
+def recipe_of(subject: Subject, widths: dict[str, int], settings: StudySettings, calibrated: bool) -> dict:
     """A recipe of `vlmq quantize` for these linears (in-memory names) at these widths and all others at 16 bits.
 
-    Exceptions from the decoder's commonest width stand under `modules`, by names in the files.
+    Exceptions from the decoder's commonest width stand under `modules`, by names in the files. How weights are rounded
+    is left to the tool's defaults, which do better than the study's plain solver, and to the command line; only a study
+    without calibration data says "rtn", which goes without.
     """
     decoder = [target for target in subject.targets if target.component == "language"]
     weights: Counter[int] = Counter()
@@ -100,12 +115,7 @@ def recipe_of(subject: Subject, widths: dict[str, int], method: str, settings: S
         "bits": default,
         "group_size": settings.group_size,
         "symmetric": settings.symmetric,
-        "method": method,
-        **SOLVER,
-        "samples": settings.calibration_samples,
-        "max_tokens": settings.max_tokens,
-        "max_pixels": settings.max_pixels,
-        "seed": settings.seed,
+        **({} if calibrated else {"method": "rtn"}),
         "modules": modules,
     }
 

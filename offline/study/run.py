@@ -33,8 +33,9 @@ from vlmq_vllm.offline.study.report import Mixed, Study, write
 from vlmq_vllm.offline.study.results import Results, key_of
 from vlmq_vllm.offline.study.settings import StudySettings
 from vlmq_vllm.offline.study.sizes import Sizes
+from vlmq_vllm.offline.study.tables import counted
 
-BLIND = 3  # mixtures that a budget's is compared with
+BLIND = 3  # random mixtures that a budget's is compared with, as far as they differ
 
 
 def sweep(
@@ -86,21 +87,23 @@ class _Run:
         self.processor = load_processor(self.source.folder)
 
     def run(self, data: str | Path, calibration: str | Path | None, results: Results) -> dict:
-        found = read(data, calibration, self.source, self.processor, self.settings, self.say)
-        places = {"model": self.model, "data": str(data), "calibration": calibration and str(calibration)}
         components = self.subject.components
+        found = read(data, calibration, self.source, self.processor, self.settings, components, self.say)
+        places = {"model": self.model, "data": str(data), "calibration": calibration and str(calibration)}
         results.begin(identify(self.source, self.settings, components, self.device, found.taught, found.asked, places))
         pieces = Pieces(results.folder / "pieces")
         for path in pieces.drop_damaged():
             self.say(f"{path} was damaged; it is made again when it is needed")
         kinds = {(m, b): self.settings.of(m, b) for m in self.settings.methods for b in self.settings.bits}
-        PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop).run(found.batches)
+        maker = PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop)
+        maker.run(found.batches, found.probe)
         found.batches.clear()
         judging = Judging(
             dtype=self.settings.dtype, device=str(self.device), new_tokens=0, max_tokens=self.settings.max_tokens
         )
         judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
-        self.say(f"{len(judge.questions)} held-out questions; {len(self.parts)} parts by {self.settings.by}")
+        questions, parts = counted(len(judge.questions), "held-out question"), counted(len(self.parts), "part")
+        self.say(f"{questions}, {judge.pictured} with a picture; {parts} by {self.settings.by}")
         self.remaining = Remaining(self._missing(results), self.say)
         return write(results.folder, self._study(results, judge, places))
 
@@ -112,15 +115,16 @@ class _Run:
         if self.budget:
             alone = find_design("one", len(self.modules), bits, 0, 0)
             wanted |= {(methods[-1], key_of(expand(self.modules, widths))) for widths in alone}
-        return len(wanted - results.rows.keys()) + (1 + BLIND if self.budget else 0)
+        mixtures = 1 + len(self.budget.controls(self.settings.seed, BLIND)) if self.budget else 0
+        return len(wanted - results.rows.keys()) + mixtures
 
     def _study(self, results: Results, judge: Judge, places: dict[str, str | None]) -> Study:
         base = self._row("none", "16 bits", {}, judge.full_precision())
         for method in self.settings.methods:
             self._evaluate(results, judge, method, self.parts, self.design)
-        mixed = self._mix(results, judge) if self.budget else None
+        mixed = self._mix(results, judge, places["calibration"] is not None) if self.budget else None
         return Study(
-            about=places | {"questions": len(judge.questions)},
+            about=places | {"questions": len(judge.questions), "pictured": judge.pictured},
             settings=self.settings,
             parts=self.parts,
             base=base,
@@ -161,11 +165,16 @@ class _Run:
             **asdict(figures),
         }
 
-    def _mix(self, results: Results, judge: Judge) -> Mixed:
-        """The best mixture within the budget by the method that does best, and blind ones of its size."""
+    def _mix(self, results: Results, judge: Judge, calibrated: bool) -> Mixed:
+        """The best mixture within the budget by the method of which a blind one is to be expected best, and its
+        controls. One method, since no checkpoint mixes them; which is best differs between widths."""
         bits, count = self.settings.bits, len(self.modules)
-        narrow = expand(self.parts, (min(bits),) * len(self.parts))
-        method = min(self.settings.methods, key=lambda method: results.find(method, narrow)["kl"])
+        everything = {width: expand(self.parts, (width,) * len(self.parts)) for width in bits}
+
+        def expected(method: str) -> float:
+            return self.budget.expected({width: results.find(method, everything[width])["kl"] for width in bits})
+
+        method = min(self.settings.methods, key=expected)
         self.say(f"budget: {count} modules by {method}")
         self._evaluate(results, judge, method, self.modules, find_design("one", count, bits, 0, 0))
         rises = [
@@ -173,7 +182,7 @@ class _Run:
             for module in self.modules
         ]
         mixture = self.budget.mix(rises)
-        blind = [self.budget.blind(self.settings.seed + i) for i in range(BLIND)]
+        blind = self.budget.controls(self.settings.seed, BLIND)
         rows = []
         for label, widths in (
             ("mixture", mixture.widths),
@@ -187,5 +196,5 @@ class _Run:
                 results.add(row)
                 self.say(f"{method}: {label}: KL {row['kl']:.3g}")
             rows.append(row | {"label": label})
-        recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), method, self.settings)
+        recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), self.settings, calibrated)
         return Mixed(method, self.modules, rises, mixture, rows[0], rows[1:], recipe)
