@@ -28,6 +28,12 @@ Saliency = Annotated[
         "method vlmq its own."
     ),
 ]
+Base = Annotated[
+    str, typer.Option(help="gptq, gptaq or aligned; default: gptq for method gptq, what measured best for vlmq.")
+]
+Recipe = Annotated[
+    Path | None, typer.Option(help="YAML with settings of vlmq quantize; options on the command line win.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

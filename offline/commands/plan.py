@@ -1,19 +1,20 @@
 """`vlmq plan`: what a run would do and need, before it begins."""
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmq_vllm.offline.commands.arguments import (
     ActivationBits,
+    Base,
     Bits,
     ConnectorBits,
     GroupSize,
     Json,
     Method,
     Model,
+    Recipe,
     Saliency,
     Symmetric,
     VisionBits,
@@ -32,9 +33,7 @@ def plan(
     activation_bits: ActivationBits = 16,
     method: Method = "vlmq",
     saliency: Saliency = "",
-    base: Annotated[
-        str, typer.Option(help="gptq, gptaq or aligned; default: for vlmq what measured best, for gptq gptq.")
-    ] = "",
+    base: Base = "",
     saliency_scope: Annotated[
         str, typer.Option(help="attention, or all for gate, up and down too; default: by width.")
     ] = "",
@@ -44,9 +43,7 @@ def plan(
     tokens: Annotated[int | None, typer.Option(help="Tokens of a sample, if known; default: --max-tokens.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = "",
     force: Annotated[bool, typer.Option(help="Plan also layers that vLLM would not load.")] = False,
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML with settings of vlmq quantize; options given here win.")
-    ] = None,
+    recipe: Recipe = None,
     as_json: Json = False,
 ) -> None:
     """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""

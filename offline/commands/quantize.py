@@ -4,13 +4,13 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from vlmq_vllm.offline.commands.arguments import (
     ActivationBits,
+    Base,
     Bits,
     ConnectorBits,
     Data,
@@ -19,6 +19,7 @@ from vlmq_vllm.offline.commands.arguments import (
     Method,
     Model,
     Out,
+    Recipe,
     Saliency,
     Symmetric,
     VisionBits,
@@ -42,9 +43,7 @@ def quantize(
     activation_bits: ActivationBits = 16,
     method: Method = "vlmq",
     saliency: Saliency = "",
-    base: Annotated[
-        str, typer.Option(help=f"gptq, gptaq or aligned; default: for vlmq what measured best, for gptq gptq.")
-    ] = "",
+    base: Base = "",
     alpha: Annotated[
         float | None, typer.Option(help="Share of the residual that gptaq (0.25) and aligned (1) use.")
     ] = None,
@@ -63,9 +62,7 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Decides which samples are drawn.")] = 42,
     force: Annotated[bool, typer.Option(help="Quantise also layers that vLLM would not load.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; default: a GPU if there is one.")] = "",
-    recipe: Annotated[
-        Path | None, typer.Option(help="YAML with any of these but data, out, device; those given here win.")
-    ] = None,
+    recipe: Recipe = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
     as_json: Json = False,
 ) -> None:
