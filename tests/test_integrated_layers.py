@@ -80,17 +80,31 @@ def test_gradients_of_a_layers_modules_sum_up_to_the_difference(name, module, op
         assert call[1]["attention_mask"] is given["attention_mask"]
 
 
-def test_other_positions_give_other_gradients(opened):
-    """The call's M-RoPE positions are what attention runs on: swap the picture's rows for columns and weights move."""
-    layer, full, _ = opened("qwen2_vl")
-    switch = functools.partial(holding, layer, coarse(layer))
+def test_rows_for_columns_give_other_gradients(made, opened):
+    """The call's M-RoPE positions are what attention runs on: exchange rows and columns of a picture of 4 x 2 tokens in
+    them, and gradients move. With positions as in a text (time, row and column equal) they would not.
+    """
+    rotary, seen = made("qwen2_vl")[0].model.get_submodule("model.language_model.rotary_emb"), []
+
+    def see(module, args, kwargs):
+        seen.append((*args, *kwargs.values())[1])
+
+    with removing([rotary.register_forward_pre_hook(see, with_kwargs=True)]):
+        layer, full, _ = opened("qwen2_vl")
+    time, rows, columns = seen[1]  # [1, T] each
+    assert (rows - time)[0, 7:15].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert (columns - time)[0, 7:15].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
     args, kwargs = call_of(layer, 1, full[1], "self_attn")
-    cos, sin = kwargs["position_embeddings"]
-    assert cos.shape[-2] == full[1].hidden.shape[1]
-    other = kwargs | {"position_embeddings": (cos.flip(-2), sin.flip(-2))}
-    inner = layer.self_attn
-    found = [integrated_gradients(inner, switch, (args, k), None, 4) for k in (kwargs, other)]
-    assert not torch.allclose(found[0], found[1], rtol=0.1)
+    switch = functools.partial(holding, layer, coarse(layer))
+
+    def gradients(*positions):
+        other = kwargs | {"position_embeddings": rotary(full[1].hidden, torch.stack(positions))}
+        return integrated_gradients(layer.self_attn, switch, (args, other), None, 4)
+
+    found = integrated_gradients(layer.self_attn, switch, (args, kwargs), None, 4)
+    assert torch.equal(found, gradients(time, rows, columns))
+    moved = gradients(time, columns, rows) - found
+    assert moved.norm() > 0.005 * found.norm()  # seen: 0.018; without rows and columns exactly 0
 
 
 def test_modules_by_which_groups_are_judged():
