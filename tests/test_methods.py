@@ -68,9 +68,15 @@ def test_stopped_and_resumed(name, runs, demo_model, calibration, tmp_path):
 
 
 def test_vlmq_is_gptq_with_its_weights(runs, demo_model, calibration, tmp_path):
-    quantize(str(demo_model), tmp_path / "out", calibration, Settings(**GROUP, method="vlmq"))
-    one, other = tensors(tmp_path / "out"), tensors(runs("vlmq-by-its-parts"))
+    """And not without them, but for the first layer, where there is no signal."""
+    for name, method in (("vlmq", {"method": "vlmq"}), ("unweighted", {"method": "gptq", "base": "aligned"})):
+        quantize(str(demo_model), tmp_path / name, calibration, Settings(**GROUP | method))
+    folders = tmp_path / "vlmq", runs("vlmq-by-its-parts"), tmp_path / "unweighted"
+    one, other, unweighted = map(tensors, folders)
     assert all(torch.equal(one[name], other[name]) for name in one)
+    for layer in range(4):
+        name = f"model.layers.{layer}.self_attn.q_proj.weight_packed"
+        assert torch.equal(one[name], unweighted[name]) == (layer == 0)
 
 
 def test_scaled_channels(runs, demo_model):
