@@ -178,6 +178,19 @@ def test_a_folder_goes_on_only_with_the_same_study(study, demo_model, calibratio
     assert found["parts"] == ["front", "middle", "end"] and len(found["rows"]) == 12 + 3
 
 
+def test_rounding_to_nearest_is_studied_without_calibration_and_gptq_added_later(
+    study, demo_model, calibration, held_out, tmp_path
+):
+    out, settings = tmp_path / "study", replace(KINDS, bits=(3,), methods=("rtn",))
+    sweep(str(demo_model), held_out, None, out, settings)
+    found = sweep(str(demo_model), held_out, calibration, out, replace(settings, methods=("rtn", "gptq")), resume=True)
+    expected = {(row["method"], row["label"]): row for row in study[1]["rows"] if "3" in row["label"]}
+    assert {(row["method"], row["label"]): row for row in found["rows"]} == expected and len(expected) == 6
+    assert f"calibrated with {calibration}" in (out / "report.md").read_text()
+    with pytest.raises(RefusedError, match="has no --calibration: give what it was begun with"):
+        sweep(str(demo_model), held_out, None, out, settings, resume=True)
+
+
 def test_a_budget_becomes_a_recipe_that_a_run_obeys(study, written, demo_model, calibration, held_out, tmp_path):
     out = tmp_path / "study"
     shutil.copytree(study[0], out)

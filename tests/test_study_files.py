@@ -141,7 +141,7 @@ def study_of(budget):
         "rtn", parts, [{2: 0.9, 4: 0.8}] * 2, Mixture((2, 4), 1.7, []), first, others, {"bits": 2, "modules": {"b": 4}}
     )
     return report.Study(
-        about={"model": "m", "data": "d", "calibration": None, "questions": 1},
+        about={"model": "m", "data": "d", "calibration": None, "questions": 1, "pictured": 1},
         settings=settings,
         parts=parts,
         base=base | {"kl": 0.0} | figures,

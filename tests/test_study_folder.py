@@ -145,6 +145,13 @@ def test_another_study_is_refused_with_the_options_that_differ(tmp_path, name):
         assert f"--{option.replace('_', '-')} " not in str(refused.value)
 
 
+def test_options_that_decide_nothing_may_differ(tmp_path):
+    folder = begun(tmp_path / "s")
+    with Results(folder, resume=True) as results:
+        results.begin(BEGUN | {"asked": ASKED | {"seed": 7, "data": "moved", "calibration_samples": 9}})
+    assert json.loads((folder / "identity.json").read_text()) == BEGUN
+
+
 def test_a_study_without_calibration_gets_it_later_and_keeps_it(tmp_path):
     bare = BEGUN | {"calibration": None, "max_pixels": None, "asked": ASKED | {"calibration": None}}
     folder = begun(tmp_path / "s", identity=bare)

@@ -1,10 +1,15 @@
 """`vlmq sweep` as a user meets it: what it prints, how it stops and goes on, and every mistake as one line."""
 
 import json
+import os
+import re
 
 import pytest
 
 from vlmq_vllm.offline.commands import sweep as command
+from vlmq_vllm.offline.study import run
+
+BOTH = ("vision", "language")
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +38,66 @@ def test_a_study_is_stopped_goes_on_and_prints_json(vlmq, demo_model, held_out, 
     assert [row["label"] for row in found["rows"][:3]] == ["all 4", "all 2", "front 4, others 16"]
     assert found["mixture"]["row"]["bits_per_weight"] <= 3
     assert any("rtn 2 of 8: all 2: KL" in line for line in said)
+    timed = [line for line in said if "a configuration takes" in line]
+    # 2 uniform, 3 thirds and 16 modules at 2 widths each, and 4 mixtures; the first was run before
+    assert len(timed) == 1 and f"; {2 + 3 * 2 + 16 * 2 + 4 - 2} more take about" in timed[0]
     code, printed, said = vlmq(*arguments, "--resume")
     assert code == 0 and "recipe.yaml" in printed and not any("of 8" in line for line in said)
     made = {"identity.json", "pieces", "results.jsonl", "results.csv", "pareto.csv", "pareto.png", "report.md"}
     assert {path.name for path in (tmp_path / "study").iterdir()} == made | {"recipe.yaml"}
+    code, printed, said = vlmq(*arguments[:-2], "--resume")
+    assert code == 0 and "recipe" not in printed and not any("takes" in line for line in said)
+    assert {path.name for path in (tmp_path / "study").iterdir()} == made
+    assert "Mixture" not in (tmp_path / "study/report.md").read_text()
+
+
+def test_a_study_that_was_damaged_goes_on_or_says_what_to_do(vlmq, demo_model, held_out, tmp_path):
+    out = tmp_path / "study"
+    arguments = asked(demo_model, held_out, out, "--bits", "2", "--components", "language")
+    assert vlmq(*arguments)[0] == 0
+    pieces = {path: path.read_bytes() for path in sorted(out.glob("pieces/rtn-2/*"))}
+    cut = list(pieces)[1]
+    os.truncate(cut, 1000)
+    rows = (out / "results.jsonl").read_bytes()
+    (out / "results.jsonl").write_bytes(b"")
+    code, _, said = vlmq(*arguments, "--resume")
+    assert code == 0 and f"vlmq: {cut} was damaged; it is made again when it is needed" in said
+    assert {path: path.read_bytes() for path in pieces} == pieces and (out / "results.jsonl").read_bytes() == rows
+    for name, content in (("results.jsonl", b"[]\n" + rows), ("identity.json", b"{")):
+        (out / name).write_bytes(content)
+        code, _, said = vlmq(*arguments, "--resume")
+        assert code == 3 and said[-1].startswith("vlmq: error: ") and f"{name} is damaged" in said[-1]
+
+
+def test_a_resumed_study_keeps_its_components_and_names_options_that_differ(vlmq, demo_model, held_out, tmp_path):
+    arguments = asked(demo_model, held_out, tmp_path / "study", "--bits", "4")
+    code, printed, _ = vlmq(*arguments, "--components", "vision,language", "--json")
+    before = json.loads(printed)
+    code, printed, _ = vlmq(*arguments, "--by", "kind", "--resume", "--json")
+    found = json.loads(printed)
+    assert code == 0 and len(found["parts"]) == 4 and {part.split()[0] for part in found["parts"]} == set(BOTH)
+    assert found["rows"][: len(before["rows"])] == before["rows"]
+    for more, message in (
+        (("--samples", 1), "was begun with no --samples; this run has --samples 1: give what it was begun with"),
+        (("--components", "language"), "--components vision,language; this run has --components language: give"),
+        (("--max-tokens", 1000, "--symmetric"), "with --max-tokens 2048, no --symmetric; .* 1000, --symmetric: give"),
+    ):
+        code, _, said = vlmq(*arguments, *more, "--resume")
+        assert code == 3 and re.search(message, said[-1]), said[-1]
+
+
+def test_the_folder_is_looked_at_before_any_chat(vlmq, demo_model, held_out, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes").write_text("")
+
+    def never(*args):
+        raise AssertionError("chats were read")
+
+    monkeypatch.setattr(run, "read", never)
+    monkeypatch.setattr(run, "Source", never)
+    for place, expected, message in (("mine", 3, "is no folder of a study"), ("mine/notes", 2, "exists already")):
+        code, _, said = vlmq(*asked(demo_model, held_out, tmp_path / place))
+        assert code == expected and message in said[-1]
 
 
 MISTAKES = {
@@ -45,6 +106,7 @@ MISTAKES = {
     "unknown method": (["--methods", "magic"], 2, "methods is magic; choose among rtn, awq, gptq"),
     "unknown component": (["--components", "sound"], 2, "components is sound; choose among language, vision"),
     "grid that is too large": (["--by", "layer", "--design", "grid"], 3, "has 255 configurations, more than --runs"),
+    "budget without any saving": (["--budget", "16"], 2, "budget is 16.0; give average bits per weight below 16"),
     "budget out of reach": (
         ["--bits", "3", "--budget", "2.5"],
         3,
@@ -62,3 +124,4 @@ def test_mistakes_are_one_line(vlmq, demo_model, held_out, tmp_path, name):
     code, printed, said = vlmq(*asked(demo_model, held_out, tmp_path / "study", *more))
     assert code == expected and not printed
     assert said[-1].startswith("vlmq: error: ") and message in said[-1]
+    assert not (tmp_path / "study").exists()
