@@ -65,7 +65,6 @@ def test_a_samples_token_weights_do_not_depend_on_the_others(demo_model, calibra
         return found, [batch["input_ids"].shape for batch in samples.batches]
 
     together, shapes = shares(calibration.name)
-    print(shapes)
     assert len({length for _, length in shapes}) > 1 and any(count > 1 for count, _ in shapes)
     for line in calibration.read_text().splitlines():
         (tmp_path / "data/one.jsonl").write_text(line)
