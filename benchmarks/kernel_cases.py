@@ -1,7 +1,8 @@
-"""Which products the kernel benchmark measures, in which order, what each one moves, and what ours should reach.
+"""Which products the kernel benchmark measures, in which order, and what each one moves.
 
 A layer is a weight [rows, columns] = [N, K] of a decoder block of Qwen2-VL or Qwen2.5-VL; a case is its product with
-`tokens` rows of x at one width. Numbers and arithmetic only: no torch here.
+`tokens` rows of x at one width, with activations of 16 bits or, where int8 tensor cores take over, of 8. Numbers and
+arithmetic only: no torch here.
 """
 
 from dataclasses import dataclass
@@ -35,20 +36,29 @@ LAYERS = (
 )
 NAMES = sorted({name for layer in LAYERS for name in (layer.label, layer.model, layer.name)})
 BITS = (4, 2, 3)
-BYTES_PER_MICROSECOND, OPERATIONS_PER_MICROSECOND = 4.3e6, 7.9e8  # of an H200
+INT8_BITS = (8, 4)  # of weights for activations of 8 bits
+INT8_FROM = 128  # tokens, as in `vlmq_vllm.kernels.product`: fewer are no int8 product
+BYTES_PER_MICROSECOND, OPERATIONS_PER_MICROSECOND = 4.3e6, 7.9e8  # of an H200, whose int8 is twice as fast
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024, 4096)
 MLP, ATTENTION = ("gate_up", "down"), ("qkv", "o")
-# What time may run out for comes last: (model, layers, whether the few telling numbers of tokens or all others).
 TELLING = (1, 8, 16, 64)
+PARTS = {  # of the cases: which numbers of tokens, with activations of how many bits
+    "telling": (lambda tokens: tokens in TELLING, 16),
+    "others": (lambda tokens: tokens not in TELLING, 16),
+    "int8": (lambda tokens: tokens >= INT8_FROM, 8),
+}
+# What time may run out for comes last: (model, layers, part).
 ORDER = (
-    ("7b", MLP, True),
-    ("7b", ATTENTION, True),
-    ("7b", MLP + ATTENTION, False),
-    ("72b", MLP, True),
-    ("32b", MLP, True),
-    ("72b", MLP, False),
-    ("32b", MLP, False),
-    *((model, ATTENTION, telling) for telling in (True, False) for model in ("72b", "32b")),
+    ("7b", MLP, "telling"),
+    ("7b", ATTENTION, "telling"),
+    ("7b", MLP + ATTENTION, "others"),
+    ("7b", MLP + ATTENTION, "int8"),
+    ("72b", MLP, "telling"),
+    ("32b", MLP, "telling"),
+    ("72b", MLP, "others"),
+    ("32b", MLP, "others"),
+    *((model, ATTENTION, part) for part in ("telling", "others") for model in ("72b", "32b")),
+    *((model, MLP + ATTENTION, "int8") for model in ("72b", "32b")),
 )
 
 
@@ -59,10 +69,11 @@ class Case:
     layer: Layer
     bits: int
     tokens: int
+    activations: int = 16  # bits
 
     @property
     def label(self) -> str:
-        return f"{self.layer.label} W{self.bits} M={self.tokens}"
+        return f"{self.layer.label} {width(self.bits, self.activations)} M={self.tokens}"
 
     @property
     def operations(self) -> int:
@@ -72,15 +83,18 @@ class Case:
     @property
     def floor(self) -> float:
         """About the microseconds that no kernel can beat on the fastest card meant here; sizes the CUDA graphs."""
-        return max(self.moved_bytes() / BYTES_PER_MICROSECOND, self.operations / OPERATIONS_PER_MICROSECOND)
+        operations = self.operations * self.activations / 16
+        return max(self.moved_bytes() / BYTES_PER_MICROSECOND, operations / OPERATIONS_PER_MICROSECOND)
 
     def moved_bytes(self, group_size: int = 128, symmetric: bool = True) -> int:
         """Bytes that any kernel must read or write: weight, x and the result, of 16 bits each but the codes.
 
-        Counted from the format, so that a packing with padding does not look faster for reading it.
+        Activations of 8 bits are a byte each and a scale of four for each token. Counted from the format, so that a
+        packing with padding does not look faster for reading it.
         """
-        activations = 2 * self.tokens * (self.layer.columns + self.layer.rows)
-        return activations + weight_bytes(self.layer, self.bits, group_size, symmetric)
+        given = self.layer.columns + 4 if self.activations == 8 else 2 * self.layer.columns
+        activations = self.tokens * (given + 2 * self.layer.rows)
+        return activations + weight_bytes(self.layer, self.bits, group_of(self.bits, group_size), symmetric)
 
 
 def weight_bytes(layer: Layer, bits: int, group_size: int = 128, symmetric: bool = True) -> int:
@@ -90,6 +104,16 @@ def weight_bytes(layer: Layer, bits: int, group_size: int = 128, symmetric: bool
         return dense
     groups = 1 if group_size == -1 else -(-layer.columns // group_size)
     return dense + layer.rows * groups * 2 + (0 if symmetric else layer.rows * groups * bits // 8)
+
+
+def width(bits: int, activations: int) -> str:
+    """W4 or W4A8."""
+    return f"W{bits}" if activations == 16 else f"W{bits}A{activations}"
+
+
+def group_of(bits: int, group_size: int) -> int:
+    """Group size of a weight: at 8 bits one scale per row, which is all that other int8 products take."""
+    return -1 if bits == 8 else group_size
 
 
 def gigabytes_per_second(count: int, microseconds: float) -> float:
@@ -103,10 +127,15 @@ class Block:
     layer: Layer
     bits: int
     tokens: tuple[int, ...]
+    activations: int = 16
+
+    @property
+    def label(self) -> str:
+        return f"{self.layer.label} {width(self.bits, self.activations)}"
 
     @property
     def cases(self) -> list[Case]:
-        return [Case(self.layer, self.bits, tokens) for tokens in self.tokens]
+        return [Case(self.layer, self.bits, tokens, self.activations) for tokens in self.tokens]
 
 
 def chosen(names: list[str]) -> list[Layer]:
@@ -114,70 +143,13 @@ def chosen(names: list[str]) -> list[Layer]:
     return [layer for layer in LAYERS if not names or {layer.label, layer.model, layer.name} & set(names)]
 
 
-def ordered(layers: list[Layer], bits: list[int], tokens: list[int]) -> list[Block]:
-    """All cases, the important ones first."""
+def ordered(layers: list[Layer], bits: list[int], tokens: list[int], int8_bits: list[int]) -> list[Block]:
+    """All cases, the important ones first; of `int8_bits` with activations of 8 bits, of `bits` with 16."""
     blocks = []
-    for model, names, telling in ORDER:
-        some = tuple(count for count in tokens if (count in TELLING) == telling)
+    for model, names, part in ORDER:
+        belongs, activations = PARTS[part]
+        some = tuple(filter(belongs, tokens))
         wanted = [layer for name in names for layer in layers if (layer.model, layer.name) == (model, name)]
-        blocks += [Block(layer, width, some) for layer in wanted for width in bits if some]
+        widths = int8_bits if activations == 8 else bits
+        blocks += [Block(layer, count, some, activations) for layer in wanted for count in widths if some]
     return blocks
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a product with `tokens` from and up to two numbers should reach on an H200.
-
-    share: of the copy bandwidth; speedup: over cuBLAS in 16 bits; microseconds; over_floor: microseconds more than
-    its bytes take at the copy bandwidth.
-    """
-
-    tokens: tuple[int, int]
-    bits: tuple[int, ...] = BITS
-    models: tuple[str, ...] = ("7b", "32b", "72b")
-    layers: tuple[str, ...] = MLP + ATTENTION
-    share: float | None = None
-    speedup: float | None = None
-    microseconds: float | None = None
-    over_floor: float | None = None
-
-    def fits(self, case: Case) -> bool:
-        low, high = self.tokens
-        of_layer = case.layer.model in self.models and case.layer.name in self.layers
-        return low <= case.tokens <= high and case.bits in self.bits and of_layer
-
-    def missed(self, microseconds: float, share: float, speedup: float | None) -> list[str]:
-        """What was found beside what was wanted, for every number that was not reached; speedup None is unknown."""
-        found = []
-        over = microseconds * (1 - share)  # the share is the floor over the microseconds
-        if self.share and share < self.share:
-            found.append(f"{share:.0%} of copy, wanted {self.share:.0%}")
-        if self.speedup and speedup is None:
-            found.append("cuBLAS was not measured")
-        elif self.speedup and speedup < self.speedup:
-            found.append(f"{speedup:.2f} x cuBLAS, wanted {self.speedup}")
-        if self.microseconds and microseconds > self.microseconds:
-            found.append(f"{microseconds:.1f} us, wanted {self.microseconds}")
-        if self.over_floor and over > self.over_floor:
-            found.append(f"{over:.1f} us over its floor, wanted {self.over_floor}")
-        return found
-
-
-TARGETS = (
-    Target((1, 8), (4,), layers=MLP, share=0.75),
-    Target((1, 8), (3,), layers=MLP, share=0.70, speedup=3.5),
-    Target((1, 8), (2,), layers=MLP, share=0.60, speedup=4.5),
-    Target((1, 8), models=("7b",), layers=ATTENTION, microseconds=4.5, over_floor=2.5),
-    Target((16, 16), (4,), layers=MLP, speedup=2.5),
-    Target((32, 32), (4,), layers=MLP, speedup=2.2),
-    Target((64, 64), layers=MLP, speedup=1.6),
-    Target((128, 128), speedup=1.1),
-    Target((256, 256), speedup=0.9),
-    # 0.85 at 1024 tokens rising to 0.97 at 8192; 4096 lies two of the three doublings on.
-    Target((1024, 1024), speedup=0.85),
-    Target((4096, 4096), speedup=0.93),
-)
-
-
-def target_of(case: Case) -> Target | None:
-    return next((target for target in TARGETS if target.fits(case)), None)

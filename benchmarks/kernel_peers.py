@@ -1,75 +1,30 @@
 """The kernels that the benchmark compares, each behind the same two steps: pack a weight, multiply with a copy of it.
 
-`pack(weight, dtype)` brings a `QuantizedWeight` on a GPU into the kernel's own packing, by the peer's own functions
-where it has them. The result names the tensors that hold the weight, of which the benchmark makes copies, and binds a
-copy to a product x [M, K] -> [M, N]. What a peer needs is imported only inside its function.
+What these steps are is said in `kernel_packing.py`; weights are packed by the peer's own functions where it has them.
+What a peer needs is imported only inside its function. Peers with activations of 8 bits are in `kernel_rounded.py`.
 
 Read for this: vLLM 0.26 and 0.32, humming-kernels 0.1.10 and 0.1.19, gemlite 0.6.0.
 """
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 
 import torch
 from gpu_timing import Product
+from kernel_packing import Kernel, Packed, Tensors
+from kernel_rounded import cutlass, int_mm
 
 from vlmq_vllm.format import QuantizedWeight, pack
 
-Tensors = dict[str, torch.Tensor]
 UTILS = "vllm.model_executor.layers.quantization.utils"
 TRITON_W4A16 = "vllm.model_executor.kernels.linear.mixed_precision.triton_w4a16"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """`bind(copy)` is the product with a copy of `tensors`, all on the current stream."""
-
-    tensors: Tensors
-    bind: Callable[[Tensors], Product]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def products(self, copies: int) -> list[Product]:
-        """One for each of so many copies."""
-        clones = [{name: tensor.clone() for name, tensor in self.tensors.items()} for _ in range(copies)]
-        return [self.bind(clone) for clone in clones]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """roundings: to 16 bits on the way to the result, see `gpu_timing.bound`; operators: of torch.ops._C."""
-
-    title: str
-    bits: tuple[int, ...]
-    pack: Callable[[QuantizedWeight, torch.dtype], Packed]
-    modules: tuple[str, ...] = ()
-    operators: tuple[str, ...] = ()
-    asymmetric: bool = False
-    roundings: int = 2
-
-    def why_absent(self) -> str | None:
-        """Why this process cannot run it, or None. Imports what it needs."""
-        for module in self.modules:
-            try:
-                import_module(module)
-            except Exception as error:  # a peer may fail in any way of its own; the report quotes it
-                return f"import {module}: {type(error).__name__}: {error}"
-        missing = [name for name in self.operators if not hasattr(torch.ops._C, name)]
-        return f"this vLLM has no operator {', '.join(missing)}" if missing else None
-
-    def why_not(self, bits: int, symmetric: bool) -> str | None:
-        """Why it has no part in a case, or None."""
-        if bits not in self.bits:
-            return f"takes {' or '.join(map(str, self.bits))} bits"
-        return None if symmetric or self.asymmetric else "is called with symmetric weights only"
-
-
-def ours(weight: QuantizedWeight, dtype: torch.dtype) -> Packed:
+def ours(weight: QuantizedWeight, dtype: torch.dtype, rounded: bool = False) -> Packed:
+    """`rounded`: for activations of 8 bits."""
     from vlmq_vllm.kernels.product import multiply
     from vlmq_vllm.kernels.repack import prepare
 
@@ -78,6 +33,8 @@ def ours(weight: QuantizedWeight, dtype: torch.dtype) -> Packed:
 
     def bind(copy: Tensors) -> Product:
         weights = [replace(runtime, **copy)]
+        if rounded:
+            return lambda x: multiply(x.q, weights, token_scales=x.scales)
         return lambda x: multiply(x, weights)
 
     return Packed({name: part for name, part in parts.items() if part is not None}, bind)
@@ -183,15 +140,20 @@ def accepted(function: Callable, **arguments) -> Callable:
     return partial(function, **{name: value for name, value in arguments.items() if name in known})
 
 
-OURS, DENSE = "vlmq", "cublas"
-OWN, OPS, SCALARS = "vlmq_vllm.kernels", "vllm._custom_ops", "vllm.scalar_type"
+OURS, OURS_INT8, DENSE = "vlmq", "vlmq-int8", "cublas"
+OPS, SCALARS = "vllm._custom_ops", "vllm.scalar_type"
+OWN = ("vlmq_vllm.kernels.product", "vlmq_vllm.kernels.repack")
+BOTH = {"asymmetric": True, "activations": (16, 8)}
 KERNELS = {
-    OURS: Kernel("vlmq", (2, 3, 4), ours, (f"{OWN}.product", f"{OWN}.repack"), asymmetric=True),
-    DENSE: Kernel("cuBLAS", (2, 3, 4), cublas, asymmetric=True),
+    OURS: Kernel("vlmq", (2, 3, 4, 8), ours, OWN, **BOTH),
+    OURS_INT8: Kernel("vlmq int8", (4, 8), partial(ours, rounded=True), OWN, asymmetric=True, activations=(8,)),
+    DENSE: Kernel("cuBLAS", (2, 3, 4, 8), cublas, **BOTH),
     "humming": Kernel("Humming", (2, 3, 4), humming, ("humming.layer",)),
     "marlin": Kernel("Marlin", (4,), marlin, (OPS, f"{UTILS}.marlin_utils"), ("marlin_gemm", "gptq_marlin_repack")),
     "machete": Kernel("Machete", (4,), machete, (OPS, SCALARS), ("machete_mm", "machete_prepack_B")),
     "triton": Kernel("vLLM Triton", (4,), triton_w4a16, (TRITON_W4A16,)),
     "gemlite": Kernel("GemLite", (2, 4), gemlite, ("gemlite",)),
+    "cutlass": Kernel("vLLM CUTLASS int8", (8,), cutlass, (OPS,), ("cutlass_scaled_mm",), activations=(8,)),
+    "int_mm": Kernel("torch._int_mm", (8,), int_mm, activations=(8,)),
 }
-PEERS = [name for name in KERNELS if name != OURS]
+PEERS = [name for name in KERNELS if name not in (OURS, OURS_INT8)]

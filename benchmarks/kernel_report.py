@@ -3,9 +3,11 @@
 A line is a dict with a "kind": machine, speed, absent, failed, skipped or refused. Nothing is measured here.
 """
 
-from kernel_cases import LAYERS, Case, target_of
-from kernel_peers import DENSE, KERNELS, OURS
+from kernel_cases import BITS, INT8_BITS, LAYERS, Case, width
+from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8
+from kernel_targets import target_of
 
+OWN = {16: OURS, 8: OURS_INT8}  # by the bits of activations
 LABELS = {layer.label: layer for layer in LAYERS}
 NOTES = (
     "us: microseconds of one launch, median over CUDA graph replays, with copies of the weight in turn so that none is "
@@ -13,15 +15,26 @@ NOTES = (
     "kernel's time over ours, above 1 where ours is faster. Every kernel's result was compared with the float64 "
     "product of the same dequantised weight before it was timed."
 )
+INT8_NOTES = (
+    "W4A8 and W8A8: activations of 8 bits, with a scale for every token; rounding them is in no time, ours or a "
+    "peer's, and the exact product is that of the rounded ones. vlmq and cuBLAS stand beside with activations of 16 "
+    "bits and the same weights. At 8 bits a weight has one scale per row."
+)
 
 
 def report(lines: list[dict]) -> str:
     """`lines` begin with the one of kind "machine"."""
     machine, speeds = lines[0], [line for line in lines if line["kind"] == "speed"]
-    widths = sorted({line["bits"] for line in speeds if line["kernel"] == OURS}, reverse=True)
-    parts = [_head(machine), NOTES]
-    parts += [f"## W{bits}\n\n{_table(_width(speeds, bits))}" for bits in widths]
-    if not widths:
+    tables = [
+        (bits, activations)
+        for activations, choices in ((16, BITS), (8, INT8_BITS))
+        for bits in sorted(choices, reverse=True)
+        if any((line["bits"], line["kernel"]) == (bits, OWN[activations]) for line in speeds)
+    ]
+    rounded = any(activations == 8 for _, activations in tables)
+    parts = [_head(machine), NOTES, *([INT8_NOTES] if rounded else [])]
+    parts += [f"## {width(*which)}\n\n{_table(speeds, *which)}" for which in tables]
+    if not tables:
         parts += [f"## cuBLAS, {machine['dtype']}\n\n{_dense(speeds)}"]
     return "\n\n".join([*parts, *_left_out(lines)]) + "\n"
 
@@ -39,7 +52,7 @@ def _head(machine: dict) -> str:
     )
 
 
-def _width(speeds: list[dict], bits: int) -> dict[tuple[str, int], dict[str, dict]]:
+def _cells(speeds: list[dict], bits: int) -> dict[tuple[str, int], dict[str, dict]]:
     """(layer, tokens) -> kernel -> line, for one width and the dense product beside it."""
     found: dict[tuple[str, int], dict[str, dict]] = {}
     for line in speeds:
@@ -49,19 +62,26 @@ def _width(speeds: list[dict], bits: int) -> dict[tuple[str, int], dict[str, dic
     return {key: found[key] for key in sorted(found, key=lambda key: (order.index(key[0]), key[1]))}
 
 
-def _table(cells: dict[tuple[str, int], dict[str, dict]]) -> str:
-    cells = {key: row for key, row in cells.items() if OURS in row}
-    peers = [name for name in KERNELS if name != OURS and any(name in row for row in cells.values())]
-    head = ["layer", "M", "us", "GB/s", "share", *(f"{KERNELS[name].title}, us" for name in peers), "target"]
-    rows = [_row(layer, tokens, row, peers) for (layer, tokens), row in cells.items()]
-    return _markdown([head, ["---", *["---:"] * (len(head) - 2), "---"], *rows])
+def _table(speeds: list[dict], bits: int, activations: int) -> str:
+    """Of the cases that our kernel has a figure for, with those that stand beside it; targets are for 16 bits of x."""
+    own = OWN[activations]
+    cells = {key: row for key, row in _cells(speeds, bits).items() if own in row}
+    beside = [name for name, kernel in KERNELS.items() if name != own and activations in kernel.activations]
+    peers = [name for name in beside if any(name in row for row in cells.values())]
+    head = ["layer", "M", "us", "GB/s", "share", *(f"{KERNELS[name].title}, us" for name in peers)]
+    rows = [head, ["---", *["---:"] * (len(head) - 1)]]
+    rows += [_row(layer, tokens, row, own, peers) for (layer, tokens), row in cells.items()]
+    if activations == 16:
+        targets = [verdict(row[own], row.get(DENSE)) for row in cells.values()]
+        rows = [[*row, last] for row, last in zip(rows, ["target", "---", *targets], strict=True)]
+    return _markdown(rows)
 
 
-def _row(layer: str, tokens: int, row: dict[str, dict], peers: list[str]) -> list[str]:
-    mine = row[OURS]
+def _row(layer: str, tokens: int, row: dict[str, dict], own: str, peers: list[str]) -> list[str]:
+    mine = row[own]
     compared = [_compared(row[name], mine) if name in row else "" for name in peers]
     found = [f"{mine['microseconds']:.1f}", f"{mine['gigabytes_per_second']:,.0f}", f"{mine['share']:.0%}"]
-    return [layer, str(tokens), *found, *compared, verdict(mine, row.get(DENSE))]
+    return [layer, str(tokens), *found, *compared]
 
 
 def _compared(line: dict, mine: dict) -> str:
@@ -84,7 +104,7 @@ def verdict(mine: dict, dense: dict | None) -> str:
 
 def _dense(speeds: list[dict]) -> str:
     rows = [["layer", "M", "us", "GB/s", "share", "TFLOP/s"], ["---", *["---:"] * 5]]
-    for (layer, tokens), row in _width(speeds, 16).items():
+    for (layer, tokens), row in _cells(speeds, 16).items():
         line = row[DENSE]
         found = [f"{line['microseconds']:.1f}", f"{line['gigabytes_per_second']:,.0f}", f"{line['share']:.0%}"]
         rows.append([layer, str(tokens), *found, f"{line['teraflops']:.0f}"])

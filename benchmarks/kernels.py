@@ -1,13 +1,16 @@
-"""Speed of vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's Triton kernel and cuBLAS, on one GPU.
+"""Speed of vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's own kernels and cuBLAS, on one GPU.
 
     PYTHONPATH=. python benchmarks/kernels.py --first-minute         # what the machine can do at all
     PYTHONPATH=. python benchmarks/kernels.py --out kernels.jsonl    # everything, in nine minutes at most
     PYTHONPATH=. python benchmarks/kernels.py --shapes 7b-down --tokens 1 8 --bits 2 --peers cublas humming
 
+W4A8 and W8A8, with activations of 8 bits, are measured from 128 tokens on, where int8 tensor cores take over, beside
+products of the same weights with activations of 16 bits; at 8 bits a weight has one scale per row, as its peers have.
+
 The important cases come first; what --seconds leaves no time for is listed. A kernel whose result is wrong has no
 speed: a peer is listed as failed, and if it is ours there is no table at all and the exit status is 1. FILE gets a
 JSON line for every figure as it is found, and its neighbour with the suffix .md the tables (`kernel_report.py`). Cases
-and targets are in `kernel_cases.py`, the peers in `kernel_peers.py`; `gpu_timing.py` says how time is taken.
+are in `kernel_cases.py`, the peers in `kernel_peers.py`; `gpu_timing.py` says how time is taken.
 """
 
 import argparse
@@ -22,10 +25,11 @@ import gpu_timing
 import torch
 from installation import installed, nvidia_smi
 from journal import Journal
-from kernel_bench import Bench, Clock, Lost, Refused, Setting
-from kernel_cases import BITS, NAMES, TOKENS, Block, chosen, ordered
-from kernel_peers import DENSE, KERNELS, OURS, PEERS
+from kernel_bench import Bench, Lost, Refused
+from kernel_cases import BITS, INT8_BITS, NAMES, TOKENS, Block, chosen, ordered
+from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8, PEERS
 from kernel_report import report
+from kernel_state import Clock, Setting
 
 BEGAN = monotonic()
 HERE = Path(__file__).absolute().parent
@@ -40,14 +44,14 @@ def compare(bench: Bench, blocks: list[Block]) -> None:
         bench.run(block)
         gpu_timing.release()
         bench.journal.tables()  # so that there are some, should this process be ended from outside
-        print(f"{monotonic() - BEGAN:.0f} s: {block.layer.label} W{block.bits}", file=sys.stderr)
+        print(f"{monotonic() - BEGAN:.0f} s: {block.label}", file=sys.stderr)
 
 
 def present(names: list[str], journal: Journal) -> list[str]:
     """Those of the kernels that can run here; the journal is told of the others. Raises Refused if ours cannot."""
     absent = {name: KERNELS[name].why_absent() for name in names}
     for name, reason in absent.items():
-        if reason and name == OURS:
+        if reason and name in (OURS, OURS_INT8):
             raise Refused(reason)
         if reason:
             journal.add("absent", kernel=name, reason=reason)
@@ -58,11 +62,11 @@ def run(args: argparse.Namespace, setting: Setting, journal: Journal) -> None:
     clock = Clock(BEGAN + args.seconds, args.peer_seconds)
     layers = chosen(args.shapes)
     if args.first_minute:
-        for block in ordered(layers, [4], args.tokens):  # of any width: only the dense product is measured
+        for block in ordered(layers, [4], args.tokens, []):  # of any width: only the dense product is measured
             Bench(setting, [DENSE], journal, clock).run(block)
     else:
-        names = present([OURS, *args.peers], journal)
-        compare(Bench(setting, names, journal, clock), ordered(layers, args.bits, args.tokens))
+        names = present([OURS_INT8, OURS, *args.peers], journal)
+        compare(Bench(setting, names, journal, clock), ordered(layers, args.bits, args.tokens, args.int8_bits))
 
 
 def guarded(args: argparse.Namespace, setting: Setting, journal: Journal) -> str | None:
@@ -71,7 +75,7 @@ def guarded(args: argparse.Namespace, setting: Setting, journal: Journal) -> str
     try:
         run(args, setting, journal)
     except Refused as error:
-        journal.drop(lambda line: (line["kind"], line.get("kernel")) == ("speed", OURS))
+        journal.drop(lambda line: line["kind"] == "speed" and line["kernel"] in (OURS, OURS_INT8))
         journal.add("refused", kernel=OURS, reason=str(error))
         return f"no speeds, since our own kernel is wrong: {error}"
     except Lost as error:
@@ -118,6 +122,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", nargs="+", choices=NAMES, default=[], metavar="NAME", help="7b-down, 7b, down ...")
     made.add_argument("--tokens", nargs="+", type=positive, default=list(TOKENS), metavar="M")
     made.add_argument("--bits", nargs="+", type=int, choices=BITS, default=list(BITS))
+    made.add_argument(
+        "--int8-bits",
+        nargs="*",
+        type=int,
+        choices=INT8_BITS,
+        default=list(INT8_BITS),
+        help="of weights for activations of 8 bits, default: all; without numbers: none",
+    )
     made.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, help="default: all; without names: none")
     made.add_argument("--group-size", type=int, default=128)
     made.add_argument("--asymmetric", action="store_true", help="with zero points; of the peers only cuBLAS takes part")

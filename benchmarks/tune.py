@@ -5,29 +5,30 @@
 For each bucket of tokens all tiles of a list are tried with the model's number of parts, then the fastest few with
 every number. They are compiled beforehand by all processor cores, timed as `kernels.py` times (`gpu_timing.py`), and
 count only if their result is right. FOLDER/ARCH.json becomes the table in use with the fastest plans in it and, with
---crossover, the number of tokens from which dequantising is faster. VLMQ_TUNED=FOLDER uses it; copied into
-`kernels/tuned` it ships.
+--crossover, the number of tokens from which dequantising is faster (`crossover.py`). VLMQ_TUNED=FOLDER uses it; copied
+into `kernels/tuned` it ships. --int8-crossover tells the number of tokens from which int8 tensor cores are faster for
+activations of 8 bits; it is no entry of the table, but `INT8_FROM` in `kernels/product.py`.
 """
 
 import argparse
 import datetime
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from time import monotonic
 
 import gpu_timing
 import torch
 import triton
-from kernel_cases import BITS, NAMES, Case, Layer, chosen
+from crossover import Drawn, dequantise_from, int8_from
+from kernel_cases import BITS, INT8_BITS, NAMES, Case, Layer, chosen, group_of
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.kernels import dequantise, gemm, hardware, tables, tiles
+from vlmq_vllm.kernels import gemm, hardware, tables, tiles
 from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
@@ -37,7 +38,6 @@ ROWS = {8: (64, 128), 16: (64, 128), 32: (64, 128), 64: (64, 128, 256), 128: (12
 TOKENS = {8: (8,), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128)}  # of the tiles worth trying in a bucket
 SCALED = {8: (False,), 16: (False,), 32: (False, True), 64: (False, True), 128: (True,)}
 FINALISTS = 3
-CROSSOVER = (192, 256, 384, 512, 768, 1024, 1536, 2048)
 SECONDS = 0.01  # of replays for one plan
 DTYPE = torch.bfloat16
 
@@ -81,9 +81,10 @@ class Tuner:
         self.machine = hardware.of(self.device)
         self.l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.table = json.loads(json.dumps(tables.table_of(self.machine)))
+        self.measured: dict[str, None] = {}  # kinds of figures that were found, each once
 
     def format(self, bits: int) -> WeightFormat:
-        return WeightFormat(bits, self.args.group_size, True)
+        return WeightFormat(bits, group_of(bits, self.args.group_size), True)
 
     def precompile(self, layers: list[Layer]) -> None:
         """All tiles that will be tried."""
@@ -136,33 +137,23 @@ class Tuner:
     def keep(self, geometry: Geometry, bucket: int, times: dict[Plan, float], usual: Plan) -> None:
         best, key = min(times, key=times.get), tables.key_of(geometry, bucket)
         tile = {name: value for name, value in asdict(best.tile).items() if value is not False}
+        self.measured["plans"] = None
         self.table["measured"][key] = {"tile": tile, "splits": best.splits, "microseconds": round(times[best], 2)}
         print(f"{key}: {times[best]:.2f} us with {best}, {times.get(usual, 0):.2f} us with {usual}", flush=True)
 
     def cross(self, layers: list[Layer]) -> None:
-        """The number of tokens from which dequantising is faster, the median over layers and widths."""
-        found = []
-        for layer in layers:
-            for bits in self.args.bits:
-                weights, oracle = self.draw(layer, bits)
-                slower = [m for m in CROSSOVER if not self.dequantising_wins(weights, m, oracle)]
-                found.append(next((m for m in CROSSOVER if m > max(slower, default=0)), CROSSOVER[-1]))
-                print(f"{layer.label} W{bits}: dequantising from {found[-1]} tokens", flush=True)
-        self.table["dequantise_from"] = int(median(found))
+        self.table["dequantise_from"] = dequantise_from(self.drawn(layers, self.args.bits))
+        self.measured["crossover"] = None
 
-    def dequantising_wins(self, weights: list[RuntimeWeight], m: int, oracle: gpu_timing.Oracle) -> bool:
-        x = gpu_timing.inputs(m, weights[0].geometry.columns, DTYPE, self.device)
-        times = []
-        for product in (gemm.gemm, dequantise.gemm):
-            product(x, weights[0])
-            ways = [lambda x, product=product, weight=weight: product(x, weight) for weight in weights]
-            times.append(gpu_timing.measure(ways, x, oracle, 2, 1000.0, SECONDS)[0].microseconds)
-        return times[1] < times[0]
+    def drawn(self, layers: list[Layer], widths: Sequence[int]) -> Iterator[Drawn]:
+        for layer in layers:
+            for bits in widths:
+                yield Drawn(f"{layer.label} W{bits}", *self.draw(layer, bits))
 
     def write(self, folder: Path) -> Path:
         who = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, Triton {triton.__version__}"
-        found = f"plans and crossover measured {datetime.date.today()} by benchmarks/tune.py on {who}"
-        table = self.table | {"origin": f"{found}; tiles: {self.table['origin']}"}
+        found = f"{' and '.join(self.measured)} measured {datetime.date.today()} by benchmarks/tune.py on {who}"
+        table = self.table | ({"origin": f"{found}; tiles: {self.table['origin']}"} if self.measured else {})
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.machine.arch}.json"
         path.write_text(json.dumps(table, indent=2) + "\n")
@@ -179,6 +170,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=540, help="after which nothing more is tried")
     parser.add_argument("--jobs", type=int, default=16, help="processes that compile")
     parser.add_argument("--crossover", action="store_true", help="also measure from when on dequantising is faster")
+    parser.add_argument(
+        "--int8-crossover", action="store_true", help="and from when on int8 is, with activations of 8 bits"
+    )
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: torch finds no CUDA device, and plans must be measured")
@@ -188,6 +182,8 @@ def main() -> None:
         tuner.precompile(layers)
         if args.crossover:
             tuner.cross(layers)
+        if args.int8_crossover:
+            int8_from(tuner.drawn(layers, INT8_BITS))
         for layer in layers:
             for bits in args.bits:
                 tuner.tune(layer, bits)

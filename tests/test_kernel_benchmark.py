@@ -166,7 +166,8 @@ def test_lost_by_ours(bench, monkeypatch):
 def test_arguments():
     args = kernels.parser().parse_args([])
     assert (args.bits, args.tokens, args.shapes) == (list(BITS), list(TOKENS), [])
-    assert args.peers == ["cublas", "humming", "marlin", "machete", "triton", "gemlite"]
+    assert args.peers == ["cublas", "humming", "marlin", "machete", "triton", "gemlite", "cutlass", "int_mm"]
+    assert args.int8_bits == [8, 4] and kernels.parser().parse_args(["--int8-bits"]).int8_bits == []
     assert (args.seconds, args.group_size, args.dtype, args.out) == (540, 128, "bf16", None)
     args = kernels.parser().parse_args(["--peers", *["--tokens", "3", "--bits", "2", "3", "--shapes", "7b", "down"]])
     assert (args.peers, args.tokens, args.bits, args.shapes) == ([], [3], [2, 3], ["7b", "down"])
@@ -174,7 +175,9 @@ def test_arguments():
     assert kernels.public(["--out=/a/b"]) == []
 
 
-@pytest.mark.parametrize("arguments", ["--bits 5", "--tokens 0", "--tokens x", "--shapes 8b", "--peers exllama"])
+@pytest.mark.parametrize(
+    "arguments", ["--bits 5", "--int8-bits 2", "--tokens 0", "--tokens x", "--shapes 8b", "--peers exllama"]
+)
 def test_refused_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:
         kernels.parser().parse_args(arguments.split())

@@ -3,9 +3,24 @@
 import pytest
 from benchmark_modules import MACHINE, load
 
-kernel_cases, kernel_report = load("kernel_cases", "kernel_report")
-from kernel_cases import BITS, LAYERS, TOKENS, Block, Case, Layer, chosen, ordered, target_of, weight_bytes  # noqa: E402
+kernel_cases, kernel_report, kernel_targets = load("kernel_cases", "kernel_report", "kernel_targets")
+from kernel_cases import (  # noqa: E402
+    BITS,
+    INT8_BITS,
+    LAYERS,
+    TOKENS,
+    Block,
+    Case,
+    Layer,
+    chosen,
+    group_of,
+    ordered,
+    weight_bytes,
+)
 from kernel_report import report  # noqa: E402
+from kernel_targets import target_of  # noqa: E402
+
+from vlmq_vllm.kernels import product  # noqa: E402
 
 BY_LABEL = {layer.label: layer for layer in LAYERS}
 
@@ -41,11 +56,26 @@ def test_bytes_of_groups():
     assert weight_bytes(layer, 2, 64, symmetric=False) == 40 * 200 // 4 + 40 * 4 * 2 + 40 * 4 * 2 // 8
 
 
+def test_bytes_of_int8():
+    """Activations of a byte each with a scale of four; weights of 8 bits have one scale per row whatever the group."""
+    case = Case(Layer("7b", "x", 200, 40), 8, 128, 8)
+    assert case.label == "7b-x W8A8 M=128" and Block(case.layer, 4, (1,), 8).label == "7b-x W4A8"
+    assert case.moved_bytes(64) == 40 * (200 + 2) + 128 * (200 + 4 + 2 * 40)
+    assert Case(case.layer, 4, 128, 8).moved_bytes(64) == 40 * (100 + 2 * 4) + 128 * (200 + 4 + 2 * 40)
+    assert Case(case.layer, 8, 128).moved_bytes(64) == 40 * (200 + 2) + 128 * 2 * (200 + 40)
+    assert (group_of(8, 64), group_of(4, 64)) == (-1, 64)
+
+
 def test_order():
     """Every case exactly once, and the telling ones of the 7B model's large layers first."""
-    blocks = ordered(chosen([]), list(BITS), list(TOKENS))
+    blocks = ordered(chosen([]), list(BITS), list(TOKENS), list(INT8_BITS))
     cases = [case for block in blocks for case in block.cases]
-    assert len(cases) == len(set(cases)) == len(LAYERS) * len(BITS) * len(TOKENS)
+    int8 = [case for case in cases if case.activations == 8]
+    assert len(cases) == len(set(cases)) == len(LAYERS) * len(BITS) * len(TOKENS) + len(int8)
+    assert {(case.layer, case.bits, case.tokens) for case in int8} == {
+        (layer, bits, tokens) for layer in LAYERS for bits in (4, 8) for tokens in (128, 256, 1024, 4096)
+    }
+    assert kernel_cases.INT8_FROM == product.INT8_FROM
     assert blocks[0] == Block(BY_LABEL["7b-gate_up"], 4, (1, 8, 16, 64))
     assert {block.layer.label for block in blocks[:6]} == {"7b-gate_up", "7b-down"}
 
@@ -53,7 +83,8 @@ def test_order():
 def test_chosen():
     assert [layer.label for layer in chosen(["32b", "7b-down"])][:2] == ["7b-down", "32b-qkv"]
     assert {layer.model for layer in chosen(["down"])} == {"7b", "32b", "72b"}
-    assert [block.tokens for block in ordered(chosen(["7b-o"]), [2], [3, 8])] == [(8,), (3,)]
+    assert [block.tokens for block in ordered(chosen(["7b-o"]), [2], [3, 8], [8])] == [(8,), (3,)]
+    assert ordered(chosen(["7b-o"]), [], [127, 300, 128], [4]) == [Block(BY_LABEL["7b-o"], 4, (300, 128), 8)]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +105,7 @@ def test_chosen():
 def test_targets(label, bits, tokens, found, missed):
     target = target_of(Case(BY_LABEL[label], bits, tokens))
     assert (target and target.missed(*found)) == missed
+    assert target_of(Case(BY_LABEL[label], bits, tokens, 8)) is None
 
 
 def speed(kernel, layer, bits, tokens, microseconds, share=0.5) -> dict:
@@ -118,6 +150,40 @@ def test_report():
         "* Humming failed: `Wrong: x` (2: 7b-o W4 M=1, 7b-o W4 M=8)",
         "* vlmq skipped: `no time left` (1: 72b-o W4 M=8)",
     ]
+
+
+def test_report_of_int8():
+    """Tables of 8-bit activations come last, with ours and cuBLAS at 16 bits beside; no figure crosses tables."""
+    found = [
+        speed("vlmq-int8", "7b-o", 8, 128, 10.0),
+        speed("vlmq", "7b-o", 8, 128, 15.0),
+        speed("cublas", "7b-o", 16, 128, 20.0),
+        speed("cutlass", "7b-o", 8, 128, 9.0),
+        speed("int_mm", "7b-o", 8, 128, 12.5),
+        speed("vlmq-int8", "7b-o", 4, 128, 11.0),
+        speed("vlmq", "7b-o", 4, 128, 22.0),
+        speed("marlin", "7b-o", 4, 128, 33.0),
+        speed("vlmq", "7b-o", 4, 8, 3.0),
+    ]
+    text = report([{"kind": "machine"} | MACHINE, *found])
+    head, *tables = text.split("\n## ")
+    assert kernel_report.INT8_NOTES in head and [table.split("\n")[0] for table in tables] == ["W4", "W8A8", "W4A8"]
+    w4, w8a8, w4a8 = (table.splitlines()[2:] for table in tables)
+    assert w4[0] == "| layer | M | us | GB/s | share | cuBLAS, us | Marlin, us | target |"
+    assert w4[2:4] == [
+        "| 7b-o | 8 | 3.0 | 2,000 | 50% |  |  | met |",
+        "| 7b-o | 128 | 22.0 | 2,000 | 50% | 20.0 (0.91 x) | 33.0 (1.50 x) | 0.91 x cuBLAS, wanted 1.1 |",
+    ]
+    assert w8a8[0].endswith("| share | vlmq, us | cuBLAS, us | vLLM CUTLASS int8, us | torch._int_mm, us |")
+    assert w8a8[2] == (
+        "| 7b-o | 128 | 10.0 | 2,000 | 50% | 15.0 (1.50 x) | 20.0 (2.00 x) | 9.0 (0.90 x) | 12.5 (1.25 x) |"
+    )
+    assert w4a8 == [
+        "| layer | M | us | GB/s | share | vlmq, us | cuBLAS, us |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| 7b-o | 128 | 11.0 | 2,000 | 50% | 22.0 (2.00 x) | 20.0 (1.82 x) |",
+    ]
+    assert kernel_report.INT8_NOTES not in report([{"kind": "machine"} | MACHINE, *found[1:5], found[6]])
 
 
 def test_report_of_first_minute():

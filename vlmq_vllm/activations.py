@@ -7,7 +7,9 @@ A token's features x_t [I] become integers with one scale, dynamically (from the
 
 and the layer is y_t = s_t * (q_t W^T) + bias with the dequantised weight W. Integers up to 127 are exact in float16 and
 bfloat16, so every product of floats takes q as it is. Plain torch on any device: the one statement of what a checkpoint
-with `"activation_bits": 8` means, for calibration, vLLM and transformers alike. Fast products are in `kernels/int8.py`.
+with `"activation_bits": 8` means, for calibration, vLLM and transformers alike. Under tensor parallelism a rank of a
+row-parallel layer holds only some of the I features, and rounds by the greatest of those. Fast products are in
+`kernels/int8.py`.
 """
 
 import torch
