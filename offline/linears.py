@@ -22,8 +22,9 @@ def parameters_of(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def is_clipped(linear: str) -> bool:
-    """Whether AWQ's search for clipped ranges is for this linear: not for q and k, whose outputs meet in a product."""
-    return linear.rpartition(".")[2] not in ("q_proj", "k_proj")
+    """Whether AWQ's search for clipped ranges is for this linear: not for q and k, whose outputs meet in a product, and
+    with them not for a tower's fused `qkv`, as AWQ's code leaves out its `Wqkv`."""
+    return linear.rpartition(".")[2] not in ("q_proj", "k_proj", "qkv")
 
 
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:

@@ -10,14 +10,12 @@ from PIL import Image
 from scaled_blocks import CPU, FORMAT, GATE_UP, QKV, Block, Scaled, bfloat16, scale, streams_of
 from torch import nn
 
-from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.sources import read_chats
 from vlmq_vllm.offline.gptq import round_to_nearest
 from vlmq_vllm.offline.grid import MINMAX
 from vlmq_vllm.offline.linears import holding, is_clipped, linears_of, weights_of
-from vlmq_vllm.offline.scaling import search
 from vlmq_vllm.offline.scaling.fold import effective, fold
 from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
 from vlmq_vllm.offline.scaling.search import RATIOS, scales_of
@@ -243,18 +241,17 @@ def test_groups_with_a_linear_that_is_kept_are_left_alone():
     assert all(layer.get_submodule(linear).weight is weight for linear, weight in weights.items())
 
 
-def test_a_fold_that_moves_the_output_is_refused(monkeypatch):
-    """As if the probe had been wrong about which channel is read where."""
-    layer, streams = Block(75, 40, Scaled(75, 0.0)), streams_of((2, 11))
-    wrong = Scalable("mlp.up_proj", ("mlp.down_proj",), torch.arange(40).roll(1), None)
-    monkeypatch.setattr(
-        search, "find_scalable", lambda layer, index, stage, stream: [wrong] if len(stage[0]) == 1 else []
-    )
-    with pytest.raises(QuantizeError, match="scaling layer 0 moved its output .* please report it"):
-        scale(layer, 0, streams)
-
-
 def test_groups_are_judged_by_their_common_parent():
     assert inspected(QKV) == "self_attn" and inspected(GATE_UP) == "mlp"
     assert inspected(("mlp.down_proj",)) == "mlp.down_proj" and inspected(("a.q.linear", "a.k.linear")) == "a"
-    assert [is_clipped(linear) for linear in QKV] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_makes_queries_and_keys_is_not_clipped(name, models):
+    """In decoder, tower and connectors, the fused linears of Qwen's towers among them; all else is."""
+    source, _ = models(name)
+    parts = source.family.layers, source.family.vision, *source.family.connectors
+    linears = {linear for part in parts for linear in linears_of(source.model.get_submodule(part))}
+    assert {linear.rpartition(".")[2] for linear in linears if not is_clipped(linear)} == {"q_proj", "k_proj"} | (
+        {"qkv"} if name.startswith("qwen") else set()
+    )

@@ -11,7 +11,7 @@ from vlmq_vllm.offline.gptq import round_to_nearest
 from vlmq_vllm.offline.grid import MINMAX, MSE
 from vlmq_vllm.offline.scaling import losses
 from vlmq_vllm.offline.scaling.groups import Scalable
-from vlmq_vllm.offline.scaling.losses import Rounding, Trial, candidate_losses
+from vlmq_vllm.offline.scaling.losses import LinearRounding, Trial, candidate_losses
 from vlmq_vllm.offline.scaling.search import RATIOS, scales_of
 from vlmq_vllm.offline.stream import Stream
 
@@ -80,16 +80,32 @@ def test_search_equals_plain_loops(loss, weighted, size, inner, grid):
     assert found == dict.fromkeys(GATE_UP, best(both)) | {"mlp.down_proj": best(down)}
 
 
+@pytest.mark.parametrize("dead", [[], [7], [0, 7, 49], range(50)], ids=len)
 @pytest.mark.parametrize("ratio", RATIOS)
-def test_scales_are_a_power_of_the_mean_around_one(ratio):
+def test_scales_are_a_power_of_the_mean_around_one(ratio, dead):
+    """Written out for the channels that live; 1 for the others, where AWQ's code has its bound of 1e-4."""
     mean = torch.rand(50) * 10
-    mean[7] = 0
-    scales = scales_of(mean, ratio)
-    assert float(scales.max() * scales.min()) == pytest.approx(1)
-    powers = mean.double().pow(ratio).clamp_min(1e-4)  # a dead channel counts as 1e-4
-    torch.testing.assert_close(scales.double() / scales[0], powers / powers[0])
+    mean[3] = 1e-9  # alive, though with the bound for its power
+    mean[list(dead)] = 0
+    live = {i: max(float(m) ** ratio, 1e-4) for i, m in enumerate(mean.double()) if m > 0}
+    middle = (max(live.values()) * min(live.values())) ** 0.5 if live else None
+    expected = torch.tensor([live[i] / middle if i in live else 1.0 for i in range(50)])
+    torch.testing.assert_close(scales_of(mean, ratio), expected)
     if ratio == 0:
-        assert torch.equal(scales, torch.ones(50))
+        assert torch.equal(scales_of(mean, ratio), torch.ones(50))
+
+
+def test_a_dead_channel_leaves_the_others_as_they_are():
+    """A norm with a weight of 0; the scales that it was divided by are seen in what is stored."""
+    layer, streams = Block(75, 40, Scaled(75, 0.0)), streams_of((2, 11))
+    layer.norm.weight[3] = 0
+    before = layer.norm.weight.clone()
+    found = scale(layer, 0, streams)
+    stored, live = found.changed["norm.weight"].float(), before != 0
+    assert found.ratios["mlp.up_proj"] > 0 and stored[3] == 0
+    scales = (before / stored)[live]
+    # max s min s = 1 but for two roundings of the weight to bfloat16, of 2^-9 each
+    assert float(scales.max() * scales.min()) == pytest.approx(1, rel=2**-7)
 
 
 def trial(layer, streams, weights=None, count=4):
@@ -98,7 +114,7 @@ def trial(layer, streams, weights=None, count=4):
 
 
 def losses_of(layer, streams, trials, loss="mae", inputs=None):
-    return candidate_losses(layer, 0, streams, trials, Rounding(MINMAX, all_three_bits, bfloat16, inputs), loss)
+    return candidate_losses(layer, 0, streams, trials, LinearRounding(MINMAX, all_three_bits, bfloat16, inputs), loss)
 
 
 @pytest.mark.parametrize("loss", ["mae", "mse"])

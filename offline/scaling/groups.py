@@ -12,7 +12,7 @@ exact; the group must then read just that, and with the group's inputs put back 
 so that nobody else reads it. Folding itself is `fold.py`'s business.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -80,7 +80,8 @@ class _Seen:
         with removing(handles):
             self.output = stream.call(layer, index)
 
-    def _norm(self, name: str):
+    def _norm(self, name: str) -> Callable:
+        """A forward hook with keywords that takes down the norm's call and output [.., C]."""
         return lambda module, args, kwargs, out: self.norms.update({name: (args, kwargs, out)})
 
 
@@ -130,13 +131,14 @@ def _channel(layer: torch.nn.Module, source: str, reader: str) -> torch.Tensor |
 
 
 def _powers(count: int, like: torch.Tensor) -> torch.Tensor:
-    """Powers of two [count], none of them 1 and in no order."""
+    """Powers of two [count], none of them 1 and in no order, in the dtype and on the device of `like`."""
     generator = torch.Generator().manual_seed(0)
     return torch.tensor([0.5, 2.0, 4.0])[torch.randint(3, (count,), generator=generator)].to(like)
 
 
 def _offset(norm: torch.nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> float | None:
-    """0 for a norm whose output goes with its weight, 1 if with 1 + weight; None for anything else."""
+    """0 for a norm whose output goes with its weight, 1 if with 1 + weight; None for anything else. args, kwargs and
+    out [.., C] are those of its call."""
     powers = _powers(len(norm.weight), out)
     own = dict(norm.named_parameters())
     for offset in (0.0, 1.0):
@@ -152,7 +154,8 @@ def _holds(layer: torch.nn.Module, index: int, stream: Stream, found: list[Scala
     """Whether the groups, and nobody else, read the output channels of their sources as they are."""
     followed = []
 
-    def put_back(scalable: Scalable, powers: torch.Tensor):
+    def put_back(scalable: Scalable, powers: torch.Tensor) -> Callable:
+        """A hook before a linear that compares what it reads with its input times powers [R], and undoes these."""
         before = seen.inputs[scalable.linears[0]]
         expected = before * powers[scalable.channel.to(powers.device)]
 

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.gptq import round_to_nearest
 from vlmq_vllm.offline.grid import GridSearch
-from vlmq_vllm.offline.hooks import removing
+from vlmq_vllm.offline.hooks import Rounding, removing
 from vlmq_vllm.offline.linears import holding
 from vlmq_vllm.offline.scaling.groups import Scalable
 from vlmq_vllm.offline.stages import inspected
@@ -27,6 +28,7 @@ from vlmq_vllm.offline.stream import Stream, hidden_of
 
 BYTES = 1 << 30  # of inputs and outputs of inspected modules that are kept at once, a batch more at most
 ERRORS = {"mae": torch.Tensor.abs, "mse": torch.Tensor.square}
+ErrorOf = Callable[[torch.Tensor], torch.Tensor]  # of every element, [.., d] to [.., d]
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,27 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """How a linear is rounded. search: of `round_to_nearest`. format, dtype: of a linear's weight and of its scales.
-    inputs: what 8-bit activations do to what a linear reads, [.., I] to [.., I], or None."""
+class LinearRounding:
+    """How linears are rounded. search: of `round_to_nearest`. format, dtype: of a linear's weight and of its scales.
+    inputs: what 8-bit activations do to what a linear reads, or None."""
 
     search: GridSearch
     format: Callable[[str], WeightFormat]
     dtype: Callable[[str], torch.dtype]
-    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
+    inputs: Rounding | None = None
 
 
 @dataclass(frozen=True)
 class _Call:
+    """What a module was called with, and its output [.., d] float32."""
+
     args: tuple
     kwargs: dict
     out: torch.Tensor
 
     @property
     def bytes(self) -> int:
+        """Of the tensors."""
         made = [part for part in (*self.args, *self.kwargs.values(), self.out) if isinstance(part, torch.Tensor)]
         return sum(part.nbytes for part in made)
 
@@ -71,7 +76,7 @@ Chunk = list[tuple[int, dict[str, _Call]]]  # the number of a batch, and calls b
 
 @torch.no_grad()
 def candidate_losses(
-    layer: torch.nn.Module, index: int, streams: list[Stream], trials: list[Trial], rounding: Rounding, loss: str
+    layer: torch.nn.Module, index: int, streams: list[Stream], trials: list[Trial], rounding: LinearRounding, loss: str
 ) -> torch.Tensor:
     """Sums of lambda err for every trial's candidates and, last, of lambda: [trials, candidates + 1] float64."""
     count = len(trials[0].candidates)
@@ -83,8 +88,10 @@ def candidate_losses(
     return sums
 
 
-def _tried(layer: torch.nn.Module, trial: Trial, chunk: Chunk, rounding: Rounding, error_of: Callable):
-    """One trial's row of `candidate_losses` for a chunk."""
+def _tried(
+    layer: torch.nn.Module, trial: Trial, chunk: Chunk, rounding: LinearRounding, error_of: ErrorOf
+) -> torch.Tensor:
+    """One trial's row of `candidate_losses` for a chunk, [candidates + 1] float64."""
     kept = [(calls[trial.module], trial.weights[i] if trial.weights else None) for i, calls in chunk]
     module, sums = layer.get_submodule(trial.module), []
     for scales in trial.candidates:
@@ -94,7 +101,8 @@ def _tried(layer: torch.nn.Module, trial: Trial, chunk: Chunk, rounding: Roundin
     return torch.stack([*sums, torch.as_tensor(sum(tokens)).to(sums[0])])
 
 
-def _error(module: torch.nn.Module, call: _Call, weights: torch.Tensor | None, error_of: Callable) -> torch.Tensor:
+def _error(module: torch.nn.Module, call: _Call, weights: torch.Tensor | None, error_of: ErrorOf) -> torch.Tensor:
+    """The sum of lambda err over a call's N tokens, a float64 scalar. weights: lambda [N], None for 1."""
     errors = error_of(hidden_of(module(*call.args, **call.kwargs)) - call.out).flatten(0, -2).mean(-1)
     return (errors if weights is None else errors * weights).sum(dtype=torch.float64)
 
@@ -114,10 +122,11 @@ def _chunks(layer: torch.nn.Module, index: int, streams: list[Stream], modules: 
 
 
 def _calls(layer: torch.nn.Module, index: int, stream: Stream, modules: set[str]) -> dict[str, _Call]:
+    """How the layer calls its modules on one batch."""
     calls = {}
 
-    def noting(name: str):
-        def hook(module, args, kwargs, out):
+    def noting(name: str) -> RemovableHandle:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict, out: torch.Tensor | tuple) -> None:
             calls[name] = _Call(args, kwargs, hidden_of(out))
 
         return layer.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
@@ -128,8 +137,10 @@ def _calls(layer: torch.nn.Module, index: int, stream: Stream, modules: set[str]
 
 
 @contextmanager
-def _rounded(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, rounding: Rounding) -> Iterator[None]:
-    """The group's linears as they would be with these scales, for a while."""
+def _rounded(
+    layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, rounding: LinearRounding
+) -> Iterator[None]:
+    """The group's linears as they would be with these scales [R], for a while."""
     columns = scales[scalable.channel.to(scales.device)]
     held = {}
     for linear in scalable.linears:

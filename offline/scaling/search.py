@@ -8,6 +8,10 @@ by the least loss of weights rounded under s (`losses.py`); equal losses go to t
 channel of what lies in front of them, m is their mean, and before s is tried it becomes what folds without loss
 (`fold.py`). Groups are searched and folded in the order of the forward pass: a search sees the layer's own function,
 which folding does not change, as is checked for every layer.
+
+This departs from AWQ's code in one thing: a dead channel, m = 0, gets s = 1 and does not count in max and min. There
+its m^r is the bound of 1e-4 for every r > 0, so that one such channel alone makes all other s about 100 times larger
+and what is divided by them, norms and activations of 16 bits, as much smaller.
 """
 
 import math
@@ -19,24 +23,24 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.grid import GridSearch
+from vlmq_vllm.offline.hooks import Rounding
 from vlmq_vllm.offline.linears import set_parameter
 from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.scaling.fold import Changed, DtypeOf, effective, fold
+from vlmq_vllm.offline.scaling.fold import PARITY, Changed, DtypeOf, effective, fold, moved
 from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
-from vlmq_vllm.offline.scaling.losses import Rounding, Trial, candidate_losses
+from vlmq_vllm.offline.scaling.losses import LinearRounding, Trial, candidate_losses
 from vlmq_vllm.offline.stages import Group
 from vlmq_vllm.offline.stream import Stream
 
 RATIOS = tuple(step / 20 for step in range(20))
 LEAST = 1e-4  # of m^r
-PARITY = 1e-4  # of the layer's largest value
 
 
 @dataclass(frozen=True)
 class Scaled:
     """What became of a layer. ratios: r of every linear, None where nothing can be scaled or no token counts.
 
-    changed: parameters that are not quantised afterwards, by their names in the layer, in the dtype they are stored in.
+    changed: parameters that are not quantised afterwards, by their names in the layer, in the dtype of `dtype_of`.
     """
 
     ratios: dict[str, float | None]
@@ -55,7 +59,7 @@ class Scaling:
         search: GridSearch,
         ranks: Ranks,
         loss: str = "mae",
-        inputs: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        inputs: Rounding | None = None,
     ) -> None:
         self.search, self.ranks, self.loss, self.inputs = search, ranks, loss, inputs
 
@@ -73,10 +77,11 @@ class Scaling:
         """Scale the groups of layer `index` in its place, in new parameters; `streams` stand in front of it.
 
         weights: of the tokens, [N] per batch, by linear; a group takes those of its first linear that has some.
-        format_of: of a linear, None where it is not quantised: then its group is left alone. Raises QuantizeError
+        format_of: of a linear, None where it is not quantised: then its group is left alone. dtype_of: of a parameter
+        by its name in the layer, the 16-bit dtype of its values; a weight's is that of its scales. Raises QuantizeError
         where folding moves the layer's output.
         """
-        rounding = Rounding(self.search, format_of, lambda linear: dtype_of(f"{linear}.weight"), self.inputs)
+        rounding = LinearRounding(self.search, format_of, lambda linear: dtype_of(f"{linear}.weight"), self.inputs)
         probe = min(streams, key=lambda stream: stream.hidden.numel(), default=None)
         before = probe.call(layer, index) if probe else None
         ratios: dict[str, float | None] = {}
@@ -103,9 +108,16 @@ class Scaling:
         return Scaled(ratios, stored)
 
     def _trials(
-        self, layer, index, found: list[Scalable], streams, weights, dtype_of
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        found: list[Scalable],
+        streams: list[Stream],
+        weights: dict[str, list[torch.Tensor]],
+        dtype_of: DtypeOf,
     ) -> tuple[list[Trial], list[list[Changed]]]:
-        """The groups that tokens reach with their candidates, and what folding each would put in front of them."""
+        """Those groups of `found` that tokens reach: a trial with scales [R] for every exponent of RATIOS, and for
+        every trial and exponent the parameters that folding would change. weights: of the tokens, as in `__call__`."""
         trials, folds = [], []
         for scalable, mean in zip(found, self._means(layer, index, found, streams), strict=True):
             if mean is not None:
@@ -115,7 +127,9 @@ class Scaling:
                 folds.append([changed for _, changed in pairs])
         return trials, folds
 
-    def _means(self, layer, index, found: list[Scalable], streams: list[Stream]) -> list[torch.Tensor | None]:
+    def _means(
+        self, layer: torch.nn.Module, index: int, found: list[Scalable], streams: list[Stream]
+    ) -> list[torch.Tensor | None]:
         """Mean |x| [R] float32 over all ranks' tokens of what each group reads; None where no token arrives."""
         sums = {}
         for scalable in found:
@@ -136,20 +150,21 @@ class Scaling:
             means.append(mean if added[-1] > 0 else None)
         return means
 
-    def _check(self, layer, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
-        """The output of the layer must be what it was; all ranks raise if one of them must."""
-        error = float((probe.call(layer, index) - before).abs().max() / before.abs().max()) if probe else 0.0
+    def _check(self, layer: torch.nn.Module, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
+        """The layer's output [B, T, d] on the probe must be what it was before; all ranks raise if one of them must."""
+        error = moved(probe.hidden, before, probe.call(layer, index)) if probe else 0.0
         if self.ranks.any(not error < PARITY):
             raise QuantizeError(
-                f"scaling layer {index} moved its output by {error:.1e} of its largest value ({PARITY:.0e} at most); "
-                "its parts are joined in a way that vlmq does not know: please report it, or leave scaling out"
+                f"scaling layer {index} moved its output by {error:.1e} of what it adds to a token ({PARITY:.0e} at "
+                "most); its parts are joined in a way that vlmq does not know: please report it, or leave scaling out"
             )
 
 
 def scales_of(mean: torch.Tensor, ratio: float) -> torch.Tensor:
-    """s [R] for mean |x| [R] and the exponent `ratio`."""
-    scales = mean.pow(ratio).clamp_min(LEAST)
-    return scales / (scales.max() * scales.min()).sqrt()
+    """s [R] float32 for mean |x| [R] float32 and the exponent `ratio`; 1 where the mean is 0."""
+    powers, dead = mean.pow(ratio).clamp_min(LEAST), mean == 0
+    middle = (powers.masked_fill(dead, 0).max() * powers.masked_fill(dead, math.inf).min()).sqrt()
+    return torch.where(dead, 1.0, powers / middle)
 
 
 def _all_quantised(scalable: Scalable, format_of: Callable[[str], WeightFormat | None]) -> bool:
