@@ -78,7 +78,8 @@ def test_other_settings_change_what_they_should(demo_model):
     assert plain["language: solve"]["streams"] - streams == tokens * 256 * 4  # the full-precision stream
     assert phases(method="rtn")["language: round"]["streams"] == 0
     vision = phases(vision_bits=4, group_size=64, base="gptq")["vision: solve"]
-    assert vision["moments"] == 4 * 768**2 and vision["streams"] == tokens * 4 * (192 * 4) + tokens * 4 * 2 * 64 * 4
+    # four patches of a token, of 192 features and rotary cos and sin of 64 each
+    assert vision["moments"] == 4 * 768**2 and vision["streams"] == tokens * 4 * (192 + 2 * 64) * 4
 
 
 # Of the demo model: d = 256, inner 768, 4 layers of 786,432 weights, 512 words. 8192 tokens in batches of 2048.
@@ -115,10 +116,13 @@ def test_memory_of_channel_scales_by_hand(demo_model):
 def test_memory_of_rounded_activations_by_hand(demo_model):
     plain, rounded = (dict(terms(demo_model, method="awq", saliency="qig", activation_bits=bits)) for bits in (16, 8))
     name = "language: collect moments"
-    assert rounded[name]["streams"] - plain[name]["streams"] == TOKENS * 4 * D
-    assert rounded["capture inputs"]["streams"] == 2 * plain["capture inputs"]["streams"]
-    more = rounded[name]["activations of a batch"] - plain[name]["activations of a batch"]
-    assert more == 2 * BATCH * 4 * INNER
+    # the full-precision stream is caught apart, with rotary cos and sin of its own
+    one = TOKENS * 4 * (D + 2 * 64)
+    for phase in ("language: capture inputs", name):
+        assert (plain[phase]["streams"], rounded[phase]["streams"]) == (one, 2 * one)
+    # a layer's three of 768 features and one of 256, no copies with AWQ's token weights, and two where they are rounded
+    passed = [terms[name]["activations of a batch"] for terms in (plain, rounded)]
+    assert passed == [BATCH * 4 * (3 * INNER + D), BATCH * 4 * (5 * INNER + D)]
 
 
 def test_memory_of_weights_by_modality_by_hand(demo_model):
@@ -126,6 +130,9 @@ def test_memory_of_weights_by_modality_by_hand(demo_model):
     loss, back = own["modality: loss"], own["modality: back through the layers"]
     assert loss["inputs of all layers"] == back["inputs of all layers"] == 5 * TOKENS * 4 * D
     assert loss["gradients"] == 2 * TOKENS * 4 * D
+    # before the walk begins, which drops the batches: 4 patches of a token, of 2 frames, 3 colours and 14 x 14
+    assert loss["pixels of batches"] == back["pixels of batches"] == TOKENS * 4 * 2 * 3 * 14 * 14 * 4
+    assert "pixels of batches" not in own["language: solve"]
     assert loss["head in float32"] == 4 * 512 * D
     assert loss["logits, or the head as stored"] == 4 * 4 * 512 * 512  # of 512 tokens and 512 words, four tensors
     assert back["graph of a layer"] == BATCH * 4 * (12 * D + 5 * INNER)
@@ -149,6 +156,12 @@ def test_weights_that_a_group_shares_make_one_problem(demo_model):
 def test_memory_of_joint_search_by_hand(demo_model):
     own = dict(terms(demo_model, method="qvlm", vision_bits=4, connector_bits=4))
     block, state = own["language: search a block"], TOKENS * 4 * D
+    # behind a quantised tower both streams are caught apart, with rotary cos and sin each
+    assert own["language: measure dependencies"]["hidden states"] == (2 + 2) * state
+    assert block["what streams keep"] == 2 * TOKENS * 2 * 64 * 4
+    alone = dict(terms(demo_model, method="qvlm"))
+    assert alone["language: measure dependencies"]["hidden states"] == (1 + 2) * state
+    assert alone["language: search a block"]["what streams keep"] == TOKENS * 2 * 64 * 4
     # three layers: three targets, the choices in front of each, the two best and what is computed
     assert block["hidden states"] == (3 + 3 + 3) * state
     assert block["rounded weights"] == 3 * 4 * LINEARS

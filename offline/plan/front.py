@@ -3,8 +3,7 @@
 from dataclasses import replace
 
 from vlmq_vllm.offline.plan.load import FLOAT, Load
-from vlmq_vllm.offline.plan.phase import ATTENTION_GRAPH, MLP, Phase, hidden_size, layer_of, numel, widest
-from vlmq_vllm.offline.settings import KEPT, Settings
+from vlmq_vllm.offline.plan.phase import ATTENTION_GRAPH, MLP, Phase, layer_of, numel, widest
 from vlmq_vllm.offline.source import RESIDENT, Source
 from vlmq_vllm.offline.units import stored_bytes
 
@@ -42,13 +41,13 @@ def _embeddings(source: Source, load: Load) -> int:
     return min(stored_bytes(source, name), load.total * AROUND)
 
 
-def capturing(source: Source, settings: Settings, load: Load, moved: bool, exact: bool) -> Phase:
-    """`Walks._streams` for the decoder: the front, and the streams that have been caught. Both streams are one set of
-    tensors until a layer has run, unless the front runs twice: with a quantised tower (`moved`) or rounded inputs."""
+def capturing(source: Source, component: str, load: Load, streams: int, exact: bool) -> Phase:
+    """`Walks._streams`: the front, and `streams` bytes that have been caught. Those of other components are gone."""
     phase = front(source, load, exact)
-    count = 2 if settings.paired and (moved or settings.activation_bits != KEPT) else 1
-    phase.name = "capture inputs"
-    phase.device["streams"] = count * load.total * (hidden_size(source) * FLOAT * (1 + load.terms) + load.kept)
+    phase.name = f"{component}: capture inputs"
+    if component == "vision":
+        phase.device["activations of the tower"] = load.batch * load.pixels  # stubs are in the place of its blocks
+    phase.device["streams"] = streams
     return phase
 
 

@@ -4,6 +4,7 @@ from vlmq_vllm.offline.plan.front import front
 from vlmq_vllm.offline.plan.load import FLOAT, Load
 from vlmq_vllm.offline.plan.phase import Layer, Phase
 from vlmq_vllm.offline.plan.solving import ROUNDING
+from vlmq_vllm.offline.plan.streams import Streams
 from vlmq_vllm.offline.qvlm.entropy import CHUNK
 from vlmq_vllm.offline.qvlm.partition import DEPTH
 from vlmq_vllm.offline.qvlm.walk import ENTROPY_BITS
@@ -14,14 +15,16 @@ ROUNDED = 4  # tensors of a weight's size in the graph of `vision.served`
 STEERED = 4  # hidden states and gradients at every layer of a batch in `decoder.steer`
 
 
-def searching_blocks(source: Source, layer: Layer, load: Load) -> list[Phase]:
-    """`BlockWalk`: dependencies from one pass over full-precision streams, then the search of a block."""
-    depth = min(DEPTH, len(source.layers()))
-    states = load.total * FLOAT * layer.width
-    kept = {"what streams keep": load.total * (load.kept + load.terms * FLOAT * layer.width)}
+def searching_blocks(source: Source, layer: Layer, load: Load, streams: Streams) -> list[Phase]:
+    """`BlockWalk`: dependencies from one pass over full-precision streams, then the search of a block. The batches are
+    dropped between the two."""
+    depth, states = min(DEPTH, len(source.layers())), streams.states
+    pixels = {"pixels of batches": load.total * load.pixels}
+    kept = {"what streams keep": streams.beside}
     passing = {"activations of a batch": load.batch * layer.activations}
     measured = {
-        "hidden states": 3 * states,  # in front of the stack, and in front of and behind a layer
+        # in front of the stack, and in front of and behind a layer
+        "hidden states": (4 if streams.apart else 3) * states,
         "layer in float32": layer.bytes,
         "soft assignments": ASSIGNED * FLOAT * min(CHUNK, load.batch * layer.width << ENTROPY_BITS),
     }
@@ -34,7 +37,7 @@ def searching_blocks(source: Source, layer: Layer, load: Load) -> list[Phase]:
         "codes": layer.linears // FLOAT + ROUNDING * layer.biggest,
     }
     return [
-        Phase("language: measure dependencies", {}, kept | passing | measured),
+        Phase("language: measure dependencies", pixels, kept | passing | measured),
         Phase("language: search a block", {}, kept | passing | searched),
     ]
 

@@ -4,6 +4,7 @@ Without the data itself only bounds are known: every sample is taken to have the
 be vision tokens.
 """
 
+import inspect
 from dataclasses import dataclass
 
 from vlmq_vllm.offline.batches import TOKENS
@@ -18,8 +19,9 @@ class Load:
     """Sizes of the calibration data.
 
     samples, tokens: samples and tokens of each. patches: of the tower per vision token. pixels: bytes of pixel values
-    per vision token. kept: bytes that a stream keeps per token besides the hidden states (rotary tables, masks).
-    terms: tensors of the decoder's width that the model adds between layers (DeepStack).
+    per vision token. kept: bytes that a stream of the decoder keeps per token besides the hidden states (rotary tables,
+    masks), and rotary: one of the tower per patch. terms: tensors of the decoder's width that the model adds between
+    layers (DeepStack).
     """
 
     samples: int
@@ -27,6 +29,7 @@ class Load:
     patches: int
     pixels: int
     kept: int
+    rotary: int
     terms: int
 
     @property
@@ -53,7 +56,18 @@ def load_of(source: Source, settings: Settings, tokens: int | None = None) -> Lo
     kinds = len(set(getattr(text, "layer_types", None) or ("full",)))
     kept = kinds * 2 * head * FLOAT + (kinds * tokens if kinds > 1 else 0)
     deepstack = len(getattr(vision, "deepstack_visual_indexes", None) or ())
-    return Load(samples, tokens, patches, 3 * frames * patch * patch * patches * FLOAT, kept, deepstack)
+    pixels = 3 * frames * patch * patch * patches * FLOAT
+    return Load(samples, tokens, patches, pixels, kept, _tower_rotary(source), deepstack)
+
+
+def _tower_rotary(source: Source) -> int:
+    """Bytes of the rotary cos and sin that each patch brings along; 0 where a tower adds positions to its patches."""
+    block = source.model.get_submodule(source.family.blocks)[0]
+    if "position_embeddings" not in inspect.signature(block.forward).parameters:
+        return 0
+    vision = source.model.config.vision_config
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    return 2 * width // vision.num_heads * FLOAT
 
 
 def patches_per_token(source: Source) -> int:

@@ -2,8 +2,8 @@
 
 A phase gives what lies in the host's memory whatever the device is (pixel values, files) and what lies on the device
 (streams, weights in float32, moments, the solver's working set). On a CPU both are one memory. What comes before the
-walks is in `front.py`, token weights and channel scales in `weighing.py`, Q-VLM in `joint.py`; here are the run's
-phases and the solving of a layer.
+walks is in `front.py`, streams in `streams.py`, token weights and channel scales in `weighing.py`, Q-VLM in `joint.py`;
+here are the run's phases and the solving of a layer.
 """
 
 from vlmq_vllm.offline.plan.front import capturing, preparing, replaying
@@ -11,11 +11,12 @@ from vlmq_vllm.offline.plan.joint import learning_bounds, searching_blocks
 from vlmq_vllm.offline.plan.load import FLOAT, Load
 from vlmq_vllm.offline.plan.phase import Layer, Phase, layer_of, numel
 from vlmq_vllm.offline.plan.solving import ROUNDING, Stage, moments_bytes, rounding_bytes, stages_of, working_bytes
+from vlmq_vllm.offline.plan.streams import Streams, find_streams
 from vlmq_vllm.offline.plan.weighing import modalities, searching, weighing
 from vlmq_vllm.offline.saliency.weighing import weighted_linears
 from vlmq_vllm.offline.settings import KEPT, Settings
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.units import Unit, stored_bytes
+from vlmq_vllm.offline.units import ORDER, Unit, stored_bytes
 
 # The interpreter with torch, transformers, the skeleton of a model, a processor and what kernels keep, as measured on
 # small models with torch 2.13 for CPU and transformers 5.19. CUDA's own libraries come on top of it.
@@ -31,26 +32,28 @@ def find_phases(
     """The phases of a run. `exact`: the device is a CPU: factors in float64."""
     phases = []
     if load.samples:
-        moved = any(unit.component != "language" for unit in units)
-        caught = capturing(source, settings, load, moved, exact)
-        phases += [preparing(load), caught, replaying(source, load, exact)]
-    for component in ("vision", "connector", "language"):
+        phases += [preparing(load), replaying(source, load, exact)]
+    moved = any(unit.component != "language" for unit in units)
+    for component in ORDER:
         own = [unit for unit in units if unit.component == component]
         if not own:
             continue
         largest = max(own, key=lambda unit: numel(source.model.get_submodule(unit.module)))
         layer = layer_of(source, component, largest.module, load)
+        streams = find_streams(settings, component, layer.width, load, moved)
+        if load.samples and (component == "language" or not settings.rounds):
+            phases.append(capturing(source, component, load, streams.captured, exact))
         if component == "language" and settings.saliency == "modality":
-            phases += modalities(source, layer, load, caught.device["streams"])
+            phases += modalities(source, layer, load, streams.captured)
         if settings.method == "qvlm" and component == "vision":
             decoder = layer_of(source, "language", f"{source.family.layers}.0", load)
             phases += learning_bounds(source, layer, decoder, len(own), load, exact)
         elif settings.method == "qvlm" and component == "language":
-            phases += searching_blocks(source, layer, load)
+            phases += searching_blocks(source, layer, load, streams)
         elif settings.rounds:
             phases.append(_round(component, layer, settings, load))
         else:
-            phases += _walk(source, settings, component, layer, load, exact)
+            phases += _walk(source, settings, component, layer, load, streams, exact)
     phases.append(_write(source, rest))
     return phases
 
@@ -62,12 +65,14 @@ def _round(component: str, layer: Layer, settings: Settings, load: Load) -> Phas
     return Phase(f"{component}: round", host, held | {"codes": ROUNDING * layer.biggest})
 
 
-def _walk(source: Source, settings: Settings, component: str, layer: Layer, load: Load, exact: bool) -> list[Phase]:
+def _walk(
+    source: Source, settings: Settings, component: str, layer: Layer, load: Load, streams: Streams, exact: bool
+) -> list[Phase]:
     """`Walk.layer` at one layer: weigh tokens, search scales, then per stage collect and solve, beside the streams."""
     decoder = component == "language"
     batch = load.batch * (1 if decoder else load.patches)  # of patches where inputs are patches
     host = {} if decoder else {"pixels of batches": load.total * load.pixels}  # needed for what comes later
-    held = {"streams": _streams(settings, component, layer, load), "layer in float32": layer.bytes}
+    held = {"streams": streams.walking, "layer in float32": layer.bytes}
     stages = stages_of(layer.shapes, _apart(source, settings, component, layer))
     phases = []
     if decoder and (terms := weighing(settings, layer, batch)):
@@ -91,8 +96,10 @@ def _stage(settings: Settings, decoder: bool, layer: Layer, stage: Stage, batch:
     moved = settings.residual and not stage.several  # no residual between the streams of several experts
     base = settings.base if moved else "gptq"
     moments = {"moments": moments_bytes(stage.problems, base)}
-    # beside the layer's own: weighted inputs, and for a residual the other stream's inputs and the difference
-    copies = (1 if decoder and settings.saliency != "none" else 0) + (2 if moved else 0)
+    # beside the layer's own: weighted inputs (AWQ weights its search for scales alone), and for a residual the other
+    # stream's inputs and the difference
+    weighted = decoder and settings.saliency != "none" and settings.method != "awq"
+    copies = (1 if weighted else 0) + (2 if moved else 0)
     copies += ROUNDED_INPUTS if settings.activation_bits != KEPT else 0
     columns = max(problem.columns for problem in stage.problems)
     if settings.method == "awq":
@@ -103,15 +110,6 @@ def _stage(settings: Settings, decoder: bool, layer: Layer, stage: Stage, batch:
         "collect moments": moments | {"activations of a batch": batch * (layer.activations + copies * FLOAT * columns)},
         "solve": moments | {"solver": solver},
     }
-
-
-def _streams(settings: Settings, component: str, layer: Layer, load: Load) -> int:
-    """The streams of a component with what they keep; F beside U where a method needs it, as in `Walks._streams`."""
-    decoder = component == "language"
-    tokens = load.total * (1 if decoder else load.patches)
-    paired = settings.paired if decoder else settings.residual
-    kept = load.kept + (load.terms * layer.width * FLOAT if decoder else 0)
-    return tokens * (layer.width * FLOAT * (2 if paired else 1) + kept)
 
 
 def _weights(stage: Stage) -> int:

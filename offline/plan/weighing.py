@@ -30,11 +30,11 @@ def _integrated(layer: Layer) -> int:
 
 def modalities(source: Source, layer: Layer, load: Load, streams: int) -> list[Phase]:
     """`modality.modality_ratios`: the loss behind the last layer, and its gradients back through the layers. `streams`:
-    bytes of those that have been captured."""
+    bytes of those that have been captured. The batches are dropped when the walk begins, behind this."""
     passed = FLOAT * layer.width
     kept = passed * (len(source.layers()) + 1)
     chunk = max(load.batch, min(load.total, LIMIT // kept))
-    host = {"inputs of all layers": chunk * kept}
+    host = {"pixels of batches": load.total * load.pixels, "inputs of all layers": chunk * kept}
     held = {"streams": streams, "gradients": (load.total + chunk) * passed}
     back = {"layer in float32": layer.bytes, "graph of a layer": load.batch * layer.graph}
     return [
