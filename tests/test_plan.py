@@ -155,6 +155,17 @@ def test_warnings_name_the_group_size_that_fits_all(tmp_path):
     assert any("over 4" in line and line.endswith("cannot be cut into 52 columns for each rank") for line in lines)
 
 
+def test_experts_are_not_warned_about(tmp_path):
+    family_models.build("qwen3_vl_moe", tmp_path)
+    found = plan(str(tmp_path), Settings(bits=4, group_size=32, samples=128), "cpu", tokens=512)
+    assert any(linear.layer == "FusedMoE" for linear in found.linears)
+    # the widest expert has 128 columns: a third of 65,536 tokens is enough, and one process can serve it
+    assert [line for line in found.warnings if not line.startswith("tensor parallelism over ")] == []
+    # inputs of experts are not rounded while they are served
+    with pytest.raises(RefusedError, match="inputs of experts are served at 16 bits only"):
+        plan(str(tmp_path), Settings(bits=4, group_size=32, activation_bits=8))
+
+
 def test_warnings_about_heads_and_tokens(demo_model):
     lines = plan(str(demo_model), Settings(samples=4), tokens=64).warnings
     assert any("over 8" in line and "4 attention heads do not divide by 8" in line for line in lines)
