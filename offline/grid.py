@@ -21,6 +21,12 @@ class GridSearch:
 
     With the diagonal blocks of H as importance it is the one with the least error^T H_gg error, what the group's errors
     do to the output. The exponent 2.4 is that of GPTQ's public code.
+
+    CLIP with these blocks has the aim of AWQ's search for clipped ranges (2306.00978), the least squared output error
+    of each row and group, but other candidates. AWQ's code clamps weights to [-t, t], for the 10 thresholds t = max |w|
+    times 1, 0.95 ... 0.55, and takes the range of what is left, so that a shorter side within t keeps its end. Here low
+    and high shrink by one factor, 21 from 1 to 0.5 in steps of 0.025. AWQ judges by some 512 tokens of the calibration
+    data that count alike; H has all tokens with their weights.
     """
 
     steps: int = 35
@@ -30,7 +36,7 @@ class GridSearch:
 
 
 MINMAX, MSE = GridSearch(steps=0), GridSearch()
-CLIP = GridSearch(steps=20, least=0.5, exponent=2, importance=True)  # with blocks: AWQ's search for clipped ranges
+CLIP = GridSearch(steps=20, least=0.5, exponent=2, importance=True)
 
 
 def find_grid(

@@ -25,7 +25,7 @@ def problem(rows: int, columns: int, tokens: int) -> tuple[torch.Tensor, torch.T
 
 
 def clipped_by_hand(weight, inputs, weights, format):
-    """AWQ's search written out: for each row and group 21 ranges, and each one's weighted squared output error."""
+    """The search written out: for each row and group 21 ranges, and each one's weighted squared output error."""
     width = weight.shape[1] if format.group_size == -1 else format.group_size
     found, margins = torch.empty_like(weight), []
     for start in range(0, weight.shape[1], width):

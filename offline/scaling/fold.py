@@ -72,14 +72,13 @@ def moved(hidden: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> fl
     hidden: what goes in; all [.., d] float32. For token n it is, with what float32 sums with the residual stream may
     err by taken off,
 
-        max_c max(0, |after_nc - before_nc| - ROUNDING max(|hidden_nc|, |before_nc|)) / max_c |before_nc - hidden_nc|,
+        max_c max(0, |after_nc - before_nc| - ROUNDING |before_nc|) / max_c |before_nc - hidden_nc|,
 
     and the result is the largest of all tokens, the share of STRAYS left out; infinite if a value is not finite.
     """
     if not after.isfinite().all():
         return math.inf
-    rounding = ROUNDING * torch.maximum(hidden.abs(), before.abs())
-    excess = ((after - before).abs() - rounding).clamp_min(0).flatten(0, -2).amax(-1)
+    excess = ((after - before).abs() - ROUNDING * before.abs()).clamp_min(0).flatten(0, -2).amax(-1)
     added = (before - hidden).abs().flatten(0, -2).amax(-1)
     errors = torch.where(excess > 0, excess / added, 0.0).sort().values
     return float(errors[-1 - int(STRAYS * len(errors))])
