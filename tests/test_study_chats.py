@@ -6,7 +6,7 @@ from family_studies import build_study
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.study.chats import count_pictured
+from vlmq_vllm.offline.study.chats import is_pictured
 from vlmq_vllm.offline.study.run import sweep
 from vlmq_vllm.offline.study.settings import StudySettings
 
@@ -54,14 +54,15 @@ def test_pictures_of_chats_that_are_too_long_do_not_count(given, tmp_path):
     chats = read_all(given.held_out)
     pictured, plain = (prepare(chat, processor)[0]["input_ids"].shape[1] for chat in chats)
     assert chats[0]["images"] and not chats[1]["images"] and plain < pictured
-    message = f"none of the 1 held-out chats of at most {plain} tokens has a picture, .*; raise --max-tokens, or study"
+    message = f"no held-out chat with a picture has at most {plain} tokens, .*; raise --max-tokens, or study"
     with pytest.raises(QuantizeError, match=message):
         sweep(str(given.model), given.held_out, None, tmp_path / "study", settings(max_tokens=plain))
+    assert not (tmp_path / "study").exists()
 
 
-@pytest.mark.parametrize(("images", "videos", "expected"), [(["a"], [], 1), ([], ["b"], 1), ([], [], 0)])
+@pytest.mark.parametrize(("images", "videos", "expected"), [(["a"], [], True), ([], ["b"], True), ([], [], False)])
 def test_a_video_counts_as_a_picture(images, videos, expected):
     class Asked:
         chat = {"images": images, "videos": videos}
 
-    assert count_pictured([Asked()], ["language"]) == expected
+    assert is_pictured(Asked()) is expected

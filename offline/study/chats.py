@@ -37,8 +37,8 @@ def read(
     components: list[str],
     say: Callable[[str], None],
 ) -> Chats:
-    """Read both. Raises QuantizeError for a chat that cannot be used and for chats without pictures where one of the
-    `components` needs some, RefusedError where a chat is in both."""
+    """Read both. Raises QuantizeError for chats that cannot be used or would say nothing of one of the `components`,
+    RefusedError where a chat is in both."""
     held_out = read_all(data)
     if not held_out:
         raise QuantizeError(f"{data} holds no chat; give held-out data with one chat per line")
@@ -46,7 +46,7 @@ def read(
         held_out = random.Random(settings.seed).sample(held_out, settings.samples)
     ends = end_ids(source.folder, processor)
     questions = [read_question(chat, processor, ends) for chat in held_out]
-    count_pictured(questions, components)
+    check_usable(questions, processor, components, settings.max_tokens)
     taught, samples = [], []
     if calibration is not None:
         drawn = read_chats(calibration, settings.seed)
@@ -61,19 +61,32 @@ def read(
     return Chats(questions, batched(samples), probe, [mark.chat for mark in taught], [mark.chat for mark in asked])
 
 
-def count_pictured(
-    questions: list[Question], components: list[str], among: str = "", advice: str = "give --data with pictures"
-) -> int:
-    """How many have a picture or a video. Raises QuantizeError where none has and a component is studied that nothing
-    else reaches: its linears would seem to bear any width. among: which chats they are, for the message."""
-    found = sum(bool(question.chat["images"] or question.chat["videos"]) for question in questions)
-    unreached = [component for component in components if component != "language"]
-    if unreached and not found:
-        raise QuantizeError(
-            f"none of the {len(questions)} held-out chats{among} has a picture, so that nothing is known of "
-            f"{' and '.join(unreached)}; {advice}, or study --components language alone"
+def check_usable(questions: list[Question], processor, components: list[str], limit: int) -> None:
+    """Raises QuantizeError unless a chat has at most `limit` tokens, and one with a picture where a component is
+    studied that nothing else reaches: its linears would seem to bear any width."""
+
+    def fits(question: Question) -> bool:
+        return question.inputs(processor)[0]["input_ids"].shape[1] <= limit
+
+    if not any(map(fits, questions)):
+        raise QuantizeError(f"no held-out chat has at most {limit} tokens; raise --max-tokens")
+    unreached = " and ".join(component for component in components if component != "language")
+    pictured = list(filter(is_pictured, questions))
+    if unreached and not any(map(fits, pictured)):
+        found = (
+            f"no held-out chat with a picture has at most {limit} tokens"
+            if pictured
+            else (f"none of the {len(questions)} held-out chats has a picture")
         )
-    return found
+        advice = "raise --max-tokens" if pictured else "give --data with pictures"
+        raise QuantizeError(
+            f"{found}, so that nothing is known of {unreached}; {advice}, or study --components language alone"
+        )
+
+
+def is_pictured(question: Question) -> bool:
+    """Whether a picture or a video is in it."""
+    return bool(question.chat["images"] or question.chat["videos"])
 
 
 def check_disjoint(taught: list[Marks], asked: list[Marks], say: Callable[[str], None]) -> None:

@@ -20,7 +20,7 @@ from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.linears import put
 from vlmq_vllm.offline.settings import KEPT
 from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.study.chats import count_pictured
+from vlmq_vllm.offline.study.chats import is_pictured
 from vlmq_vllm.offline.study.parts import Subject
 from vlmq_vllm.offline.study.pieces import Pieces
 
@@ -42,7 +42,7 @@ class Figures:
 class Judge:
     """Scores of the full-precision model, found once, and the model that is changed.
 
-    questions: those that are short enough. pictured: how many of them have a picture. Raises QuantizeError for none.
+    questions: those that are short enough. pictured: how many of them have a picture.
     """
 
     def __init__(
@@ -69,10 +69,7 @@ class Judge:
                 self._keep(len(self.questions), inputs, start)
                 self.questions.append(question)
                 self.teacher.append(self._score(len(self.questions) - 1, None))
-        if not self.questions:
-            raise QuantizeError(f"no held-out chat has at most {settings.max_tokens} tokens; raise --max-tokens")
-        short = f" of at most {settings.max_tokens} tokens"
-        self.pictured = count_pictured(self.questions, subject.components, short, "raise --max-tokens")
+        self.pictured = sum(map(is_pictured, self.questions))
 
     def full_precision(self) -> Figures:
         """The figures of the model itself."""
