@@ -66,8 +66,8 @@ class Settings:
     damp: part of mean(diag H) that is added to the diagonal of H before it is factorised.
     act_order: treat columns by falling diag H ("static": groups stay as in the file) or in file order ("none").
     grid: scales from a group's range ("minmax"), by the least |error|^2.4 over shrunk ranges ("mse"), or by the least
-    squared error weighted with diag H ("mse-h", without H plain squares). Of AWQ it is the grid of its trials, the
-    final ranges are clipped by its own search; Q-VLM moves on from it.
+    squared error weighted with diag H ("mse-h", without H plain squares). Method awq tries its scales on it and clips
+    the final ranges by a search of its own; its default is "minmax", as its authors have it. Q-VLM moves on from it.
     saliency_power: p in lambda = g^p; 2 is version 2 of the VLMQ paper, 1 is version 1.
     saliency_scope: "attention" weights q, k, v and o (the paper), "all" gate, up and down too.
     saliency_fallback: where there is no signal: tokens count alike ("ones") or by the error of rounded weights ("rtn").
@@ -104,6 +104,8 @@ class Settings:
     def __post_init__(self) -> None:
         best = BEST.get(self.bits, {}) | ({} if self.method == "vlmq" else {"base": "gptq"})
         best["saliency"] = SALIENCY.get(self.method, ("none",))[0]
+        if self.method == "awq":
+            best["grid"] = "minmax"
         for name, value in best.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

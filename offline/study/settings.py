@@ -10,7 +10,7 @@ BY = ("component", "third", "kind", "layer", "module")
 DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing else differs between two configurations.
-SOLVER = {"base": "gptq", "act_order": "static", "grid": "mse", "damp": 0.01}
+SOLVER = {"base": "gptq", "act_order": "static", "damp": 0.01}
 
 
 @dataclass(frozen=True)
