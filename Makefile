@@ -35,7 +35,7 @@ test-all: install
 GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product expert_products int8 op cuda columns)
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
-	PYTHONPATH=. $(PYTHON) benchmarks/kernels.py --seconds 420 --out kernels.jsonl
+	PYTHONPATH=. $(PYTHON) benchmarks/kernel_speed.py --seconds 420 --out kernels.jsonl
 
 lint: install
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""The lines of `kernels.py` as markdown: the machine, a table for every width, what was left out and why.
+"""The lines of `kernel_speed.py` as markdown: the machine, a table for every width, what was left out and why.
 
 A line is a dict with a "kind": machine, speed, absent, failed, skipped or refused. Nothing is measured here.
 """

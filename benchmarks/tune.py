@@ -3,11 +3,11 @@
     PYTHONPATH=. python benchmarks/tune.py FOLDER --shapes 7b 72b-gate_up --seconds 540
 
 For each bucket of tokens all tiles of a list are tried with the model's number of parts, then the fastest few with
-every number. They are compiled beforehand by all processor cores, timed as `kernels.py` times (`gpu_timing.py`), and
-count only if their result is right. FOLDER/ARCH.json becomes the table in use with the fastest plans in it and, with
---crossover, the number of tokens from which dequantising is faster (`crossover.py`). VLMQ_TUNED=FOLDER uses it; copied
-into `kernels/tuned` it ships. --int8-crossover tells the number of tokens from which int8 tensor cores are faster for
-activations of 8 bits; it is no entry of the table, but `INT8_FROM` in `kernels/product.py`.
+every number. They are compiled beforehand by all processor cores, timed as `kernel_speed.py` times (`gpu_timing.py`),
+and count only if their result is right. FOLDER/ARCH.json becomes the table in use with the fastest plans in it and,
+with --crossover, the number of tokens from which dequantising is faster (`crossover.py`). VLMQ_TUNED=FOLDER uses it;
+copied into `kernels/tuned` it ships. --int8-crossover tells the number of tokens from which int8 tensor cores are
+faster for activations of 8 bits; it is no entry of the table, but `INT8_FROM` in `kernels/product.py`.
 """
 
 import argparse

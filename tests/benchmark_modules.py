@@ -1,8 +1,4 @@
-"""The modules of `benchmarks/` for tests, and a machine that they might tell of.
-
-They are found there for as long as the import takes and no longer: its kernels.py has the name of a Hugging Face
-package that transformers looks for.
-"""
+"""The modules of `benchmarks/` for tests, and a machine that they might tell of."""
 
 import sys
 from importlib import import_module
@@ -15,7 +11,7 @@ MACHINE = {
     "device": "A card",
     "driver": "580.1",
     "versions": {"torch": "2.11.0", "vllm": "not installed"},
-    "command": "python benchmarks/kernels.py --bits 4",
+    "command": "python benchmarks/kernel_speed.py --bits 4",
     "dtype": "bf16",
     "group_size": 128,
     "symmetric": True,
@@ -27,12 +23,8 @@ MACHINE = {
 
 def load(*names: str) -> list:
     """The modules of these names."""
-    others = sys.modules.pop("kernels", None)  # transformers may have found one, or our own folder of that name
     sys.path.insert(0, FOLDER)
     try:
         return [import_module(name) for name in names]
     finally:
         sys.path.remove(FOLDER)
-        sys.modules.pop("kernels", None)
-        if others is not None:
-            sys.modules["kernels"] = others

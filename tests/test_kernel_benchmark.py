@@ -9,8 +9,8 @@ import torch
 from benchmark_modules import MACHINE, load
 from kernel_problems import BF16
 
-gpu_timing, kernel_bench, kernel_peers, kernel_cases, kernel_report, kernels = load(
-    "gpu_timing", "kernel_bench", "kernel_peers", "kernel_cases", "kernel_report", "kernels"
+gpu_timing, kernel_bench, kernel_peers, kernel_cases, kernel_report, kernel_speed = load(
+    "gpu_timing", "kernel_bench", "kernel_peers", "kernel_cases", "kernel_report", "kernel_speed"
 )
 from journal import Journal  # noqa: E402
 from kernel_cases import BITS, TOKENS, Block, Layer  # noqa: E402
@@ -67,7 +67,7 @@ def test_run(bench):
     """Ours and the dense product get figures, a wrong peer and one that cannot pack are listed with their errors."""
     broken = kernel_peers.Kernel("Broken", (4,), unpackable)
     made = bench(vlmq=dense_times(1), cublas=dense_times(1), humming=dense_times(1.1), machete=broken)
-    kernels.compare(made, [SMALL])
+    kernel_speed.compare(made, [SMALL])
     per_case = [("speed", "vlmq"), ("speed", "cublas"), ("failed", "humming"), ("failed", "machete")]
     assert kinds(made) == per_case * 2
     mine, dense, wrong, unpacked = made.journal.lines[1:5]
@@ -95,11 +95,11 @@ def test_refused(bench, monkeypatch, capsys):
     made = bench(vlmq=dense_times(1.1), cublas=dense_times(1))
     made.journal.add("speed", kernel="vlmq", microseconds=1.0)
     made.journal.out.with_suffix(".md").write_text("old")
-    monkeypatch.setattr(kernels, "run", lambda args, setting, journal: kernels.compare(made, [SMALL]))
-    reason = kernels.guarded(None, SETTING, made.journal)
+    monkeypatch.setattr(kernel_speed, "run", lambda args, setting, journal: kernel_speed.compare(made, [SMALL]))
+    reason = kernel_speed.guarded(None, SETTING, made.journal)
     assert reason.count("relative RMS error") == 2 and "M=1:" in reason and "M=5:" in reason
     assert kinds(made) == [("refused", "vlmq")]
-    assert not made.journal.out.with_suffix(".md").exists() and "speed" not in made.journal.out.read_text()
+    assert not made.journal.out.with_suffix(".md").exists() and '"speed"' not in made.journal.out.read_text()
     assert capsys.readouterr().out == ""
 
 
@@ -143,8 +143,8 @@ def test_lost(bench, monkeypatch):
             raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(gpu_timing, "settle", settle)
-    monkeypatch.setattr(kernels, "run", lambda args, setting, journal: made.run(SMALL))
-    assert "humming at 7b-o W4 M=1 broke the CUDA context" in kernels.guarded(None, SETTING, made.journal)
+    monkeypatch.setattr(kernel_speed, "run", lambda args, setting, journal: made.run(SMALL))
+    assert "humming at 7b-o W4 M=1 broke the CUDA context" in kernel_speed.guarded(None, SETTING, made.journal)
     assert kinds(made) == [("speed", "vlmq"), ("failed", "humming")]
     assert made.journal.out.with_suffix(".md").exists()
 
@@ -164,15 +164,17 @@ def test_lost_by_ours(bench, monkeypatch):
 
 
 def test_arguments():
-    args = kernels.parser().parse_args([])
+    args = kernel_speed.parser().parse_args([])
     assert (args.bits, args.tokens, args.shapes) == (list(BITS), list(TOKENS), [])
     assert args.peers == ["cublas", "humming", "marlin", "machete", "triton", "gemlite", "cutlass", "int_mm"]
-    assert args.int8_bits == [8, 4] and kernels.parser().parse_args(["--int8-bits"]).int8_bits == []
+    assert args.int8_bits == [8, 4] and kernel_speed.parser().parse_args(["--int8-bits"]).int8_bits == []
     assert (args.seconds, args.group_size, args.dtype, args.out) == (540, 128, "bf16", None)
-    args = kernels.parser().parse_args(["--peers", *["--tokens", "3", "--bits", "2", "3", "--shapes", "7b", "down"]])
+    args = kernel_speed.parser().parse_args(
+        ["--peers", *["--tokens", "3", "--bits", "2", "3", "--shapes", "7b", "down"]]
+    )
     assert (args.peers, args.tokens, args.bits, args.shapes) == ([], [3], [2, 3], ["7b", "down"])
-    assert kernels.public(["--bits", "4", "--out", "/a/b", "--seed", "1"]) == ["--bits", "4", "--seed", "1"]
-    assert kernels.public(["--out=/a/b"]) == []
+    assert kernel_speed.public(["--bits", "4", "--out", "/a/b", "--seed", "1"]) == ["--bits", "4", "--seed", "1"]
+    assert kernel_speed.public(["--out=/a/b"]) == []
 
 
 @pytest.mark.parametrize(
@@ -180,20 +182,20 @@ def test_arguments():
 )
 def test_refused_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        kernels.parser().parse_args(arguments.split())
+        kernel_speed.parser().parse_args(arguments.split())
     assert end.value.code == 2 and arguments.split()[0] in capsys.readouterr().err
 
 
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["kernels.py"])
+    monkeypatch.setattr(sys, "argv", ["kernel_speed.py"])
     with pytest.raises(SystemExit, match="no GPU"):
-        kernels.main()
+        kernel_speed.main()
 
 
 def test_ours_absent(monkeypatch):
     monkeypatch.setitem(kernel_peers.KERNELS, "vlmq", kernel_peers.Kernel("X", (4,), None, ("no_such_kernel",)))
     before = dict(os.environ)
     with pytest.raises(kernel_bench.Refused, match="no_such_kernel"):
-        kernels.present(["vlmq"], Journal(None, kernel_report.report))
+        kernel_speed.present(["vlmq"], Journal(None, kernel_report.report))
     assert dict(os.environ) == before  # the serve benchmark's servers once inherited a quiet log from here

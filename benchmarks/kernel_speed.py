@@ -1,8 +1,8 @@
 """Speed of vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's own kernels and cuBLAS, on one GPU.
 
-    PYTHONPATH=. python benchmarks/kernels.py --first-minute         # what the machine can do at all
-    PYTHONPATH=. python benchmarks/kernels.py --out kernels.jsonl    # everything, in nine minutes at most
-    PYTHONPATH=. python benchmarks/kernels.py --shapes 7b-down --tokens 1 8 --bits 2 --peers cublas humming
+    PYTHONPATH=. python benchmarks/kernel_speed.py --first-minute         # what the machine can do at all
+    PYTHONPATH=. python benchmarks/kernel_speed.py --out kernels.jsonl    # everything, in nine minutes at most
+    PYTHONPATH=. python benchmarks/kernel_speed.py --shapes 7b-down --tokens 1 8 --bits 2 --peers cublas humming
 
 W4A8 and W8A8, with activations of 8 bits, are measured from 128 tokens on, where int8 tensor cores take over, beside
 products of the same weights with activations of 16 bits; at 8 bits a weight has one scale per row, as its peers have.
@@ -32,7 +32,6 @@ from kernel_report import report
 from kernel_state import Clock, Setting
 
 BEGAN = monotonic()
-HERE = Path(__file__).absolute().parent
 PACKAGES = ("torch", "triton", "vllm", "humming-kernels", "gemlite")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -91,7 +90,7 @@ def machine(args: argparse.Namespace, setting: Setting) -> dict:
         "device": torch.cuda.get_device_name(setting.device),
         "driver": driver(),
         "versions": {name: installed(name) for name in PACKAGES} | {"CUDA": torch.version.cuda},
-        "command": " ".join(["python benchmarks/kernels.py", *public(sys.argv[1:])]),
+        "command": " ".join(["python benchmarks/kernel_speed.py", *public(sys.argv[1:])]),
         "dtype": args.dtype,
         "group_size": setting.group_size,
         "symmetric": setting.symmetric,
@@ -151,8 +150,6 @@ def positive(text: str) -> int:
 def main() -> None:
     args = parser().parse_args()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its log would stand between the tables
-    # transformers, which vLLM imports, looks for a package "kernels"; it must not find this file.
-    sys.path[:] = [folder for folder in sys.path if Path(folder).absolute() != HERE]
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: torch finds no CUDA device, and nothing else can tell how fast these kernels are")
     device = f"cuda:{torch.cuda.current_device()}"
