@@ -23,7 +23,7 @@ from vlmq_vllm.offline.resume import identity, reader, unit_reader
 from vlmq_vllm.offline.settings import Settings
 from vlmq_vllm.offline.source import Source, find
 from vlmq_vllm.offline.stream import check_replay
-from vlmq_vllm.offline.units import Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
+from vlmq_vllm.offline.units import ORDER, Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
 from vlmq_vllm.offline.walk import Row
 from vlmq_vllm.offline.walks import AnyWalk, Walks
 from vlmq_vllm.offline.writer import Parts, Writer, check_destination
@@ -99,7 +99,7 @@ class _Run:
         self.source.quantized = reader(parts, self.targets, self.units)
         self.source.written = unit_reader(parts, self.source, self.units, self.source.quantized)
         self._check_replay()
-        for component in ("vision", "connector", "language"):
+        for component in ORDER:
             units = [unit for unit in self.units if unit.component == component]
             if not all(parts.done(unit.key) for unit in units):
                 self._component(component, units, parts, writer)
@@ -107,7 +107,8 @@ class _Run:
     def _component(self, component: str, units: list[Unit], parts: Parts, writer: Writer | None) -> None:
         """One of them; its streams are gone when the next one begins."""
         for walk, unit in self._walks(component, units):
-            self._unit(unit, walk, parts, writer, last=unit.module == units[-1].module)
+            self._unit(unit, walk, parts, writer, last=component == "connector" or unit.module == units[-1].module)
+            del walk  # before the streams of the connector's next part are caught
 
     def _check_replay(self) -> None:
         if self.samples.probe is not None:

@@ -20,7 +20,7 @@ from vlmq_vllm.offline.models import Family, family_of
 from vlmq_vllm.offline.places import Place, find_places
 from vlmq_vllm.offline.skeleton import build_skeleton
 
-DTYPES = ("F16", "BF16", "F32")
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memory while inputs are captured
 
 
@@ -60,6 +60,10 @@ class Source:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
         return torch.float16 if self.headers[self.places[name].tensor].dtype == "F16" else torch.bfloat16
+
+    def restored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A value for parameter `name` in the dtype that it has in the files."""
+        return value.to(DTYPES[self.headers[self.places[name].tensor].dtype])
 
     def module_in_files(self, name: str) -> str:
         """Name in the files of the linear whose in-memory name is `name`."""

@@ -152,8 +152,9 @@ class Walk:
             lambda linear: self.formats.get(_full(name, linear)),
             lambda inner: self.source.stored_dtype(_full(name, inner)),
         )
-        changed = {self.source.places[_full(name, inner)].tensor: value for inner, value in found.changed.items()}
-        return found.ratios, changed
+        changed = {_full(name, inner): value for inner, value in found.changed.items()}
+        places = self.source.places
+        return found.ratios, {places[full].tensor: self.source.restored(full, changed[full]) for full in changed}
 
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""

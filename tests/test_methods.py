@@ -2,10 +2,11 @@
 
 import functools
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.errors import QuantizeError, StoppedError
 from vlmq_vllm.headers import read_headers
@@ -94,6 +95,23 @@ def test_scaled_channels(runs, demo_model):
             assert after[name].dtype == before[name].dtype
             assert torch.equal(after[name], before[name]) == (ratios[linear] == 0)
     assert any(row["scaling"] > 0 for row in rows)
+
+
+def test_scaled_norms_of_a_wider_dtype(demo_model, calibration, tmp_path):
+    """They are written as they were stored, with the values that they get where all is in 16 bits."""
+    wide = shutil.copytree(demo_model, tmp_path / "wide")
+    before = tensors(demo_model)
+    for file in wide.glob("*.safetensors"):
+        kept = load_file(file)
+        save_file({n: t.float() if "layernorm" in n else t for n, t in kept.items()}, file, {"format": "pt"})
+    options = Settings(**GROUP | METHODS["awq"] | {"samples": 2})
+    for model, name in ((demo_model, "one"), (wide, "other")):
+        quantize(str(model), tmp_path / name, calibration, options)
+    one, other = tensors(tmp_path / "one"), tensors(tmp_path / "other")
+    norms = [name for name in before if "layernorm" in name]
+    assert norms and any(not torch.equal(before[name], one[name]) for name in norms)
+    for name in norms:
+        assert other[name].dtype == torch.float32 and torch.equal(other[name], one[name].float())
 
 
 def test_report_of_token_weights(runs):

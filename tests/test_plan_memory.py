@@ -157,10 +157,10 @@ def test_memory_of_joint_search_by_hand(demo_model):
     own = dict(terms(demo_model, method="qvlm", vision_bits=4, connector_bits=4))
     block, state = own["language: search a block"], TOKENS * 4 * D
     # behind a quantised tower both streams are caught apart, with rotary cos and sin each
-    assert own["language: measure dependencies"]["hidden states"] == (2 + 2) * state
+    assert own["language: measure entropies"]["hidden states"] == (2 + 2) * state
     assert block["what streams keep"] == 2 * TOKENS * 2 * 64 * 4
     alone = dict(terms(demo_model, method="qvlm"))
-    assert alone["language: measure dependencies"]["hidden states"] == (1 + 2) * state
+    assert alone["language: measure entropies"]["hidden states"] == (1 + 2) * state
     assert alone["language: search a block"]["what streams keep"] == TOKENS * 2 * 64 * 4
     # three layers: three targets, the choices in front of each, the two best and what is computed
     assert block["hidden states"] == (3 + 3 + 3) * state

@@ -109,23 +109,23 @@ def test_scaled_pieces_are_what_the_folded_layer_amounts_to(demo_model, calibrat
 
     Both runs stop behind the first layer. Bound: the piece is rounded to bfloat16, 2^-9 of each weight.
     """
-    out, method = tmp_path / "study", replace(KINDS, bits=(3,), methods=("awq",))
+    out, method = tmp_path / "study", replace(KINDS, bits=(4,), methods=("awq",))
     for run in (
         lambda stop: sweep(str(demo_model), held_out, calibration, out, method, stop=stop),
-        lambda stop: quantize(str(demo_model), tmp_path / "awq", calibration, settings_of("awq", 3), stop=stop),
+        lambda stop: quantize(str(demo_model), tmp_path / "awq", calibration, settings_of("awq", 4), stop=stop),
     ):
         after_one = iter([False])
         with pytest.raises(StoppedError):
             run(lambda left=after_one: next(left, True))
     [path] = (tmp_path / ".awq.partial").glob("model-*.safetensors")
-    tensors, found = load_file(path), load_file(out / "pieces/awq-3/language-00000.safetensors")
+    tensors, found = load_file(path), load_file(out / "pieces/awq-4/language-00000.safetensors")
     before = load_file(demo_model / "model.safetensors")
     norm = "model.layers.0.input_layernorm.weight"
     scales = before[norm].float() / tensors[norm].float()
     assert scales.max() > 1.01 * scales.min()  # else the test shows nothing
     for linear in "qk":
         module = f"model.layers.0.self_attn.{linear}_proj"
-        expected = served(tensors, module, settings_of("awq", 3).format).float() / scales
+        expected = served(tensors, module, settings_of("awq", 4).format).float() / scales
         torch.testing.assert_close(found[f"{module}.weight"].float(), expected, rtol=2**-8, atol=0)
 
 
@@ -222,7 +222,7 @@ def test_a_budget_becomes_a_recipe_that_a_run_obeys(study, written, demo_model, 
 @pytest.mark.parametrize("budget", [1.0, 2.1])
 def test_an_impossible_budget_is_refused_before_any_work(demo_model, held_out, calibration, tmp_path, budget):
     settings = replace(KINDS, budget=budget)
-    with pytest.raises(RefusedError, match=r"with 2 bits and scales: give 16 down to 2\.15"):
+    with pytest.raises(RefusedError, match=r"with 2 bits and scales: give 2\.15 or more, "):
         sweep(str(demo_model), held_out, calibration, tmp_path / "study", settings)
     assert not list(tmp_path.iterdir())
 

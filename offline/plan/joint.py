@@ -11,12 +11,12 @@ from vlmq_vllm.offline.qvlm.walk import ENTROPY_BITS
 from vlmq_vllm.offline.source import Source
 
 ASSIGNED = 5  # tensors of soft assignments at once, counted in `entropy.joint`
-ROUNDED = 4  # tensors of a weight's size in the graph of `vision.served`
+ROUNDED = 4  # tensors of a weight's size in the graph of `vision.clip_groups`
 STEERED = 4  # hidden states and gradients at every layer of a batch in `decoder.steer`
 
 
 def searching_blocks(source: Source, layer: Layer, load: Load, streams: Streams) -> list[Phase]:
-    """`BlockWalk`: dependencies from one pass over full-precision streams, then the search of a block. The batches are
+    """`BlockWalk`: entropies from one pass over full-precision streams, then the search of a block. The batches are
     dropped between the two."""
     depth, states = min(DEPTH, len(source.layers())), streams.states
     pixels = {"pixels of batches": load.total * load.pixels}
@@ -37,7 +37,7 @@ def searching_blocks(source: Source, layer: Layer, load: Load, streams: Streams)
         "codes": layer.linears // FLOAT + ROUNDING * layer.biggest,
     }
     return [
-        Phase("language: measure dependencies", pixels, kept | passing | measured),
+        Phase("language: measure entropies", pixels, kept | passing | measured),
         Phase("language: search a block", {}, kept | passing | searched),
     ]
 

@@ -47,8 +47,8 @@ class Budget:
         least = sum(sizes[min(levels)] for sizes in self.bits)
         if self.total < least:
             raise RefusedError(
-                f"a budget of {average} bits per weight cannot be met with {min(levels)} bits and scales: give {KEPT} "
-                f"down to {_up(least / weights)}, narrower --bits or larger groups"
+                f"a budget of {average} bits per weight cannot be met with {min(levels)} bits and scales: give "
+                f"{_up(least / weights)} or more, narrower --bits or larger groups"
             )
 
     def mix(self, rises: list[dict[int, float]]) -> Mixture:
