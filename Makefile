@@ -24,11 +24,13 @@ environment_files = pyproject.toml $(wildcard packaging/$(1)-*.txt packaging/vll
 demo: install
 	$(BIN)/python examples/demo_vlm/demo.py
 
+# Files of tests are shared out over the cores, one thread each; at most four at a time, for engines need memory.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What only a GPU can show, with a python3 that has torch for it: the kernels' tests there, then their speed beside
 # whatever peers are installed (benchmarks/README.md). Under ten minutes; writes kernels.jsonl and kernels.md.
