@@ -110,7 +110,7 @@ MISTAKES = {
     "budget out of reach": (
         ["--bits", "3", "--budget", "2.5"],
         3,
-        "cannot be met with 3 bits and scales: give 16 down",
+        "cannot be met with 3 bits and scales: give 3.16 or more",
     ),
     "questions that are too long": (["--max-tokens", "5"], 2, "no held-out chat has at most 5 tokens"),
     "no such device": (["--device", "cuda:77"], 2, "device 'cuda:77' cannot be used"),
