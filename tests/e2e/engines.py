@@ -62,7 +62,7 @@ def run(jobs: list[Job], timeout: float) -> list[list]:
 def asked_for(request, argument: str) -> list[str]:
     """What the tests that are run in the requesting fixture's module have for an argument, so that it can start the
     engines of those alone."""
-    items = [item for item in request.session.items if item.path == request.path]
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     return list(dict.fromkeys(item.callspec.params[argument] for item in items))
 
 
