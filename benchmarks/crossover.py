@@ -1,6 +1,6 @@
 """From how many tokens on another way of multiplying is faster than the fused kernel: `tune.py --crossover`.
 
-    16 bits of activations   dequantising, then cuBLAS (`kernels/dequantise.py`)
+    16 bits of activations   dequantising, then cuBLAS (`kernels/dequantize.py`)
     8 bits                   int8 tensor cores (`kernels/int8.py`); the fused kernel multiplies integers as floats
 
 Of one weight it is the least number of tokens tried at which, and at all greater ones, the other way is faster. Of
@@ -17,9 +17,9 @@ import gpu_timing
 import torch
 from kernel_rounded import Rounded, RoundedOracle
 
-from vlmq_vllm.kernels import dequantise, gemm, int8
+from vlmq_vllm.kernels import dequantize, gemm, int8
+from vlmq_vllm.kernels.dispatch import INT8_FROM
 from vlmq_vllm.kernels.layout import RuntimeWeight
-from vlmq_vllm.kernels.product import INT8_FROM
 
 TOKENS = (192, 256, 384, 512, 768, 1024, 1536, 2048)
 INT8_TOKENS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024)
@@ -36,7 +36,7 @@ class Drawn:
     oracle: gpu_timing.Oracle
 
 
-def dequantise_from(weights: Iterable[Drawn]) -> int:
+def dequantize_from(weights: Iterable[Drawn]) -> int:
     """The median over weights; one for which dequantising is never faster counts with the most tokens tried."""
     found = []
     for weight in weights:
@@ -54,7 +54,7 @@ def int8_from(weights: Iterable[Drawn]) -> int | None:
         print(f"{weight.label}A8: int8 {told(tokens, INT8_TOKENS)}", flush=True)
         found.append(inf if tokens is None else tokens)
     middle = None if median(found) == inf else int(median(found))
-    print(f"int8 {told(middle, INT8_TOKENS)} (median); kernels/product.py has INT8_FROM = {INT8_FROM}", flush=True)
+    print(f"int8 {told(middle, INT8_TOKENS)} (median); kernels/dispatch.py has INT8_FROM = {INT8_FROM}", flush=True)
     return middle
 
 
@@ -70,7 +70,7 @@ def first(counts: Sequence[int], wins: Callable[[int], bool]) -> int | None:
 
 def dequantising_wins(weight: Drawn, m: int) -> bool:
     x = tokens_for(weight, m)
-    fused, other = (microseconds(product, weight, x, weight.oracle) for product in (gemm.gemm, dequantise.gemm))
+    fused, other = (microseconds(product, weight, x, weight.oracle) for product in (gemm.gemm, dequantize.gemm))
     return other < fused
 
 

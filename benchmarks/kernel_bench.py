@@ -9,7 +9,7 @@ from dataclasses import replace
 import gpu_timing
 from journal import Journal
 from kernel_cases import Block, Case
-from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8
+from kernel_peers import DENSE, KERNELS, OWN
 from kernel_state import Clock, Setting, State, told
 
 
@@ -42,7 +42,7 @@ class Bench:
 
     def _look(self, state: State, wrong: list[str]) -> None:
         """Ours in every case of a block; what is wrong is added to the list."""
-        name = OURS_INT8 if state.block.activations == 8 else OURS
+        name = OWN[state.block.activations]
         for case in state.block.cases:
             try:
                 state.measure(name, case)
@@ -74,7 +74,7 @@ class Bench:
         try:
             fields = state.measure(name, case)
         except Exception as error:  # of whatever kind; it is quoted, not lost
-            if name in (OURS, OURS_INT8):
+            if name in OWN.values():
                 raise Refused(f"{case.label}: {told(error)}") from error
             self.journal.add("failed", kernel=name, case=case.label, reason=told(error))
             self._settle(name, case)

@@ -25,7 +25,7 @@ TRITON_W4A16 = "vllm.model_executor.kernels.linear.mixed_precision.triton_w4a16"
 
 def ours(weight: QuantizedWeight, dtype: torch.dtype, rounded: bool = False) -> Packed:
     """`rounded`: for activations of 8 bits."""
-    from vlmq_vllm.kernels.product import multiply
+    from vlmq_vllm.kernels.dispatch import multiply
     from vlmq_vllm.kernels.repack import prepare
 
     runtime = prepare(weight, dtype)
@@ -141,12 +141,13 @@ def accepted(function: Callable, **arguments) -> Callable:
 
 
 OURS, OURS_INT8, DENSE = "vlmq", "vlmq-int8", "cublas"
+OWN = {16: OURS, 8: OURS_INT8}  # by the bits of activations
+MODULES = ("vlmq_vllm.kernels.dispatch", "vlmq_vllm.kernels.repack")
 OPS, SCALARS = "vllm._custom_ops", "vllm.scalar_type"
-OWN = ("vlmq_vllm.kernels.product", "vlmq_vllm.kernels.repack")
 BOTH = {"asymmetric": True, "activations": (16, 8)}
 KERNELS = {
-    OURS: Kernel("vlmq", (2, 3, 4, 8), ours, OWN, **BOTH),
-    OURS_INT8: Kernel("vlmq int8", (4, 8), partial(ours, rounded=True), OWN, asymmetric=True, activations=(8,)),
+    OURS: Kernel("vlmq", (2, 3, 4, 8), ours, MODULES, **BOTH),
+    OURS_INT8: Kernel("vlmq int8", (4, 8), partial(ours, rounded=True), MODULES, asymmetric=True, activations=(8,)),
     DENSE: Kernel("cuBLAS", (2, 3, 4, 8), cublas, **BOTH),
     "humming": Kernel("Humming", (2, 3, 4), humming, ("humming.layer",)),
     "marlin": Kernel("Marlin", (4,), marlin, (OPS, f"{UTILS}.marlin_utils"), ("marlin_gemm", "gptq_marlin_repack")),
@@ -156,4 +157,4 @@ KERNELS = {
     "cutlass": Kernel("vLLM CUTLASS int8", (8,), cutlass, (OPS,), ("cutlass_scaled_mm",), activations=(8,)),
     "int_mm": Kernel("torch._int_mm", (8,), int_mm, activations=(8,)),
 }
-PEERS = [name for name in KERNELS if name not in (OURS, OURS_INT8)]
+PEERS = [name for name in KERNELS if name not in OWN.values()]

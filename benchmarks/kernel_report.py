@@ -4,10 +4,9 @@ A line is a dict with a "kind": machine, speed, absent, failed, skipped or refus
 """
 
 from kernel_cases import BITS, INT8_BITS, LAYERS, Case, width
-from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8
+from kernel_peers import DENSE, KERNELS, OWN
 from kernel_targets import target_of
 
-OWN = {16: OURS, 8: OURS_INT8}  # by the bits of activations
 LABELS = {layer.label: layer for layer in LAYERS}
 NOTES = (
     "us: microseconds of one launch, median over CUDA graph replays, with copies of the weight in turn so that none is "

@@ -27,7 +27,7 @@ from installation import installed, nvidia_smi
 from journal import Journal
 from kernel_bench import Bench, Lost, Refused
 from kernel_cases import BITS, INT8_BITS, NAMES, TOKENS, Block, chosen, ordered
-from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8, PEERS
+from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8, OWN, PEERS
 from kernel_report import report
 from kernel_state import Clock, Setting
 
@@ -50,7 +50,7 @@ def present(names: list[str], journal: Journal) -> list[str]:
     """Those of the kernels that can run here; the journal is told of the others. Raises Refused if ours cannot."""
     absent = {name: KERNELS[name].why_absent() for name in names}
     for name, reason in absent.items():
-        if reason and name in (OURS, OURS_INT8):
+        if reason and name in OWN.values():
             raise Refused(reason)
         if reason:
             journal.add("absent", kernel=name, reason=reason)
@@ -74,7 +74,7 @@ def guarded(args: argparse.Namespace, setting: Setting, journal: Journal) -> str
     try:
         run(args, setting, journal)
     except Refused as error:
-        journal.drop(lambda line: line["kind"] == "speed" and line["kernel"] in (OURS, OURS_INT8))
+        journal.drop(lambda line: line["kind"] == "speed" and line["kernel"] in OWN.values())
         journal.add("refused", kernel=OURS, reason=str(error))
         return f"no speeds, since our own kernel is wrong: {error}"
     except Lost as error:

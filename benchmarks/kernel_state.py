@@ -12,7 +12,7 @@ import gpu_timing
 import torch
 from gpu_timing import Product
 from kernel_cases import Block, Case, gigabytes_per_second, group_of
-from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8
+from kernel_peers import DENSE, KERNELS, OWN
 from kernel_rounded import Rounded, RoundedOracle
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
@@ -46,7 +46,7 @@ class Clock:
         """Why this kernel gets no further case, or None. What took long before may take as long again."""
         if monotonic() + self.longest.get(name, 0) > self.deadline:
             return "no time left"
-        if name not in (OURS, OURS_INT8, DENSE) and self.spent[name] > self.peer_seconds:
+        if name not in (*OWN.values(), DENSE) and self.spent[name] > self.peer_seconds:
             return f"its packing, compiling and tuning took {self.peer_seconds:.0f} s"
         return None
 

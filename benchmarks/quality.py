@@ -24,11 +24,11 @@ from batches import batch
 from data import write
 from evaluate import answer, embed, load
 from pictures import Picture, ask
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.plan.report import plan
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.recipe import read_recipe
-from vlmq_vllm.offline.settings import KEPT, Settings
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.plan.plan import plan
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import KEPT, Settings
+from vlmq_vllm.offline.settings.recipe import read_recipe
 
 MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws

@@ -1,8 +1,8 @@
 """Q-VLM on the demo model, weights and activations rounded alike: `python benchmarks/qvlm.py --bits 4 6 8 --seeds 1 2`.
 
-Rounding stays in floating point (`offline/qvlm/fake_stack.py`): all linears of the vision tower's blocks and of the
-decoder's layers, their inputs per token in the tower and per channel in the decoder. The connector, the embeddings and
-the head are left alone. Methods on the same chats:
+Rounding stays in floating point (`offline/methods/qvlm/fake_stack.py`): all linears of the vision tower's blocks and of
+the decoder's layers, their inputs per token in the tower and per channel in the decoder. The connector, the embeddings
+and the head are left alone. Methods on the same chats:
 
     whole range    every activation range from its least to its greatest value
     greedy         a percentile for every layer, chosen at its own output
@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples/demo_vlm"))
 from quality import MODEL, Judge, complete
 
 from evaluate import load
-from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.answer_labels import answer_labels
+from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
-from vlmq_vllm.offline.data.kinds import token_kinds, vision_ids
-from vlmq_vllm.offline.data.labels import answer_labels
-from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.hooks import removing
-from vlmq_vllm.offline.linears import linears_of, put
-from vlmq_vllm.offline.qvlm.fake import PERCENTILES, rounding, row_ranges
-from vlmq_vllm.offline.qvlm.fake_stack import Rounded, search_stack
-from vlmq_vllm.offline.qvlm.vision import Recipe, clip_rows, tune
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.methods.qvlm.bounds import Recipe, clip_rows, tune
+from vlmq_vllm.offline.methods.qvlm.fake import PERCENTILES, rounding, row_ranges
+from vlmq_vllm.offline.methods.qvlm.fake_stack import Rounded, search_stack
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import linears_of, put
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture
 
 CPU = torch.device("cpu")
 PAIRS = 64  # chats of a run, and

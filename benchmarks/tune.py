@@ -7,7 +7,7 @@ every number. They are compiled beforehand by all processor cores, timed as `ker
 and count only if their result is right. FOLDER/ARCH.json becomes the table in use with the fastest plans in it and,
 with --crossover, the number of tokens from which dequantising is faster (`crossover.py`). VLMQ_TUNED=FOLDER uses it;
 copied into `kernels/tuned` it ships. --int8-crossover tells the number of tokens from which int8 tensor cores are
-faster for activations of 8 bits; it is no entry of the table, but `INT8_FROM` in `kernels/product.py`.
+faster for activations of 8 bits; it is no entry of the table, but `INT8_FROM` in `kernels/dispatch.py`.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from time import monotonic
 import gpu_timing
 import torch
 import triton
-from crossover import Drawn, dequantise_from, int8_from
+from crossover import Drawn, dequantize_from, int8_from
 from kernel_cases import BITS, INT8_BITS, NAMES, Case, Layer, chosen, group_of
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.kernels import gemm, hardware, tables, tiles
+from vlmq_vllm.kernels import gemm, hardware, tiles, tuned_tables
 from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
 from vlmq_vllm.kernels.repack import prepare
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
@@ -80,7 +80,7 @@ class Tuner:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.machine = hardware.of(self.device)
         self.l2 = torch.cuda.get_device_properties(self.device).L2_cache_size
-        self.table = json.loads(json.dumps(tables.table_of(self.machine)))
+        self.table = json.loads(json.dumps(tuned_tables.table_of(self.machine)))
         self.measured: dict[str, None] = {}  # kinds of figures that were found, each once
 
     def format(self, bits: int) -> WeightFormat:
@@ -135,14 +135,14 @@ class Tuner:
                 gpu_timing.settle()
 
     def keep(self, geometry: Geometry, bucket: int, times: dict[Plan, float], usual: Plan) -> None:
-        best, key = min(times, key=times.get), tables.key_of(geometry, bucket)
+        best, key = min(times, key=times.get), tuned_tables.key_of(geometry, bucket)
         tile = {name: value for name, value in asdict(best.tile).items() if value is not False}
         self.measured["plans"] = None
         self.table["measured"][key] = {"tile": tile, "splits": best.splits, "microseconds": round(times[best], 2)}
         print(f"{key}: {times[best]:.2f} us with {best}, {times.get(usual, 0):.2f} us with {usual}", flush=True)
 
     def cross(self, layers: list[Layer]) -> None:
-        self.table["dequantise_from"] = dequantise_from(self.drawn(layers, self.args.bits))
+        self.table["dequantize_from"] = dequantize_from(self.drawn(layers, self.args.bits))
         self.measured["crossover"] = None
 
     def drawn(self, layers: list[Layer], widths: Sequence[int]) -> Iterator[Drawn]:

@@ -3,7 +3,7 @@
     out[t, i] = router[t, i] * (x[t, i] W[ids[t, i]]^T + bias[ids[t, i]])
 
 Entries (t, i) are sorted by expert and filled up to whole tiles (`routing`), so that a program works for one expert
-only; the product is the walk of `walk.py`. Weights of all experts lie behind each other in the runtime layout
+only; the product is the walk of `k_loop.py`. Weights of all experts lie behind each other in the runtime layout
 (`layout.py`), each tensor with one dimension more in front. K is not divided: several experts times the tiles of each
 fill a GPU. All on the device, without waiting for it, so that CUDA graphs can hold it.
 """
@@ -15,8 +15,8 @@ import triton.language as tl
 from vlmq_vllm.kernels import hardware, tiles
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.gemm import walk_arguments
+from vlmq_vllm.kernels.k_loop import walk
 from vlmq_vllm.kernels.layout import STRIPE, aligned
-from vlmq_vllm.kernels.walk import walk
 
 
 @triton.jit(do_not_specialize=["n_entries", "n_each", "K", "n_stripes", "n_spans"])

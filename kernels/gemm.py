@@ -1,8 +1,8 @@
 """x W^T + bias by one launch: the kernel for every width and every number of tokens up to the crossover.
 
-A program computes a tile of `walk.py`, over all of K or over one of `splits` parts of it, which meet in `parts.py`.
+A program computes a tile of `k_loop.py`, over all of K or over one of `splits` parts of it, which meet in `split_k.py`.
 What is launched for how many tokens is decided in `tiles.py`, buffers come from `workspace.py`, the choice between this
-and dequantising is made in `product.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before
+and dequantising is made in `dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before
 this module's import.
 """
 
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles, workspace
+from vlmq_vllm.kernels.k_loop import walk
 from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight, check_tensor
-from vlmq_vllm.kernels.parts import meet
-from vlmq_vllm.kernels.walk import walk
+from vlmq_vllm.kernels.split_k import meet
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -97,7 +97,8 @@ def gemm(
     """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype.
 
     x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan`. `token_scales`
-    float32 [M] multiply the float32 sums of each row of x W^T, where x holds the integers of `activations.py`.
+    float32 [M] multiply the float32 sums of each row of x W^T, where x holds the integers of
+    `vlmq_vllm/activations.py`.
     """
     out = check(x, weight, bias, out)
     if token_scales is not None:

@@ -9,9 +9,9 @@ where c = u - 2^(b-1) fits into a signed byte. D is an exact int32; it begins as
 added by the tensor cores. Between groups (or after STEP columns of one) sums go on in float32; one scale per row
 multiplies one int32 for all of K, unless K is so wide that it could overflow.
 
-Codes come from the runtime layout piece by piece (`centred.py`), as in `dequantise.py`: a piece [rows, K] of bytes is
-written, stays in the second-level cache, is multiplied. So no second copy of the weights is kept. Which numbers of
-tokens come here is decided in `product.py`.
+Codes come from the runtime layout piece by piece (`int8_codes.py`), as in `dequantize.py`: a piece [rows, K] of bytes
+is written, stays in the second-level cache, is multiplied. So no second copy of the weights is kept. Which numbers of
+tokens come here is decided in `dispatch.py`.
 """
 
 import math
@@ -22,9 +22,9 @@ import triton.language as tl
 from torch.nn.functional import pad
 
 from vlmq_vllm.kernels import hardware
-from vlmq_vllm.kernels.centred import centre, width
-from vlmq_vllm.kernels.dequantise import PIECE, stripes_at_once
+from vlmq_vllm.kernels.dequantize import PIECE, stripes_at_once
 from vlmq_vllm.kernels.gemm import check
+from vlmq_vllm.kernels.int8_codes import centre, width
 from vlmq_vllm.kernels.layout import STRIPE, Geometry, RuntimeWeight, aligned, check_tensor
 
 TILE = 128  # tokens of a program, and columns of a step at most

@@ -1,8 +1,9 @@
 """The runtime layout of a quantised weight: what the kernels read, and the one statement of what they can read.
 
-A checkpoint stores codes row by row (`format.py`); here 64 rows lie side by side in 16-bit words, and a word holds
-codes that lie W columns apart, so that unpacking a block of words gives slices of W neighbouring columns without moving
-anything between threads. For N rows and K columns at `bits`, with F codes and P words a field set (`FIELDS`, `PLANES`):
+A checkpoint stores codes row by row (`vlmq_vllm/format.py`); here 64 rows lie side by side in 16-bit words, and a word
+holds codes that lie W columns apart, so that unpacking a block of words gives slices of W neighbouring columns without
+moving anything between threads. For N rows and K columns at `bits`, with F codes and P words a field set (`FIELDS`,
+`PLANES`):
 
     span    F * W columns; K is filled up to whole spans, N to whole stripes of 64 rows, with zeros
     packed  int16 [stripes, spans, P * W, 64]; code F' of word w of span s belongs to column s * span + F' * W + w

@@ -1,4 +1,5 @@
-"""Which tile and how many parts a launch takes: from the tables (`tables.py`), else a small model; never tried out.
+"""Which tile and how many parts a launch takes: from the tables (`tuned_tables.py`), else a small model; never tried
+out.
 
 The table gives the tile of a bucket of tokens, and plans that were measured for single shapes. How many parts K is
 divided into follows from the waves that the programs make, unless measured. `why_not` says what can be launched at all.
@@ -10,7 +11,7 @@ from functools import cache
 
 from vlmq_vllm.kernels.hardware import Hardware
 from vlmq_vllm.kernels.layout import PLANES, STRIPE, Geometry
-from vlmq_vllm.kernels.tables import BUCKETS, Plan, Tile, key_of, path_of, table_of
+from vlmq_vllm.kernels.tuned_tables import BUCKETS, Plan, Tile, key_of, path_of, table_of
 from vlmq_vllm.kernels.workspace import COUNTERS, PARTIALS
 
 # Bytes that must be on their way to a multiprocessor for it to get its share of the bandwidth: latency times share,
@@ -65,9 +66,9 @@ def tokens_at_once(plan: Plan, geometry: Geometry) -> int:
     return min(room, COUNTERS // programs) * plan.tile.tokens
 
 
-def dequantise_from(machine: Hardware) -> int:
+def dequantize_from(machine: Hardware) -> int:
     """The number of tokens from which dequantising and cuBLAS take over."""
-    return table_of(machine)["dequantise_from"]
+    return table_of(machine)["dequantize_from"]
 
 
 @cache

@@ -1,5 +1,5 @@
 """`python -m vlmq_vllm.offline` is `vlmq`."""
 
-from vlmq_vllm.offline.cli import main
+from vlmq_vllm.offline.commands.app import main
 
 main()

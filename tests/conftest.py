@@ -28,12 +28,12 @@ def seed() -> None:
 @pytest.fixture
 def vlmq(monkeypatch, capsys):
     """Run `vlmq ARGS` in this process: (exit code, standard output, lines of standard error)."""
-    from vlmq_vllm.offline import cli
+    from vlmq_vllm.offline.commands import app
 
     def run(*args):
         monkeypatch.setattr(sys, "argv", ["vlmq", *map(str, args)])
         try:
-            cli.main()
+            app.main()
             code = 0
         except SystemExit as end:
             code = end.code or 0
@@ -60,8 +60,8 @@ def calibration(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def quantized(tmp_path_factory, demo_model, calibration) -> Path:
     """The demo model at 3 bits by VLMQ. Tests must not change it: copy it first."""
-    from vlmq_vllm.offline.quantize import quantize
-    from vlmq_vllm.offline.settings import Settings
+    from vlmq_vllm.offline.run.quantize import quantize
+    from vlmq_vllm.offline.settings.quantize import Settings
 
     out = tmp_path_factory.mktemp("quantized") / "w3"
     quantize(str(demo_model), out, calibration, Settings(bits=3, group_size=64))
@@ -88,8 +88,8 @@ def evaluation(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def rounded(tmp_path_factory, demo_model) -> dict[int, Path]:
     """The demo model rounded to nearest, by bits. Tests must not change it: copy it first."""
-    from vlmq_vllm.offline.quantize import quantize
-    from vlmq_vllm.offline.settings import Settings
+    from vlmq_vllm.offline.run.quantize import quantize
+    from vlmq_vllm.offline.settings.quantize import Settings
 
     folder = tmp_path_factory.mktemp("rounded")
     for bits in (2, 4):

@@ -8,12 +8,12 @@ import torch
 from family_models import build
 from PIL import Image
 
+from vlmq_vllm.offline.data.answer_labels import answer_labels
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
-from vlmq_vllm.offline.data.kinds import token_kinds, vision_ids
-from vlmq_vllm.offline.data.labels import answer_labels
-from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import Stream, capture
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stream, capture
 
 CPU = torch.device("cpu")
 IMAGE = {"type": "image"}
@@ -28,7 +28,7 @@ CHATS = (
 
 @dataclass(frozen=True)
 class Sample:
-    """chat: as `data/sources.py` reads it. inputs: of the processor, of one chat. kinds, labels: [1, T]."""
+    """chat: as `offline/data/read.py` reads it. inputs: of the processor, of one chat. kinds, labels: [1, T]."""
 
     chat: dict
     inputs: dict[str, torch.Tensor]

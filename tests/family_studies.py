@@ -8,12 +8,12 @@ from family_models import build
 from family_samples import write_chats
 
 from vlmq_vllm.offline.data.inputs import load_processor
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.study.chats import read
-from vlmq_vllm.offline.study.making import PieceMaker
-from vlmq_vllm.offline.study.parts import find_subject
-from vlmq_vllm.offline.study.pieces import Pieces
-from vlmq_vllm.offline.study.settings import StudySettings
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep.held_out import read
+from vlmq_vllm.offline.sweep.make_pieces import PieceMaker
+from vlmq_vllm.offline.sweep.parts import find_subject
+from vlmq_vllm.offline.sweep.pieces import Pieces
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX
-from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.grid import MINMAX
+from vlmq_vllm.offline.model.source import Source
 
 DEFAULT = WeightFormat(4, 32, True)
 # Taken in turn, so that neighbours differ; None stays in 16 bits.

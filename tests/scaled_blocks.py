@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.grid import MINMAX
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.scaling.search import Scaling
-from vlmq_vllm.offline.stages import find_stages
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.awq.search import Scaling
+from vlmq_vllm.offline.methods.grid import MINMAX
+from vlmq_vllm.offline.model.groups import find_stages
+from vlmq_vllm.offline.model.streams import Stream
 
 CPU = torch.device("cpu")
 FORMAT = WeightFormat(3, 32, False)

@@ -18,9 +18,9 @@ from mixed_formats import DEFAULT, quantize_mixed
 from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.units import find_units
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.targets import find_units
+from vlmq_vllm.offline.settings.quantize import Settings
 from vlmq_vllm.unserved import why_unserved
 
 DECODER = (

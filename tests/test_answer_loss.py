@@ -11,13 +11,13 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.answer_labels import answer_labels, count_labels
+from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import prepare
-from vlmq_vllm.offline.data.kinds import ANSWER, OTHER, VISION, count_kinds, token_kinds, vision_ids
-from vlmq_vllm.offline.data.labels import answer_labels, count_labels
-from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.saliency.answers import backward
-from vlmq_vllm.offline.stream import Stream, capture, removing
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.data.token_kinds import ANSWER, OTHER, VISION, count_kinds, token_kinds, vision_ids
+from vlmq_vllm.offline.methods.saliency.answer_loss import backward
+from vlmq_vllm.offline.model.streams import Stream, capture, removing
 
 NAMES = ("self_attn.o_proj", "mlp.down_proj", "self_attn")
 

@@ -7,15 +7,15 @@ from collections import Counter
 import pytest
 import torch
 
-from vlmq_vllm.offline.batches import batched
-from vlmq_vllm.offline.data.samples import read_samples
-from vlmq_vllm.offline.linears import holding, weights_of
-from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.integrated import Integrated
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture
+from vlmq_vllm.offline.data.batches import batched
+from vlmq_vllm.offline.data.calibration import read_samples
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.saliency.qig import Integrated
+from vlmq_vllm.offline.model.layers import holding, weights_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture
+from vlmq_vllm.offline.settings.quantize import Settings
 
 CPU = torch.device("cpu")
 

@@ -11,8 +11,8 @@ from collections import namedtuple
 
 import pytest
 
-from vlmq_vllm.offline.recipe import unread
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.settings.quantize import Settings
+from vlmq_vllm.offline.settings.recipe import unread
 
 
 def test_quantize_verify_dequantize(vlmq, demo_model, tmp_path):
@@ -193,7 +193,7 @@ def test_damaged_checkpoints_end_in_one_line(command, damage, message, vlmq, qua
 
 def test_help_is_quick():
     """`vlmq --help` must not wait for torch."""
-    code = "import sys; sys.argv = ['vlmq', '--help']\nfrom vlmq_vllm.offline import cli\ntry:\n cli.main()\n"
+    code = "import sys; sys.argv = ['vlmq', '--help']\nfrom vlmq_vllm.offline.commands import app\ntry:\n app.main()\n"
     code += "except SystemExit: pass\nprint('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline import grid as grids
-from vlmq_vllm.offline.gptq import Solver, round_to_nearest, solve
-from vlmq_vllm.offline.grid import CLIP, MINMAX, GridSearch, blocks_of, find_grid
-from vlmq_vllm.offline.moments import Moments
+from vlmq_vllm.offline.methods import grid as grids
+from vlmq_vllm.offline.methods.gptq.moments import Moments
+from vlmq_vllm.offline.methods.gptq.solve import Solver, round_to_nearest, solve
+from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, GridSearch, blocks_of, find_grid
 
 FORMATS = [WeightFormat(bits, group, sym) for bits, group in ((2, 32), (3, 32), (4, -1)) for sym in (True, False)]
 SHAPES = [(7, 75, 200), (16, 64, 50), (1, 33, 300)]  # rows, columns (the last group of 11, 32 and 1), tokens

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_problems import FP32, rel_rms
 
-from vlmq_vllm.offline.columns import LEAF, ColumnPass
+from vlmq_vllm.offline.methods.gptq.columns import LEAF, ColumnPass
 
 NAN = float("nan")
 GROUPS = 4
@@ -161,7 +161,7 @@ def test_refused(change, message, device):
 
 WITHOUT_GPU = """
 import subprocess, sys, torch
-from vlmq_vllm.offline.columns import LEAF, ColumnPass
+from vlmq_vllm.offline.methods.gptq.columns import LEAF, ColumnPass
 
 sweep = ColumnPass(torch.ones(1, 4, 2), torch.eye(4)[None], *torch.ones(2, 1, 1, 2), torch.zeros(1, 4).long(), 4)
 sweep.run()
@@ -174,7 +174,7 @@ except ValueError as error:
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vlmq_vllm.offline.columns_kernel import TILE, WARPS, columns_kernel
+from vlmq_vllm.offline.methods.gptq.columns_kernel import TILE, WARPS, columns_kernel
 
 names = columns_kernel.arg_names
 types = {"codes": "*u8", "group_of": "*i64", "top": "fp32", "start": "i32", "count": "i32"}

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.compare import hf
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.compare.weights import load_model
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
-from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.settings.compare import Settings
 
 EXACT = Settings(dtype="float32", device="cpu", top=1 << 20, new_tokens=0)
 COUNT = 6  # chats of `evaluation`

@@ -8,7 +8,7 @@ import pytest
 
 from vlmq_vllm.offline.compare.engine import reason
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.compare.settings import Settings
+from vlmq_vllm.offline.settings.compare import Settings
 
 TEXT = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "red"}]})
 

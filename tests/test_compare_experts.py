@@ -7,9 +7,9 @@ from family_models import build
 from mixed_formats import quantize_mixed
 from PIL import Image
 
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.compare.settings import Settings
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.settings.compare import Settings
 
 
 @pytest.fixture

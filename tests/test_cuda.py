@@ -5,10 +5,10 @@ import torch
 from kernel_problems import BF16, bound, exact, make_weight, rel_rms
 
 from vlmq_vllm.kernels import experts, hardware, tiles, workspace
+from vlmq_vllm.kernels.dispatch import multiply
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
-from vlmq_vllm.kernels.product import multiply
 from vlmq_vllm.kernels.repack import prepare
-from vlmq_vllm.kernels.warm import warm
+from vlmq_vllm.kernels.warmup import warm
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU: graphs, streams and real compilation"
@@ -82,7 +82,7 @@ def test_nothing_compiles_after_the_warm_up(weight):
 
 def test_inductor(weight):
     """Its graphs are warmed up in their own memory, where no workspace may be made, and there may be none in spare."""
-    from vlmq_vllm.kernels import op  # noqa: F401, defines the operator
+    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines the operator
 
     runtime = prepare(weight, BF16)
 

@@ -13,7 +13,7 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data import pictures
 from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs, prepare
 from vlmq_vllm.offline.data.pictures import open_video, shrink
-from vlmq_vllm.offline.data.sources import read_chats
+from vlmq_vllm.offline.data.read import read_chats
 
 
 @pytest.fixture(scope="module")

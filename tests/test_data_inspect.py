@@ -9,8 +9,8 @@ from PIL import Image
 
 from vlmq_vllm.offline.data.fingerprint import fingerprint, overlap, picture_fingerprints
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
-from vlmq_vllm.offline.data.kinds import count_kinds, vision_ids
-from vlmq_vllm.offline.data.sources import read_all
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.data.token_kinds import count_kinds, vision_ids
 
 
 def url(path) -> str:

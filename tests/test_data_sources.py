@@ -10,7 +10,7 @@ from PIL import Image
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data import hub
 from vlmq_vllm.offline.data.pictures import open_image
-from vlmq_vllm.offline.data.sources import read_all, read_chats
+from vlmq_vllm.offline.data.read import read_all, read_chats
 
 RED, BLUE = (200, 30, 30), (10, 20, 250)
 

@@ -17,7 +17,7 @@ from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import INDEX
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 EXPERTS, HIDDEN, INNER = 6, 128, 96
 LAYERS = [f"model.language_model.layers.{layer}.mlp.experts" for layer in (1, 2)]

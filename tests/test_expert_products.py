@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_problems import BF16, FP16, bound, make_weight, rel_rms
 
-from vlmq_vllm.kernels import op, tiles, warm
+from vlmq_vllm.kernels import tiles, torch_ops, warmup
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.experts import multiply, routing
 from vlmq_vllm.kernels.repack import prepare
@@ -51,7 +51,7 @@ def test_own_inputs(device):
     assert torch.equal(experts[1].packed, prepare(weights[1], FP16).packed)
 
 
-@pytest.mark.parametrize("call", [torch.ops.vlmq.experts_v1, op.experts_on_gpu, op.experts_on_cpu])
+@pytest.mark.parametrize("call", [torch.ops.vlmq.experts_v1, torch_ops.experts_on_gpu, torch_ops.experts_on_cpu])
 def test_op(call, device):
     weights = [make_weight(2, False, 40, 96, 32, device=device) for _ in range(3)]
     experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights], len(weights))
@@ -67,12 +67,12 @@ def test_warm_up(device, monkeypatch):
     """A launch with every tile of the table."""
     experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device), FP16) for _ in range(3)], 3)
     chosen = []
-    monkeypatch.setattr(warm, "_done", set())
+    monkeypatch.setattr(warmup, "_done", set())
     monkeypatch.setattr(
-        warm, "multiply_experts", lambda x, experts, ids, *rest: chosen.append(-(-ids.numel() // len(experts)))
+        warmup, "multiply_experts", lambda x, experts, ids, *rest: chosen.append(-(-ids.numel() // len(experts)))
     )
     for _ in range(2):
-        warm.warm_experts(experts, 2, FP16, with_bias=True, with_router=True)
+        warmup.warm_experts(experts, 2, FP16, with_bias=True, with_router=True)
     assert chosen == list(tiles.BUCKETS)
 
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.export.run import export
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.export.export import export
 
 # Alike in what engines fuse; 208 columns of down_proj hold no whole groups of 32.
 KINDS = {

@@ -1,4 +1,5 @@
-"""Every family of `models.py`, on tiny random models of its real classes: quantised at mixed widths, written, verified.
+"""Every family of `offline/model/families.py`, on tiny random models of its real classes: quantised at mixed widths,
+written, verified.
 
 The replay check, which compares the layer-by-layer forward with the model's own, runs in every one of these.
 """
@@ -15,16 +16,16 @@ from safetensors.torch import load_file
 
 from vlmq_vllm.errors import RefusedError, StoppedError
 from vlmq_vllm.format import QuantizedWeight
-from vlmq_vllm.offline import models
-from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
-from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture
-from vlmq_vllm.offline.units import find_targets, find_units
-from vlmq_vllm.offline.verify import verify
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.model import families
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture
+from vlmq_vllm.offline.model.targets import find_targets, find_units
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 CPU = torch.device("cpu")
 VIDEO = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "llava_onevision", "internvl")
@@ -65,7 +66,7 @@ def _written(name, folder):
 
 
 def test_there_is_a_tiny_model_of_every_row():
-    assert set(FAMILIES) == set(models.FAMILIES)
+    assert set(FAMILIES) == set(families.FAMILIES)
 
 
 def test_decoder_with_saliency_on_gptaq(family, tmp_path):

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline import factor
-from vlmq_vllm.offline import moments as moments_of
-from vlmq_vllm.offline.gptq import Solution, Solver, round_to_nearest, solve
-from vlmq_vllm.offline.grid import MSE, find_grid, to_codes
-from vlmq_vllm.offline.moments import Moments
+from vlmq_vllm.offline.methods.gptq import factor
+from vlmq_vllm.offline.methods.gptq import moments as moments_of
+from vlmq_vllm.offline.methods.gptq.moments import Moments
+from vlmq_vllm.offline.methods.gptq.solve import Solution, Solver, round_to_nearest, solve
+from vlmq_vllm.offline.methods.grid import MSE, find_grid, to_codes
 
 FORMAT = WeightFormat(3, 32, False)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX, MSE, GridSearch, find_grid
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.grid import MINMAX, MSE, GridSearch, find_grid
 
 FORMATS = [WeightFormat(bits, group, sym) for bits in (2, 3, 4) for group in (32, -1) for sym in (True, False)]
 

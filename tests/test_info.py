@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.offline import cli
-from vlmq_vllm.offline.doctor import (
+from vlmq_vllm.offline.checkpoint.info import component_of, info
+from vlmq_vllm.offline.commands import app
+from vlmq_vllm.offline.machine.doctor import (
     available_memory,
     device_problems,
     find_flags,
@@ -16,13 +17,12 @@ from vlmq_vllm.offline.doctor import (
     judge,
     probe_plugin,
 )
-from vlmq_vllm.offline.info import component_of, info
 
 
 def run(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["vlmq", *arguments])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     return end.value.code or 0
 
 
@@ -153,8 +153,8 @@ def test_the_probe_of_the_plugin(probe, timeout, works, says):
 
 
 def test_doctor_ends_with_3_when_something_is_missing(monkeypatch, capsys):
-    monkeypatch.setattr("vlmq_vllm.offline.doctor.VLLM", ">=99")
-    monkeypatch.setattr("vlmq_vllm.offline.doctor.probe_plugin", lambda: (True, None))
+    monkeypatch.setattr("vlmq_vllm.offline.machine.doctor.VLLM", ">=99")
+    monkeypatch.setattr("vlmq_vllm.offline.machine.doctor.probe_plugin", lambda: (True, None))
     assert run(monkeypatch, "doctor", "--json") == 3
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem.startswith("vllm is ") and problem.endswith('pip install "vllm>=99" for serving')

@@ -6,7 +6,7 @@ from kernel_problems import FP16, FP32, bound, empty, exact, make_weight, rel_rm
 
 from vlmq_vllm.activations import quantize_tokens
 from vlmq_vllm.format import BITS, WeightFormat
-from vlmq_vllm.kernels import centred, gemm, hardware, int8, op, product, reference, warm
+from vlmq_vllm.kernels import dispatch, gemm, hardware, int8, int8_codes, reference, torch_ops, warmup
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.kernels.repack import prepare
 
@@ -39,14 +39,14 @@ def test_centred_codes(bits, rows, columns, group, width, device):
     """Each code less the middle, to the bit, in its row and column; in any piece."""
     weight = make_weight(bits, True, rows, columns, group, device=device)
     runtime = prepare(weight, FP16, width)
-    stripes, wide = runtime.geometry.stripes, centred.width(runtime.geometry)
+    stripes, wide = runtime.geometry.stripes, int8_codes.width(runtime.geometry)
     whole = torch.full((64 * stripes, wide), -1, dtype=torch.int8, device=device)
-    centred.centre(runtime, whole)
+    int8_codes.centre(runtime, whole)
     middle = weight.format.middle
     assert torch.equal(whole[:rows, :columns].int(), weight.codes.int() - middle)
     assert (whole[rows:] == -middle).all() and (whole[:, columns:] == -middle).all()
     last = torch.full((64, wide), -1, dtype=torch.int8, device=device)
-    assert torch.equal(centred.centre(runtime, last, stripes - 1), whole[-64:])
+    assert torch.equal(int8_codes.centre(runtime, last, stripes - 1), whole[-64:])
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
@@ -125,14 +125,14 @@ def test_ways(device, monkeypatch):
     ways = []
     for module in (gemm, int8):
         monkeypatch.setattr(module, "gemm", _noting(ways, module.gemm, module.__name__))
-    monkeypatch.setattr(product, "INT8_FROM", 20)
+    monkeypatch.setattr(dispatch, "INT8_FROM", 20)
     weights = [make_weight(bits, False, 20, 96, 32, device=device) for bits in (8, 4)]
     runtimes = [prepare(weight, FP16) for weight in weights]
     for m, invariant, way in ((19, False, gemm), (20, False, int8), (20, True, gemm)):
         ways.clear()
         q, token_scales = tokens(m, 96, device)
         q[3], token_scales[3] = 0, 0
-        out = product.multiply(q, runtimes, None, invariant, token_scales)
+        out = dispatch.multiply(q, runtimes, None, invariant, token_scales)
         assert set(ways) == {way.__name__}
         wanted = torch.cat([expected(q, token_scales, weight) for weight in weights], dim=-1)
         assert rel_rms(out, wanted) <= bound(FP16, 96) and not out[3].any()
@@ -148,15 +148,15 @@ def _noting(ways: list[str], real, name: str):
 
 def test_warm_up(device, monkeypatch):
     calls = []
-    monkeypatch.setattr(warm, "multiply", lambda x, weights, bias, invariant, scales: calls.append((len(x), scales)))
-    monkeypatch.setattr(warm, "_done", set())
+    monkeypatch.setattr(warmup, "multiply", lambda x, weights, bias, invariant, scales: calls.append((len(x), scales)))
+    monkeypatch.setattr(warmup, "_done", set())
     weights = [prepare(make_weight(4, True, 20, 96, 32, device=device), FP16)]
     for rounded in (False, True, True):
-        warm.warm(weights, FP16, with_bias=False, rounded=rounded)
+        warmup.warm(weights, FP16, with_bias=False, rounded=rounded)
     machine = hardware.of(torch.device(device))
-    plain, rounded = warm.tokens(machine), warm.tokens(machine, product.INT8_FROM)
+    plain, rounded = warmup.tokens(machine), warmup.tokens(machine, dispatch.INT8_FROM)
     assert [m for m, scales in calls if scales is None] == plain
-    assert [m for m, scales in calls if scales is not None] == rounded and product.INT8_FROM in rounded
+    assert [m for m, scales in calls if scales is not None] == rounded and dispatch.INT8_FROM in rounded
 
 
 def arguments(runtimes, bias):
@@ -167,7 +167,9 @@ def arguments(runtimes, bias):
 
 
 @pytest.mark.parametrize(
-    "call", [torch.ops.vlmq.linear_int8_v1, op.int8_on_gpu, op.int8_on_cpu], ids=["op", "on_gpu", "on_cpu"]
+    "call",
+    [torch.ops.vlmq.linear_int8_v1, torch_ops.int8_on_gpu, torch_ops.int8_on_cpu],
+    ids=["op", "on_gpu", "on_cpu"],
 )
 def test_op(call, device):
     """Leading dimensions of any number, widths side by side, both ways."""
@@ -195,5 +197,5 @@ def test_steps_fit_into_groups():
             for columns in (1, 33, 700, 5000):
                 shape = Geometry.of(WeightFormat(bits, group, True), 64, columns)
                 step = int8.step_of(shape)
-                assert step in (32, 64, 128) and centred.width(shape) % step == 0
+                assert step in (32, 64, 128) and int8_codes.width(shape) % step == 0
                 assert shape.group == -1 or (shape.group % step == 0 and shape.span % step == 0)

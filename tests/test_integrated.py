@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from vlmq_vllm.offline.linears import holding, weights_of
-from vlmq_vllm.offline.saliency.integrated import token_weights
-from vlmq_vllm.offline.saliency.path import completeness, input_of, integrated_gradients
+from vlmq_vllm.offline.methods.saliency.integrated_gradients import completeness, input_of, integrated_gradients
+from vlmq_vllm.offline.methods.saliency.qig import token_weights
+from vlmq_vllm.offline.model.layers import holding, weights_of
 
 
 @contextmanager

@@ -6,27 +6,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from coarse_rounding import coarse, coarse_tokens
 from family_samples import CPU, make_samples, streams_of
 
 from vlmq_vllm.activations import round_tokens
-from vlmq_vllm.offline.hooks import removing, rounding_inputs
-from vlmq_vllm.offline.linears import holding, linears_of, weights_of
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.integrated import Integrated, token_weights
-from vlmq_vllm.offline.saliency.path import call_of, completeness, input_of, integrated_gradients
-from vlmq_vllm.offline.stages import find_stages, inspected
-from vlmq_vllm.offline.stream import Stream
-
-
-def coarse(layer, step=0.05):
-    """Weights of the layer's linears, rounded to multiples of `step`."""
-    return {name: (weight / step).round() * step for name, weight in weights_of(layer).items()}
-
-
-def coarse_tokens(x):
-    """Four bits with a scale for each token."""
-    scale = x.abs().amax(-1, keepdim=True) / 7
-    return torch.where(scale == 0, x, (x / scale).round() * scale)
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
+    call_of,
+    completeness,
+    input_of,
+    integrated_gradients,
+)
+from vlmq_vllm.offline.methods.saliency.qig import Integrated, token_weights
+from vlmq_vllm.offline.model.groups import find_stages, inspected
+from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
+from vlmq_vllm.offline.model.layers import holding, linears_of, weights_of
+from vlmq_vllm.offline.model.streams import Stream
 
 
 @pytest.fixture(scope="module")

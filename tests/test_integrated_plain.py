@@ -6,27 +6,22 @@ import functools
 import numpy as np
 import pytest
 import torch
+from coarse_rounding import coarse, coarse_tokens
 from family_samples import CPU, make_samples, streams_of
 
-from vlmq_vllm.offline.data.samples import read_samples
-from vlmq_vllm.offline.hooks import removing
-from vlmq_vllm.offline.linears import holding, weights_of
-from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.integrated import Integrated
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import Stream, capture
-from vlmq_vllm.offline.units import find_targets, find_units
-from vlmq_vllm.offline.walks import Walks
+from vlmq_vllm.offline.data.calibration import read_samples
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.saliency.qig import Integrated
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import holding, weights_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stream, capture
+from vlmq_vllm.offline.model.targets import find_targets, find_units
+from vlmq_vllm.offline.run.begin import Walks
+from vlmq_vllm.offline.settings.quantize import Settings
 
 PARTS = {"mlp.down_proj": "mlp.down_proj", "self_attn.k_proj": "self_attn", "mlp.gate_proj": "mlp"}
-
-
-def coarse_tokens(x):
-    """Four bits with a scale for each token."""
-    scale = x.abs().amax(-1, keepdim=True) / 7
-    return torch.where(scale == 0, x, (x / scale).round() * scale)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +29,7 @@ def prepared(tmp_path_factory):
     """Layer 1 of a tiny Qwen2-VL, its weights in multiples of 0.05, and streams as if it were the first."""
     source, _, samples = make_samples("qwen2_vl", tmp_path_factory.mktemp("model"))
     layer = source.materialise(f"{source.family.layers}.1", CPU)
-    rounded = {name: (weight / 0.05).round() * 0.05 for name, weight in weights_of(layer).items()}
-    return layer, rounded, streams_of(source, samples)
+    return layer, coarse(layer), streams_of(source, samples)
 
 
 def calls_of(layer, stream, module):

@@ -20,7 +20,7 @@ from kernel_cases import (  # noqa: E402
 from kernel_report import report  # noqa: E402
 from kernel_targets import target_of  # noqa: E402
 
-from vlmq_vllm.kernels import product  # noqa: E402
+from vlmq_vllm.kernels import dispatch  # noqa: E402
 
 BY_LABEL = {layer.label: layer for layer in LAYERS}
 
@@ -75,7 +75,7 @@ def test_order():
     assert {(case.layer, case.bits, case.tokens) for case in int8} == {
         (layer, bits, tokens) for layer in LAYERS for bits in (4, 8) for tokens in (128, 256, 1024, 4096)
     }
-    assert kernel_cases.INT8_FROM == product.INT8_FROM
+    assert kernel_cases.INT8_FROM == dispatch.INT8_FROM
     assert blocks[0] == Block(BY_LABEL["7b-gate_up"], 4, (1, 8, 16, 64))
     assert {block.layer.label for block in blocks[:6]} == {"7b-gate_up", "7b-down"}
 

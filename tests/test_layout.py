@@ -18,7 +18,9 @@ def test_no_package_file_that_would_shadow_hugging_faces_kernels(folder):
     assert not list((ROOT / folder).rglob("__init__.py"))
 
 
-@pytest.mark.parametrize("module", ["vlmq_vllm.kernels.reference", "vlmq_vllm.offline.gptq", "vlmq_vllm.format"])
+@pytest.mark.parametrize(
+    "module", ["vlmq_vllm.kernels.reference", "vlmq_vllm.offline.methods.gptq.solve", "vlmq_vllm.format"]
+)
 def test_modules_import_from_the_root_and_from_elsewhere(module, tmp_path):
     for folder in (ROOT, tmp_path):
         python(f"import {module}", cwd=folder)
@@ -39,7 +41,7 @@ def test_hugging_faces_kernels_wins_over_our_folder(tmp_path, monkeypatch):
 def test_import_is_light():
     """vLLM and every tool that lists plugins imports the package: no torch, no vLLM, no Triton."""
     loaded = python(
-        "import sys, vlmq_vllm, vlmq_vllm.errors, vlmq_vllm.offline.cli;"
+        "import sys, vlmq_vllm, vlmq_vllm.errors, vlmq_vllm.offline.commands.app;"
         "print([m for m in ('torch', 'vllm', 'triton', 'transformers') if m in sys.modules])"
     )
     assert loaded.strip() == "[]"
@@ -47,7 +49,7 @@ def test_import_is_light():
 
 def test_offline_loads_neither_vllm_nor_triton():
     loaded = python(
-        "import sys, vlmq_vllm.offline.quantize, vlmq_vllm.offline.verify;"
+        "import sys, vlmq_vllm.offline.run.quantize, vlmq_vllm.offline.checkpoint.verify;"
         "print([m for m in ('vllm', 'triton', 'vlmq_vllm.kernels') if m in sys.modules])"
     )
     assert loaded.strip() == "[]"
@@ -74,7 +76,8 @@ def test_wheel_holds_the_three_packages_and_no_top_level_kernels(tmp_path):
 
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import vlmq_vllm.offline.gptq as m; print(m)"
+    first = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})"
+    code = f"{first}; import vlmq_vllm.offline.methods.gptq.solve as m; print(m)"
     assert str(tmp_path / "site") in python(code, cwd=tmp_path / "site")
 
 

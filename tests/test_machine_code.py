@@ -50,7 +50,7 @@ def compile_in_process(arch: str, cases: list[dict], environment: dict) -> subpr
 
 def check(arch: str, case: dict, found: dict) -> None:
     assert found["shared"] <= LIMITS[arch], (case, found)
-    if case.get("kind") in ("dequantise", "repack", "centred", "int8"):
+    if case.get("kind") in ("dequantize", "repack", "centred", "int8"):
         assert found["spilled"] == 0, (case, found)
         assert found["integer_mma"] == found["mma"] and (found["mma"] > 0) == (case["kind"] == "int8"), (case, found)
         return
@@ -92,7 +92,7 @@ def test_other_gpus(arch, tmp_path):
 @pytest.mark.parametrize("arch", ["sm_90", pytest.param("gfx942", marks=pytest.mark.slow)])
 def test_other_kernels(arch, tmp_path):
     """Mixtures of experts, dequantisation, repacking; ragged K, one group per row, float16."""
-    wanted = cases(tokens=(8, 64), kind="experts") + cases(tokens=(512,), kind="dequantise", symmetric=False)
+    wanted = cases(tokens=(8, 64), kind="experts") + cases(tokens=(512,), kind="dequantize", symmetric=False)
     wanted += cases(tokens=(8,), kind="repack")
     wanted += cases(bits=(3,), tokens=(8,), columns=3600) + cases(bits=(3,), tokens=(8,), group=-1)
     wanted += cases(bits=(2,), tokens=(8,), dtype="float16")
@@ -137,7 +137,7 @@ def test_everything(arch, tmp_path):
 COVERED = """
 import json
 from machine_code import launch, machine, specialise
-from vlmq_vllm.kernels import tiles, warm
+from vlmq_vllm.kernels import tiles, warmup
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.format import WeightFormat
 
@@ -154,8 +154,8 @@ SIZES = [  # rows, columns
 for arch in ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942"):
     for many in (None, 128, 192, 1000):
         if many:
-            tiles.dequantise_from = lambda machine, many=many: many
-        tokens = warm.tokens(machine(arch))
+            tiles.dequantize_from = lambda machine, many=many: many
+        tokens = warmup.tokens(machine(arch))
         for bits in (2, 3, 4, 8):
             for size in SIZES:
                 warmed = {way(bits, m, *size, arch) for m in tokens if m < tokens[-1]}
@@ -169,9 +169,9 @@ def key(m, rows, columns, group):
     _, constants, attributes = specialise(kernel, arguments)
     return json.dumps([constants, repr(attributes), options], sort_keys=True)
 
-tiles.dequantise_from = lambda machine: 512
+tiles.dequantize_from = lambda machine: 512
 for size in ((4608, 3584, 128), (37, 1001, 32), (1, 40, -1)):
-    warmed = {key(m, *size) for m in warm.tokens(machine("sm_90"))}
+    warmed = {key(m, *size) for m in warmup.tokens(machine("sm_90"))}
     missing = [m for m in range(1, 512) if key(m, *size) not in warmed]
     if missing:
         print(size, missing)

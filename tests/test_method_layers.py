@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 
 from vlmq_vllm.errors import StoppedError
 from vlmq_vllm.format import QuantizedWeight
-from vlmq_vllm.offline.data.samples import read_samples
-from vlmq_vllm.offline.gptq import Solver, round_to_nearest, solve
-from vlmq_vllm.offline.grid import CLIP, MINMAX, blocks_of
-from vlmq_vllm.offline.hooks import removing
-from vlmq_vllm.offline.linears import holding, linears_of, put, weights_of
-from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.saliency.integrated import Integrated
-from vlmq_vllm.offline.saliency.modality import Modality, modality_ratios
-from vlmq_vllm.offline.saliency.weighing import Weighing
-from vlmq_vllm.offline.scaling.search import Scaling
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture
+from vlmq_vllm.offline.data.calibration import read_samples
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.awq.search import Scaling
+from vlmq_vllm.offline.methods.gptq.solve import Solver, round_to_nearest, solve
+from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, blocks_of
+from vlmq_vllm.offline.methods.saliency.modality import Modality, modality_ratios
+from vlmq_vllm.offline.methods.saliency.qig import Integrated
+from vlmq_vllm.offline.methods.saliency.vlmq import Weighing
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import holding, linears_of, put, weights_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 CPU = torch.device("cpu")
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]

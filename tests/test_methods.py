@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.errors import QuantizeError, StoppedError
 from vlmq_vllm.headers import read_headers
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.verify import verify
+from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 GROUP = {"bits": 4, "group_size": 64}
 METHODS = {

@@ -8,10 +8,10 @@ from family_samples import CPU, make_samples, streams_of
 from transformers import AutoModelForImageTextToText
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.kinds import ANSWER, OTHER, VISION
-from vlmq_vllm.offline.linears import linears_of
-from vlmq_vllm.offline.saliency.modality import Modality, modality_ratios
-from vlmq_vllm.offline.stream import removing
+from vlmq_vllm.offline.data.token_kinds import ANSWER, OTHER, VISION
+from vlmq_vllm.offline.methods.saliency.modality import Modality, modality_ratios
+from vlmq_vllm.offline.model.layers import linears_of
+from vlmq_vllm.offline.model.streams import removing
 
 LAST = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 

@@ -12,11 +12,11 @@ from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import QuantizeError, RefusedError, StoppedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.headers import read_headers
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.units import find_targets, find_units
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.targets import find_targets, find_units
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 MIXED = {
     "model.layers.*.mlp.down_proj": 2,

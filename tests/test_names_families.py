@@ -17,7 +17,7 @@ from vlmq_vllm.unserved import why_unserved
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = sorted(path.stem for path in (FIXTURES / "layers").glob("*.json"))
 NAMINGS = ("old", "new")
-# What decides in `unserved.py` beside names: the tower's type, and sizes such as those of SigLIP so400m.
+# What decides in `vlmq_vllm/unserved.py` beside names: the tower's type, and sizes such as those of SigLIP so400m.
 TOWERS = {"llava": "clip_vision_model", "llava_onevision": "siglip_vision_model", "gemma3": "siglip_vision_model"}
 ODD_SIZE = (4304, 1152)
 NOT_RUN = {"llava": "model.vision_tower.encoder.layers.23."}  # vision_feature_layer is -2, vLLM builds no more
@@ -98,7 +98,8 @@ def test_layers_whose_linears_are_not_quantised_find_nothing(family, naming):
 
 @families
 def test_what_no_layer_claims_is_known_beforehand(family):
-    """Whatever the checkpoint, these could not be served quantised: the quantiser and the message ask `unserved.py`."""
+    """Whatever the checkpoint, these could not be served quantised: the quantiser and the message ask
+    `vlmq_vllm/unserved.py`."""
     config = {"model_type": family, "vision_config": {"model_type": TOWERS.get(family, "")}}
     linears = spelling(family, "old")
     told = {memory for memory, name in linears.items() if why_unserved(name, ODD_SIZE, config)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_problems import FP16, bound, exact, make_weight, rel_rms
 
-from vlmq_vllm.kernels import op, reference
+from vlmq_vllm.kernels import reference, torch_ops
 from vlmq_vllm.kernels.layout import RuntimeWeight
 from vlmq_vllm.kernels.repack import prepare
 
@@ -31,7 +31,7 @@ def layer(device):
 
 
 @pytest.mark.parametrize(
-    "call", [torch.ops.vlmq.linear_v1, op.linear_on_gpu, op.linear_on_cpu], ids=["op", "on_gpu", "on_cpu"]
+    "call", [torch.ops.vlmq.linear_v1, torch_ops.linear_on_gpu, torch_ops.linear_on_cpu], ids=["op", "on_gpu", "on_cpu"]
 )
 def test_op(call, layer, device):
     """Leading dimensions of any number, none and 0 among them, and strides of any kind; widths side by side."""
@@ -74,7 +74,7 @@ def test_op_compiled(layer, device):
 
 def test_op_defined_twice():
     before = torch.ops.vlmq.linear_v1.default
-    importlib.reload(op)
+    importlib.reload(torch_ops)
     assert torch.ops.vlmq.linear_v1.default is before
     weight = prepare(make_weight(4, True, 8, 32, 32), FP16)
     out = before(torch.eye(32).half(), *arguments([weight]))
@@ -82,7 +82,7 @@ def test_op_defined_twice():
 
 
 LIGHT_IMPORT = """
-import sys, torch, vlmq_vllm.kernels.op, vlmq_vllm.kernels.reference
+import sys, torch, vlmq_vllm.kernels.torch_ops, vlmq_vllm.kernels.reference
 print({"triton", "vllm"} & set(sys.modules), torch.cuda.is_initialized())
 
 from vlmq_vllm.format import WeightFormat

@@ -8,10 +8,10 @@ import pytest
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline import cli
-from vlmq_vllm.offline.plan.report import plan
-from vlmq_vllm.offline.plan.serving import Heads, fitting_groups, why_not_cut
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.commands import app
+from vlmq_vllm.offline.plan.plan import plan
+from vlmq_vllm.offline.plan.tensor_parallel import Heads, fitting_groups, why_not_cut
+from vlmq_vllm.offline.settings.quantize import Settings
 
 KEYS = {
     "model",
@@ -64,7 +64,7 @@ def test_json_has_stable_keys(demo_model, monkeypatch, capsys):
     arguments = ["plan", str(demo_model), "--bits", "2", "--group-size", "64", "--device", "cpu", "--json"]
     monkeypatch.setattr(sys, "argv", ["vlmq", *arguments])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     assert not end.value.code
     found = json.loads(capsys.readouterr().out)
     assert set(found) == KEYS
@@ -80,7 +80,7 @@ def test_the_tables_name_what_json_has(demo_model, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vlmq", "plan", str(demo_model), "--device", "cpu", "--tokens", "64"])
     monkeypatch.setenv("COLUMNS", "140")
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     assert not end.value.code
     text = capsys.readouterr().out
     for expected in ("3,145,728", "3.15", "7.4 MB, the source has 12.4 MB", "model.layers.*.mlp.down_proj"):
@@ -91,7 +91,7 @@ def test_an_unknown_family_exits_with_3_in_one_line(tmp_path, monkeypatch, capsy
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard_of", "vision_config": {}}))
     monkeypatch.setattr(sys, "argv", ["vlmq", "plan", str(tmp_path), "--device", "cpu"])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        app.main()
     error = capsys.readouterr().err
     assert end.value.code == 3
     assert error.count("\n") == 1 and "'unheard_of' is not supported" in error

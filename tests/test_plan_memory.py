@@ -10,14 +10,14 @@ import family_models
 import pytest
 import torch
 
-from vlmq_vllm.offline.linears import linears_of
-from vlmq_vllm.offline.plan.load import load_of
-from vlmq_vllm.offline.plan.report import plan
-from vlmq_vllm.offline.plan.solving import Solve, moments_bytes, stages_of, working_bytes
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stages import find_stages
-from vlmq_vllm.offline.stream import capture
+from vlmq_vllm.offline.model.groups import find_stages
+from vlmq_vllm.offline.model.layers import linears_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture
+from vlmq_vllm.offline.plan.memory.load import load_of
+from vlmq_vllm.offline.plan.memory.solving import Solve, moments_bytes, stages_of, working_bytes
+from vlmq_vllm.offline.plan.plan import plan
+from vlmq_vllm.offline.settings.quantize import Settings
 
 
 def test_solver_memory_by_hand():
@@ -49,7 +49,7 @@ def test_stages_are_those_of_the_forward_pass(demo_model):
 
 def test_pixels_of_a_token_are_what_the_processor_makes(demo_model, calibration):
     from vlmq_vllm.offline.data.inputs import load_processor, prepare
-    from vlmq_vllm.offline.data.sources import read_chats
+    from vlmq_vllm.offline.data.read import read_chats
 
     source = Source(demo_model)
     load = load_of(source, Settings())
@@ -176,9 +176,9 @@ def test_memory_of_joint_search_by_hand(demo_model):
 MEASURE = """
 import json, sys
 from pathlib import Path
-from vlmq_vllm.offline.malloc import give_back_large_blocks
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 model, data, out, options = sys.argv[1:]
 give_back_large_blocks()  # as the command does
 quantize(model, Path(out), data, Settings(**json.loads(options)))

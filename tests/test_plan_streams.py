@@ -6,13 +6,13 @@ import pytest
 import torch
 from family_samples import CPU, make_samples
 
-from vlmq_vllm.offline.data.samples import Samples
-from vlmq_vllm.offline.plan.report import plan
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.stream import Stream
-from vlmq_vllm.offline.units import ORDER, find_targets, find_units
-from vlmq_vllm.offline.walks import Walks
+from vlmq_vllm.offline.data.calibration import Samples
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.model.streams import Stream
+from vlmq_vllm.offline.model.targets import ORDER, find_targets, find_units
+from vlmq_vllm.offline.plan.plan import plan
+from vlmq_vllm.offline.run.begin import Walks
+from vlmq_vllm.offline.settings.quantize import Settings
 
 BATCHES = 2
 VISION = ("image_token_id", "image_token_index")

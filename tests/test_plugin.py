@@ -16,8 +16,8 @@ from vllm_layers import W4, config_of, random_weight
 
 from vlmq_vllm import register
 from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
-from vlmq_vllm.config import VLMQConfig
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.serving.config import VLMQConfig
 
 
 def write_model(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> Path:

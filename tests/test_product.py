@@ -9,23 +9,23 @@ import torch
 from kernel_problems import FP16, bound, empty, exact, make_weight, rel_rms
 
 from vlmq_vllm.format import BITS
-from vlmq_vllm.kernels import dequantise, gemm, hardware, product, tiles, warm, workspace
+from vlmq_vllm.kernels import dequantize, dispatch, gemm, hardware, tiles, warmup, workspace
 from vlmq_vllm.kernels.repack import prepare
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(("rows", "columns", "group"), [(7, 33, 32), (129, 257, 128), (70, 200, -1), (65, 600, 512)])
 @pytest.mark.parametrize("bits", BITS)
-def test_dequantise(bits, rows, columns, group, symmetric, device):
+def test_dequantize(bits, rows, columns, group, symmetric, device):
     """The kernel's weights are the checkpoint's, rounded once; the product with them in pieces of 64 rows."""
     weight = make_weight(bits, symmetric, rows, columns, group, device=device)
     runtime = prepare(weight, FP16)
-    widened = dequantise.dequantise(runtime, empty(columns, -(-rows // 64) * 64, device=device))
+    widened = dequantize.dequantize(runtime, empty(columns, -(-rows // 64) * 64, device=device))
     assert torch.equal(widened[:, :rows].T, weight.dequantize(FP16)) and not widened[:, rows:].any()
     x = torch.randn(5, columns, device=device).to(FP16)
     for bias in (None, torch.randn(rows, device=device).to(FP16)):
         out = empty(5, rows, device=device)
-        dequantise.gemm(x, runtime, bias, out, piece=1)
+        dequantize.gemm(x, runtime, bias, out, piece=1)
         assert rel_rms(out, exact(x, weight, bias)) <= bound(FP16, columns, rounded_weight=True)
 
 
@@ -35,16 +35,16 @@ def test_pieces(device):
     geometry = dataclasses.replace(down.geometry, rows=3584, columns=18944)
     weight = SimpleNamespace(geometry=geometry)
     for m, pieces in ((512, 1), (1024, 1), (2048, 3), (4096, 6), (100000, 8)):
-        stripes = dequantise.stripes_at_once(m, weight, h200)
+        stripes = dequantize.stripes_at_once(m, weight, h200)
         assert -(-geometry.stripes // stripes) == pieces
         assert m * stripes * 64 >= 132 * 128 * 128 or pieces == 1
-    assert dequantise.stripes_at_once(1 << 20, weight, h200, piece=1) == 1
+    assert dequantize.stripes_at_once(1 << 20, weight, h200, piece=1) == 1
 
 
 def test_many_tokens_are_dequantised(device, monkeypatch):
     """From the table's number on; below it the fused kernel works."""
     ways = []
-    for module in (gemm, dequantise):
+    for module in (gemm, dequantize):
         real = module.gemm
 
         def watched(*args, real=real, name=module.__name__, **options):
@@ -52,11 +52,11 @@ def test_many_tokens_are_dequantised(device, monkeypatch):
             return real(*args, **options)
 
         monkeypatch.setattr(module, "gemm", watched)
-    monkeypatch.setattr(tiles, "dequantise_from", lambda machine: 20)
+    monkeypatch.setattr(tiles, "dequantize_from", lambda machine: 20)
     weights = [prepare(make_weight(bits, True, 20, 96, 32, device=device), FP16) for bits in (2, 4)]
-    for m, way in ((19, gemm), (20, dequantise)):
+    for m, way in ((19, gemm), (20, dequantize)):
         ways.clear()
-        product.multiply(torch.ones(m, 96, dtype=FP16, device=device), weights)
+        dispatch.multiply(torch.ones(m, 96, dtype=FP16, device=device), weights)
         assert ways == [way.__name__] * 2
 
 
@@ -70,24 +70,24 @@ def test_batch_invariant(device, monkeypatch):
         monkeypatch.setattr(tiles, "invariant_plan", lambda *args: plan)
     monkeypatch.setattr(tiles, "tokens_at_once", lambda *args: plan.tile.tokens)
     x = torch.randn(70, 1600, device=device).to(FP16)
-    together = product.multiply(x, [runtime], batch_invariant=True)
+    together = dispatch.multiply(x, [runtime], batch_invariant=True)
     assert rel_rms(together, exact(x, weight)) <= bound(FP16, 1600, rounded_weight=True)
     for part in (slice(0, 1), slice(3, 12), slice(31, 66)):
-        assert torch.equal(product.multiply(x[part], [runtime], batch_invariant=True), together[part])
+        assert torch.equal(dispatch.multiply(x[part], [runtime], batch_invariant=True), together[part])
 
 
 def test_warm_up(device, monkeypatch):
     """Launches with every tile and by cuBLAS, with and without bias, once for layers of the same sizes."""
     calls = []
-    monkeypatch.setattr(warm, "multiply", lambda x, weights, bias, *_: calls.append((len(x), bias is not None)))
-    monkeypatch.setattr(warm, "_done", set())
+    monkeypatch.setattr(warmup, "multiply", lambda x, weights, bias, *_: calls.append((len(x), bias is not None)))
+    monkeypatch.setattr(warmup, "_done", set())
     weights = [prepare(make_weight(4, True, 20, 96, 32, device=device), FP16)]
     for _ in range(2):
-        warm.warm(weights, FP16, with_bias=True)
-    tokens = warm.tokens(hardware.of(torch.device(device)))
+        warmup.warm(weights, FP16, with_bias=True)
+    tokens = warmup.tokens(hardware.of(torch.device(device)))
     assert calls == [(m, bias) for m in tokens for bias in (False, True)]
-    assert max(tokens) == tiles.dequantise_from(hardware.of(torch.device(device)))
-    warm.warm(weights, FP16, with_bias=False)
+    assert max(tokens) == tiles.dequantize_from(hardware.of(torch.device(device)))
+    warmup.warm(weights, FP16, with_bias=False)
     assert len(calls) == 3 * len(tokens)
 
 

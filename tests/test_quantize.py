@@ -11,18 +11,18 @@ from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import unpack
 from vlmq_vllm.headers import read_headers
-from vlmq_vllm.offline import stream
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.verify import verify
 from vlmq_vllm.offline.data.inputs import model_inputs
-from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.gptq import Solver, solve
-from vlmq_vllm.offline.models import FAMILIES
-from vlmq_vllm.offline.moments import Moments
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.saliency.gradient import gradient_norms, token_weights
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.verify import verify
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.methods.gptq.moments import Moments
+from vlmq_vllm.offline.methods.gptq.solve import Solver, solve
+from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, token_weights
+from vlmq_vllm.offline.model import streams
+from vlmq_vllm.offline.model.families import FAMILIES
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 
 def tensors(folder):
@@ -108,7 +108,7 @@ def test_dequantized_twin_has_the_sources_names_and_nearby_weights(quantized, de
 
 def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_model, calibration, tmp_path, monkeypatch):
     """Positions shifted by one for the replay alone, as a quantiser that rebuilds them by hand might have them."""
-    catch = stream.catch
+    catch = streams.catch
 
     def shifted(*args):
         caught = catch(*args)
@@ -116,7 +116,7 @@ def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_mode
             kwargs["position_embeddings"] = tuple(t.roll(1, dims=1) for t in kwargs["position_embeddings"])
         return caught
 
-    monkeypatch.setattr(stream, "catch", shifted)
+    monkeypatch.setattr(streams, "catch", shifted)
     with pytest.raises(QuantizeError, match=r"replaying model.language_model.layers.0 differs"):
         quantize(str(demo_model), tmp_path / "out", calibration, Settings())
     assert not list(tmp_path.iterdir())
@@ -215,7 +215,7 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
     for sample in samples:
         full, kwargs, full_behind = inputs_of_layer_1(original, sample)
         found, _, found_behind = inputs_of_layer_1(twin, sample)
-        streams = [stream.Stream(hidden, [((), kwargs)]) for hidden in (full, found)]
+        streams = [streams.Stream(hidden, [((), kwargs)]) for hidden in (full, found)]
         norms.append(gradient_norms(layer, 0, FAMILIES["qwen2_vl"], *streams, linears))
         attention = [layer.input_layernorm(hidden)[0] for hidden in (found, full)]
         batches.append(dict(zip(linears, (attention, (found_behind, full_behind)), strict=True)))

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.qvlm.entropy import (
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.qvlm.entropy import (
     channel_ranges,
     conditional_entropy,
     joint,
@@ -13,8 +14,7 @@ from vlmq_vllm.offline.qvlm.entropy import (
     sampled,
     soft_codes,
 )
-from vlmq_vllm.offline.qvlm.partition import find_blocks
-from vlmq_vllm.offline.ranks import Ranks
+from vlmq_vllm.offline.methods.qvlm.partition import find_blocks
 
 CPU = torch.device("cpu")
 

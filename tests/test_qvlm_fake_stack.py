@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.qvlm.fake import PERCENTILES, fake, row_ranges
-from vlmq_vllm.offline.qvlm.fake_stack import Rounded, search_stack
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.methods.qvlm.fake import PERCENTILES, fake, row_ranges
+from vlmq_vllm.offline.methods.qvlm.fake_stack import Rounded, search_stack
+from vlmq_vllm.offline.model.streams import Stream
 
 CPU = torch.device("cpu")
 NAMES = [f"layers.{k}" for k in range(5)]

@@ -8,21 +8,21 @@ import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
-from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.hooks import removing
-from vlmq_vllm.offline.linears import weights_of
-from vlmq_vllm.offline.qvlm.decoder import ranges_of, states, steer
-from vlmq_vllm.offline.qvlm.entropy import conditional_entropy, joint
-from vlmq_vllm.offline.qvlm.fake import fake, row_ranges
-from vlmq_vllm.offline.qvlm.ranges import find_ranges
-from vlmq_vllm.offline.qvlm.tower import TowerWalk
-from vlmq_vllm.offline.qvlm.vision import Clipped, Recipe, clip_groups, clip_rows, clipping, tune
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture, hidden_of
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Recipe, clip_groups, clip_rows, clipping, tune
+from vlmq_vllm.offline.methods.qvlm.decoder import ranges_of, states, steer
+from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint
+from vlmq_vllm.offline.methods.qvlm.fake import fake, row_ranges
+from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
+from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerWalk
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import weights_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture, hidden_of
 
 CPU = torch.device("cpu")
 FORMAT = WeightFormat(3, -1, False)

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from vlmq_vllm.format import PARTS, QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
-from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.linears import put, weights_of
-from vlmq_vllm.offline.qvlm.block import mean_square
-from vlmq_vllm.offline.qvlm.walk import BlockWalk
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stream import capture
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockWalk
+from vlmq_vllm.offline.methods.qvlm.blocks import mean_square
+from vlmq_vllm.offline.model.layers import put, weights_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import capture
 
 FORMAT = WeightFormat(3, 64, False)
 CPU = torch.device("cpu")

@@ -12,21 +12,21 @@ from safetensors.torch import load_file
 
 from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.format import unpack
+from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.data.calibration import read_samples
 from vlmq_vllm.offline.data.inputs import has_vision
-from vlmq_vllm.offline.data.samples import read_samples
-from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.ranks import Ranks
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.verify import verify
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 model, data, out, runs = sys.argv[1:]
 for name, options in json.loads(runs).items():
     quantize(model, Path(out) / name, data, Settings(**options))

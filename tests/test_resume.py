@@ -27,7 +27,7 @@ def signalled(path, target):
     if when == "after" and len(seen) == number:
         os.kill(os.getpid(), send)
 pathlib.Path.rename = signalled
-from vlmq_vllm.offline.cli import main
+from vlmq_vllm.offline.commands.app import main
 main()
 """
 

@@ -12,12 +12,12 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from vlmq_vllm.errors import CheckpointError, RefusedError
-from vlmq_vllm.offline.cli import app
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.export.run import TARGETS, export
-from vlmq_vllm.offline.info import info
-from vlmq_vllm.offline.verify import verify
-from vlmq_vllm.offline.writer import SUMS, sha256
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.export.export import TARGETS, export
+from vlmq_vllm.offline.checkpoint.info import info
+from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.checkpoint.writer import SUMS, sha256
+from vlmq_vllm.offline.commands.app import app
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "llava"])

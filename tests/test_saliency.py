@@ -5,10 +5,10 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, Qwen2VLRotaryEmbedding
 
-from vlmq_vllm.offline.linears import holding, linears_of
-from vlmq_vllm.offline.models import FAMILIES
-from vlmq_vllm.offline.saliency.gradient import gradient_norms, rounded_norms, token_weights
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, rounded_norms, token_weights
+from vlmq_vllm.offline.model.families import FAMILIES
+from vlmq_vllm.offline.model.layers import holding, linears_of
+from vlmq_vllm.offline.model.streams import Stream
 
 FAMILY = FAMILIES["qwen2_vl"]
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]

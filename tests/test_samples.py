@@ -11,7 +11,7 @@ from transformers import AutoProcessor
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import model_inputs
 from vlmq_vllm.offline.data.pictures import open_image
-from vlmq_vllm.offline.data.sources import read_chats
+from vlmq_vllm.offline.data.read import read_chats
 
 PIXELS = Image.new("RGB", (168, 168), (200, 30, 30))
 

@@ -10,18 +10,18 @@ from PIL import Image
 from scaled_blocks import CPU, FORMAT, GATE_UP, QKV, Block, Scaled, bfloat16, scale, streams_of
 from torch import nn
 
-from vlmq_vllm.offline.batches import batched
+from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
-from vlmq_vllm.offline.data.sources import read_chats
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX
-from vlmq_vllm.offline.linears import holding, is_clipped, linears_of, weights_of
-from vlmq_vllm.offline.scaling.fold import effective, fold
-from vlmq_vllm.offline.scaling.groups import Scalable, find_scalable
-from vlmq_vllm.offline.scaling.search import RATIOS, scales_of
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.stages import find_stages, inspected
-from vlmq_vllm.offline.stream import Stream, capture
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.methods.awq.fold import effective, fold
+from vlmq_vllm.offline.methods.awq.scalable import Scalable, find_scalable
+from vlmq_vllm.offline.methods.awq.search import RATIOS, scales_of
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.grid import MINMAX
+from vlmq_vllm.offline.model.groups import find_stages, inspected
+from vlmq_vllm.offline.model.layers import holding, is_clipped, linears_of, weights_of
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stream, capture
 
 # By group: what is divided for it, and the offset of the norm's weight. Rows that differ from DENSE are in the table.
 DENSE = {

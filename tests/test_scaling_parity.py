@@ -7,10 +7,10 @@ import torch
 from scaled_blocks import Block, Scaled, scale, streams_of
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.scaling import search
-from vlmq_vllm.offline.scaling.fold import PARITY, moved
-from vlmq_vllm.offline.scaling.groups import Scalable
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.methods.awq import search
+from vlmq_vllm.offline.methods.awq.fold import PARITY, moved
+from vlmq_vllm.offline.methods.awq.scalable import Scalable
+from vlmq_vllm.offline.model.streams import Stream
 
 EPS = 2**-23
 SHAPES = [(7, 5), (2, 11, 75), (1, 99, 8), (3, 33, 16), (1, 100, 33), (2, 150, 9)]  # tokens up to 99, 100 and 300

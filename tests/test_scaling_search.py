@@ -7,13 +7,13 @@ import torch
 from scaled_blocks import FORMAT, GATE_UP, Block, Scaled, all_three_bits, bfloat16, scale, streams_of
 from torch import nn
 
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX, MSE
-from vlmq_vllm.offline.scaling import losses
-from vlmq_vllm.offline.scaling.groups import Scalable
-from vlmq_vllm.offline.scaling.losses import LinearRounding, Trial, candidate_losses
-from vlmq_vllm.offline.scaling.search import RATIOS, scales_of
-from vlmq_vllm.offline.stream import Stream
+from vlmq_vllm.offline.methods.awq import losses
+from vlmq_vllm.offline.methods.awq.losses import LinearRounding, Trial, candidate_losses
+from vlmq_vllm.offline.methods.awq.scalable import Scalable
+from vlmq_vllm.offline.methods.awq.search import RATIOS, scales_of
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.grid import MINMAX, MSE
+from vlmq_vllm.offline.model.streams import Stream
 
 
 def rounded(weight, scales, grid):

@@ -15,12 +15,12 @@ from vlmq_vllm.errors import RefusedError, StoppedError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.compare.settings import Settings as Comparison
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.recipe import read_recipe, settings_from
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.study.run import sweep
-from vlmq_vllm.offline.study.settings import SOLVER, StudySettings
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.compare import Settings as Comparison
+from vlmq_vllm.offline.settings.quantize import Settings
+from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
+from vlmq_vllm.offline.settings.sweep import SOLVER, StudySettings
+from vlmq_vllm.offline.sweep.run import sweep
 
 COUNT, SAMPLES = 4, 2
 KINDS = StudySettings(bits=(2, 3), methods=("rtn", "gptq"), by="kind", calibration_samples=SAMPLES)

@@ -5,10 +5,10 @@ from family_studies import build_study
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
-from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.study.chats import is_pictured
-from vlmq_vllm.offline.study.run import sweep
-from vlmq_vllm.offline.study.settings import StudySettings
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep.held_out import is_pictured
+from vlmq_vllm.offline.sweep.run import sweep
 
 
 @pytest.fixture(scope="module")

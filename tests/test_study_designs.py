@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
-from vlmq_vllm.offline.study import importance
-from vlmq_vllm.offline.study.budget import Choice, allocate, isotonic
-from vlmq_vllm.offline.study.designs import find_design, full_grid, one_at_a_time, random_sample
-from vlmq_vllm.offline.study.importance import check_forest, find_rises, fit_forests
-from vlmq_vllm.offline.study.pareto import pareto_front
+from vlmq_vllm.offline.sweep import forest as forests
+from vlmq_vllm.offline.sweep.designs import find_design, full_grid, one_at_a_time, random_sample
+from vlmq_vllm.offline.sweep.forest import check_forest, find_rises, fit_forests
+from vlmq_vllm.offline.sweep.knapsack import Choice, allocate, isotonic
+from vlmq_vllm.offline.sweep.pareto import pareto_front
 
 
 def test_one_at_a_time_changes_one_part_or_all():
@@ -148,6 +148,6 @@ def test_a_forest_is_not_fitted_on_a_handful_of_rows():
 
 
 def test_a_missing_scikit_learn_is_said(monkeypatch):
-    monkeypatch.setattr(importance, "find_spec", lambda name: None)
+    monkeypatch.setattr(forests, "find_spec", lambda name: None)
     with pytest.raises(QuantizeError, match=r"scikit-learn, which is not installed; pip install \"\.\[sweep\]\""):
         check_forest()

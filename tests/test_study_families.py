@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.compare.settings import Settings as Comparison
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.study.settings import SOLVER, StudySettings
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.compare import Settings as Comparison
+from vlmq_vllm.offline.settings.quantize import Settings
+from vlmq_vllm.offline.settings.sweep import SOLVER, StudySettings
 
 COMPONENTS = {"vision": "visual.blocks.*", "connector": "visual.merger.*"}  # names in the files of Qwen2-VL
 

@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.study import pieces as module
-from vlmq_vllm.offline.study import report
-from vlmq_vllm.offline.study.designs import full_precision, one_at_a_time
-from vlmq_vllm.offline.study.mixtures import Mixture
-from vlmq_vllm.offline.study.parts import Part
-from vlmq_vllm.offline.study.pieces import Pieces
-from vlmq_vllm.offline.study.remaining import Remaining, duration
-from vlmq_vllm.offline.study.results import Results
-from vlmq_vllm.offline.study.settings import StudySettings
-from vlmq_vllm.offline.units import Target, Unit
-from vlmq_vllm.offline.whole import aside
+from vlmq_vllm.offline.checkpoint.atomic import aside
+from vlmq_vllm.offline.model.targets import Target, Unit
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep import pieces as module
+from vlmq_vllm.offline.sweep import report
+from vlmq_vllm.offline.sweep.designs import full_precision, one_at_a_time
+from vlmq_vllm.offline.sweep.mixtures import Mixture
+from vlmq_vllm.offline.sweep.parts import Part
+from vlmq_vllm.offline.sweep.pieces import Pieces
+from vlmq_vllm.offline.sweep.remaining import Remaining, duration
+from vlmq_vllm.offline.sweep.results import Results
 
 UNIT = Unit("language-00000", "language", "layers.0", 0)
 SHAPES = [(1, 32), (7, 96), (33, 64)]

@@ -9,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
-from vlmq_vllm.offline.study.results import Results
+from vlmq_vllm.offline.sweep.results import Results
 
 ROW = {"method": "rtn", "label": "all 2", "bits_per_weight": 2.5, "bits_per_parameter": 3.0}
 ROW |= {"kl": 0.5, "kl_error": None, "nll": 1.0, "exact": 0.5}

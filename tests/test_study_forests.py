@@ -5,12 +5,13 @@ from types import SimpleNamespace
 import pytest
 from family_studies import build_study
 
-from vlmq_vllm.offline.study import importance, tables
-from vlmq_vllm.offline.study.designs import find_design
-from vlmq_vllm.offline.study.importance import Forest, fit_forests
-from vlmq_vllm.offline.study.parts import Part, label_of
-from vlmq_vllm.offline.study.run import sweep
-from vlmq_vllm.offline.study.settings import StudySettings
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep import forest as forest_module
+from vlmq_vllm.offline.sweep import markdown
+from vlmq_vllm.offline.sweep.designs import find_design
+from vlmq_vllm.offline.sweep.forest import Forest, fit_forests
+from vlmq_vllm.offline.sweep.parts import Part, label_of
+from vlmq_vllm.offline.sweep.run import sweep
 
 SECOND = "so that a second forest is fitted without them"
 NONE = "and too few others that differ are left (12 are needed)"
@@ -34,8 +35,8 @@ def test_a_design_of_many_configurations_ends_in_forests(
     given, tmp_path, monkeypatch, design, by, runs, rows, expected
 ):
     pytest.importorskip("sklearn")
-    monkeypatch.setattr(importance, "TREES", 60)  # enough that every row is out of some bag, and quick
-    monkeypatch.setattr(importance, "REPEATS", 3)
+    monkeypatch.setattr(forest_module, "TREES", 60)  # enough that every row is out of some bag, and quick
+    monkeypatch.setattr(forest_module, "REPEATS", 3)
     settings = StudySettings(bits=(2, 3, 4), methods=("rtn",), by=by, design=design, runs=runs, group_size=-1)
     found = sweep(str(given.model), given.held_out, None, tmp_path / "study", settings)
     parts = [Part(name, ()) for name in found["parts"]]
@@ -60,7 +61,7 @@ def test_a_design_of_many_configurations_ends_in_forests(
 
 def text_of(forests, bits):
     study = SimpleNamespace(settings=StudySettings(bits=bits), parts=[Part("one", ()), Part("other", ())])
-    return tables._forest(study, "rtn", forests)
+    return markdown._forest(study, "rtn", forests)
 
 
 def forest(without):

@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline import stream
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
-from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.grid import CLIP, MINMAX, MSE
-from vlmq_vllm.offline.solvers import grid_of, solver_of
-from vlmq_vllm.offline.study import making
-from vlmq_vllm.offline.study.settings import METHODS, StudySettings
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.methods.choose import grid_of, solver_of
+from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, MSE
+from vlmq_vllm.offline.model import streams
+from vlmq_vllm.offline.settings.sweep import METHODS, StudySettings
+from vlmq_vllm.offline.sweep import make_pieces as making
 
 DECODER = ("language",)
 
@@ -64,7 +64,7 @@ def test_moments_are_collected_once_for_all_widths(given, tmp_path, monkeypatch)
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_model_that_cannot_be_run_layer_by_layer_is_refused(given, tmp_path, monkeypatch, method):
     """Its streams forget what the tower adds behind the first decoder layers."""
-    catch = stream.catch
+    catch = streams.catch
 
     def forgetful(source, stack, batch, device):
         found = catch(source, stack, batch, device)
@@ -72,7 +72,7 @@ def test_a_model_that_cannot_be_run_layer_by_layer_is_refused(given, tmp_path, m
             found.terms.clear()
         return found
 
-    monkeypatch.setattr(stream, "catch", forgetful)
+    monkeypatch.setattr(streams, "catch", forgetful)
     with pytest.raises(QuantizeError, match=r"language_model.layers.1 differs from the model's own forward"):
         make_pieces(given, settings((method,)), tmp_path / "pieces", DECODER)
     assert not (tmp_path / "pieces").exists()

@@ -7,14 +7,14 @@ import yaml
 from family_studies import build_study
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.recipe import read_recipe, settings_from
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.study.mixtures import Budget, recipe_of
-from vlmq_vllm.offline.study.parts import Part, Subject
-from vlmq_vllm.offline.study.run import sweep
-from vlmq_vllm.offline.study.settings import StudySettings
-from vlmq_vllm.offline.study.sizes import linear_bits
-from vlmq_vllm.offline.units import Target
+from vlmq_vllm.offline.model.targets import Target
+from vlmq_vllm.offline.settings.quantize import Settings
+from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep.mixtures import Budget, recipe_of
+from vlmq_vllm.offline.sweep.parts import Part, Subject
+from vlmq_vllm.offline.sweep.run import sweep
+from vlmq_vllm.offline.sweep.sizes import linear_bits
 
 
 def subject_of(shapes, component="language"):

@@ -6,12 +6,12 @@ from family_models import build
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.offline.compare.weights import load_model
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
-from vlmq_vllm.offline.study.judge import materialise
-from vlmq_vllm.offline.study.parts import find_parts, find_subject
-from vlmq_vllm.offline.study.settings import StudySettings
-from vlmq_vllm.offline.study.sizes import Sizes
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.settings.quantize import Settings
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep.judge import materialise
+from vlmq_vllm.offline.sweep.parts import find_parts, find_subject
+from vlmq_vllm.offline.sweep.sizes import Sizes
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from vlmq_vllm.offline.commands import sweep as command
-from vlmq_vllm.offline.study import run
+from vlmq_vllm.offline.sweep import run
 
 BOTH = ("vision", "language")
 

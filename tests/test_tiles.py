@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from vlmq_vllm.format import BITS, WeightFormat
-from vlmq_vllm.kernels import tables, tiles
+from vlmq_vllm.kernels import tiles, tuned_tables
 from vlmq_vllm.kernels.hardware import INTERPRETER, Hardware
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile, why_not
@@ -34,11 +34,11 @@ def geometry(bits=4, rows=3584, columns=3584, group=128, symmetric=True) -> Geom
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
     """A folder of tables that comes before ours."""
-    for cached in (tables.table_of, tiles._plan):
+    for cached in (tuned_tables.table_of, tiles._plan):
         cached.cache_clear()
     monkeypatch.setenv("VLMQ_TUNED", str(tmp_path))
     yield tmp_path
-    for cached in (tables.table_of, tiles._plan):
+    for cached in (tuned_tables.table_of, tiles._plan):
         cached.cache_clear()
 
 
@@ -101,20 +101,20 @@ def test_batch_invariant():
     assert "workspace" in why_not(plan, step + 1, shape, H200)
 
 
-@pytest.mark.parametrize("path", sorted(tables.TUNED.iterdir()), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(tuned_tables.TUNED.iterdir()), ids=lambda path: path.stem)
 def test_tables(path):
     """Every file has every entry, says where it comes from, and claims no measurement that it does not hold."""
     table = json.loads(path.read_text())
-    assert set(table) == {"origin", "dequantise_from", "tiles", "measured"}
+    assert set(table) == {"origin", "dequantize_from", "tiles", "measured"}
     assert set(table["tiles"]) == set(map(str, BITS))
     assert all(list(map(int, row)) == list(BUCKETS) for row in table["tiles"].values())
     assert table["measured"] or "without a GPU" in table["origin"]
 
 
 def test_measured_plans_come_first(tuned):
-    table = json.loads((tables.TUNED / "sm_90.json").read_text())
+    table = json.loads((tuned_tables.TUNED / "sm_90.json").read_text())
     tile = {"rows": 128, "tokens": 8, "warps": 4, "stages": 3}
-    table["measured"] = {tables.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
+    table["measured"] = {tuned_tables.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
     (tuned / "sm_90.json").write_text(json.dumps(table))
     assert tiles.plan(5, geometry(), H200) == Plan(Tile(**tile), 7)
     assert tiles.plan(9, geometry(), H200).tile.tokens == 16
@@ -122,9 +122,9 @@ def test_measured_plans_come_first(tuned):
 
 
 def test_measured_plan_that_cannot_be(tuned):
-    table = json.loads((tables.TUNED / "sm_90.json").read_text())
+    table = json.loads((tuned_tables.TUNED / "sm_90.json").read_text())
     tile = {"rows": 96, "tokens": 8, "warps": 4, "stages": 3}
-    table["measured"] = {tables.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
+    table["measured"] = {tuned_tables.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
     (tuned / "sm_90.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match="sm_90.json has no usable entry for 4 128 symmetric 3584x3584 8: rows is 96"):
         tiles.plan(5, geometry(), H200)
@@ -133,7 +133,7 @@ def test_measured_plan_that_cannot_be(tuned):
 def test_the_table_of_an_unknown_gpu():
     """The newest of those with as much shared memory; never Hopper's, whose instructions nobody else has."""
     known = {
-        arch: tables.path_of(Hardware(arch, 100, size << 10)).stem
+        arch: tuned_tables.path_of(Hardware(arch, 100, size << 10)).stem
         for arch, size in (
             ("sm_90", 227),
             ("sm_86", 99),
@@ -155,7 +155,7 @@ def test_the_table_of_an_unknown_gpu():
     }
 
 
-@pytest.mark.parametrize("damage", ["{", "{}", '{"tiles": {}}', '{"tiles": 1, "dequantise_from": 1}'])
+@pytest.mark.parametrize("damage", ["{", "{}", '{"tiles": {}}', '{"tiles": 1, "dequantize_from": 1}'])
 def test_damaged_table(tuned, damage):
     (tuned / "sm_90.json").write_text(damage)
     with pytest.raises(ValueError, match="sm_90.json is no table of tiles"):
@@ -172,7 +172,7 @@ def test_narrow_slices_have_fewer_threads():
 
 def test_less_shared_memory_than_the_table_knows(tuned):
     """Stages first, then tokens, until it fits."""
-    shutil.copy(tables.TUNED / "sm_90.json", tuned / "sm_86.json")
+    shutil.copy(tuned_tables.TUNED / "sm_90.json", tuned / "sm_86.json")
     small = Hardware("sm_86", 84, 99 << 10)
     for bits in BITS:
         for m in BUCKETS:

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.hook import after_import
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.import_hook import after_import
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 MIXTURE = "qwen3_vl_moe"
 
@@ -185,7 +185,7 @@ def test_other_methods_are_as_before():
     names = [name for name, kind in auto.AUTO_QUANTIZER_MAPPING.items() if kind is VLMQQuantizer]
     configs = [n for n, kind in auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if kind is VLMQTransformersConfig]
     assert names == configs == ["vlmq"]
-    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "vlmq_vllm.hook"]
+    assert not [finder for finder in sys.meta_path if type(finder).__module__ == "vlmq_vllm.import_hook"]
 
 
 def test_hook_calls_once_and_never_raises(tmp_path, monkeypatch, caplog):

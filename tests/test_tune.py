@@ -10,7 +10,7 @@ import torch
 from benchmark_modules import load
 
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.kernels import dequantise, gemm, int8, reference, tables, tiles
+from vlmq_vllm.kernels import dequantize, gemm, int8, reference, tiles, tuned_tables
 from vlmq_vllm.kernels.hardware import Hardware
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
@@ -24,7 +24,7 @@ def tuner(monkeypatch):
     made = object.__new__(tune.Tuner)
     made.args = Namespace(bits=[3], tokens=[8], group_size=32)
     made.deadline, made.machine, made.l2 = monotonic() + 60, H200, 1 << 10
-    made.table = json.loads(json.dumps(tables.table_of(H200)))
+    made.table = json.loads(json.dumps(tuned_tables.table_of(H200)))
     made.device, made.measured = torch.device("cpu"), {}
     return made
 
@@ -62,17 +62,17 @@ def test_the_fastest_right_plan_is_kept(tuner, monkeypatch, tmp_path):
     layer = kernel_cases.Layer("7b", "o", 1024, 64)
     tuner.tune(layer, 3)
     [(key, found)] = tuner.table["measured"].items()
-    assert key == tables.key_of(Geometry.of(WeightFormat(3, 32, True), 64, 1024), 8)
+    assert key == tuned_tables.key_of(Geometry.of(WeightFormat(3, 32, True), 64, 1024), 8)
     assert found == {"tile": {"rows": 64, "tokens": 8, "warps": 4, "stages": 3}, "splits": 2, "microseconds": 1.0}
     path = tuner.write(tmp_path)
     origin = json.loads(path.read_text())["origin"]
     assert path.name == "sm_90.json" and origin.startswith("plans measured") and "on a pretended GPU" in origin
-    for cached in (tables.table_of, tiles._plan):
+    for cached in (tuned_tables.table_of, tiles._plan):
         cached.cache_clear()
     monkeypatch.setenv("VLMQ_TUNED", str(tmp_path))
     assert tiles.plan(8, Geometry.of(WeightFormat(3, 32, True), 64, 1024), H200) == best
     monkeypatch.undo()
-    for cached in (tables.table_of, tiles._plan):
+    for cached in (tuned_tables.table_of, tiles._plan):
         cached.cache_clear()
 
 
@@ -82,7 +82,7 @@ def test_what_was_not_all_tried_is_not_kept(tuner, monkeypatch, tmp_path):
     tuner.tune(kernel_cases.Layer("7b", "o", 256, 64), 3)
     assert tuner.table["measured"] == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
-    assert json.loads(tuner.write(tmp_path).read_text()) == tables.table_of(H200)
+    assert json.loads(tuner.write(tmp_path).read_text()) == tuned_tables.table_of(H200)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def timed(monkeypatch):
         taken = times[name, bits, rounded](len(outs[0]))
         return gpu_timing.Timing(taken, taken, taken, 1, 1), oracle.check(x, outs, roundings)
 
-    for module, name in ((gemm, "fused"), (dequantise, "dequantised"), (int8, "int8")):
+    for module, name in ((gemm, "fused"), (dequantize, "dequantised"), (int8, "int8")):
         monkeypatch.setattr(module, "gemm", way(name))
     monkeypatch.setattr(gpu_timing, "measure", measure)
     monkeypatch.setattr(crossover, "TOKENS", (3, 5, 9))
@@ -141,7 +141,7 @@ def test_int8_crossover(tuner, timed, capsys, from_8, from_4, wanted):
     assert [line.split(":")[0] for line in told[:4]] == ["7b-o W8A8", "7b-o W4A8", "7b-qkv W8A8", "7b-qkv W4A8"]
     assert told[0].endswith(f"int8 is faster from {from_8} tokens on")
     end = "is not faster at 9 tokens" if wanted is None else f"is faster from {wanted} tokens on"
-    assert told[-1] == f"int8 {end} (median); kernels/product.py has INT8_FROM = 128"
+    assert told[-1] == f"int8 {end} (median); kernels/dispatch.py has INT8_FROM = 128"
 
 
 @pytest.mark.parametrize(("first", "wanted"), [(5, 5), (99, 9)])
@@ -150,7 +150,7 @@ def test_crossover(tuner, timed, capsys, first, wanted):
     timed["fused", 3, False] = lambda m: 1.0
     timed["dequantised", 3, False] = lambda m: 0.5 if m >= first else 1.0
     tuner.cross(LAYERS)
-    assert tuner.table["dequantise_from"] == wanted and list(tuner.measured) == ["crossover"]
+    assert tuner.table["dequantize_from"] == wanted and list(tuner.measured) == ["crossover"]
     assert capsys.readouterr().out.count("not faster at 9") == (2 if first == 99 else 0)
 
 

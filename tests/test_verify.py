@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.offline.verify import verify
-from vlmq_vllm.offline.writer import sha256
+from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.checkpoint.writer import sha256
 
 MODULE = "model.layers.0.mlp.up_proj"
 

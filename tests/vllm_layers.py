@@ -4,8 +4,8 @@ import torch
 from vllm.model_executor.layers import linear as vllm_linear
 
 from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
-from vlmq_vllm.config import VLMQConfig
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.serving.config import VLMQConfig
 
 W4, W3, W2, W8 = (WeightFormat(bits, 64, True) for bits in (4, 3, 2, 8))
 FORMATS = [W4, W3, W2, W8, WeightFormat(4, 32, False), WeightFormat(3, 32, False), WeightFormat(2, -1, False)]

@@ -6,7 +6,7 @@ processes, and transformers learns about vlmq when it imports its own table of q
 
 from pathlib import Path
 
-from vlmq_vllm.hook import after_import
+from vlmq_vllm.import_hook import after_import
 
 __version__ = "0.1.0"
 OLDEST, NEWEST = (0, 26), (0, 32)  # releases of vLLM that the tests run with
@@ -47,7 +47,7 @@ def register() -> None:
                 *NEWEST,
             )
         if "vlmq" not in QUANTIZATION_METHODS:
-            from vlmq_vllm.config import VLMQConfig
+            from vlmq_vllm.serving.config import VLMQConfig
 
             register_quantization_config("vlmq")(VLMQConfig)
     except Exception:

@@ -2,7 +2,7 @@
 
 Our own checkpoints need nothing done. Those of other quantisers (`foreign/`) have other names and layouts, and their
 packing knows them; it is plain data that goes to vLLM's workers with the configuration. Layers hold parameters under
-the names in the files, filled with what `unpack` gives (`container.py`).
+the names in the files, filled with what `unpack` gives (`serving/container.py`).
 """
 
 from dataclasses import dataclass

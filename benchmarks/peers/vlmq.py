@@ -12,8 +12,8 @@ args = arguments(method="vlmq", device="cpu")
 import torch  # noqa: E402, F401, after the clock of runner.py has started
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLForConditionalGeneration  # noqa: E402, F401
 
-from vlmq_vllm.offline import quantize  # noqa: E402, F401
-from vlmq_vllm.offline.cli import main as command  # noqa: E402
+from vlmq_vllm.offline.commands.app import main as command  # noqa: E402
+from vlmq_vllm.offline.run import quantize  # noqa: E402, F401
 
 
 def main() -> None:

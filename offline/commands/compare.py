@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Json, Model, Quantized
+from vlmq_vllm.offline.commands.options import Json, Model, Quantized
 
 
 def compare(
@@ -29,7 +29,7 @@ def compare(
 ) -> None:
     """Compare QUANTIZED with its 16-bit original MODEL on reference answers: KL, agreement, NLL, exact match."""
     from vlmq_vllm.errors import QuantizeError
-    from vlmq_vllm.offline.compare.settings import Settings
+    from vlmq_vllm.offline.settings.compare import Settings
 
     settings = Settings(
         backend=backend,
@@ -47,8 +47,8 @@ def compare(
     from rich.console import Console
 
     from vlmq_vllm.offline.compare.run import compare as run
-    from vlmq_vllm.offline.compare.table import show
-    from vlmq_vllm.offline.progress import Progress
+    from vlmq_vllm.offline.compare.show import show
+    from vlmq_vllm.offline.machine.progress import Progress
 
     def say(line: str) -> None:
         typer.echo(f"vlmq: {line}", err=True)

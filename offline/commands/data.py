@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Json
+from vlmq_vllm.offline.commands.options import Json
 
 SHOWN = 3  # lines that are named of those that occur twice
 
@@ -38,7 +38,7 @@ def inspect(
 ) -> None:
     """Show what DATA holds: pictures, duplicates, tokens, and what it shares with evaluation data."""
     from vlmq_vllm.offline.data.fingerprint import marks
-    from vlmq_vllm.offline.data.sources import read_all, read_chats
+    from vlmq_vllm.offline.data.read import read_all, read_chats
     from vlmq_vllm.offline.data.survey import survey, survey_overlap
 
     chats = read_chats(source, seed)
@@ -57,9 +57,9 @@ def inspect(
 def _tokens(chats: list[dict], model: str, limit: int, max_tokens: int, max_pixels: int | None) -> dict:
     from vlmq_vllm.headers import read_config
     from vlmq_vllm.offline.data.inputs import load_processor
-    from vlmq_vllm.offline.data.kinds import vision_ids
     from vlmq_vllm.offline.data.survey import survey_tokens
-    from vlmq_vllm.offline.source import find
+    from vlmq_vllm.offline.data.token_kinds import vision_ids
+    from vlmq_vllm.offline.model.source import find
 
     folder: Path = find(model)
     vision = vision_ids(read_config(folder))

@@ -4,14 +4,14 @@ import json
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Json
+from vlmq_vllm.offline.commands.options import Json
 
 REFUSED = 3
 
 
 def doctor(as_json: Json = False) -> None:
     """Check versions, the plugin, devices, memory and disk; exit code 3 if something stands in the way."""
-    from vlmq_vllm.offline.doctor import diagnose
+    from vlmq_vllm.offline.machine.doctor import diagnose
 
     found = diagnose()
     if as_json:

@@ -4,14 +4,14 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Out, Quantized
+from vlmq_vllm.offline.commands.options import Out, Quantized
 
 Format = Annotated[str, typer.Option("--format", help="compressed-tensors or gptq.")]
 
 
 def export(folder: Quantized, out: Out, target: Format) -> None:
     """Rewrite FOLDER for software that reads compressed-tensors or GPTQ, without quantising again."""
-    from vlmq_vllm.offline.export.run import export as write
+    from vlmq_vllm.offline.checkpoint.export.export import export as write
 
     note = write(folder, out, target)
     typer.echo(f"{out}: the same codes as {target}" + (f"; {note}" if note else ""))

@@ -4,12 +4,12 @@ import json
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Json, Quantized
+from vlmq_vllm.offline.commands.options import Json, Quantized
 
 
 def info(folder: Quantized, as_json: Json = False) -> None:
     """Show what FOLDER holds: formats, size, the run that made it, and how to serve it. Reads no weights."""
-    from vlmq_vllm.offline.info import info as read
+    from vlmq_vllm.offline.checkpoint.info import info as read
 
     found = read(folder)
     if as_json:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import (
+from vlmq_vllm.offline.commands.options import (
     ActivationBits,
     Base,
     Bits,
@@ -47,13 +47,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""
-    from vlmq_vllm.offline.recipe import read_recipe, settings_from
+    from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
 
     settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
     import torch
 
-    from vlmq_vllm.offline.plan.report import plan as make
-    from vlmq_vllm.offline.plan.table import show
+    from vlmq_vllm.offline.plan.plan import plan as make
+    from vlmq_vllm.offline.plan.show import show
 
     found = make(model, settings, device or ("cuda" if torch.cuda.is_available() else "cpu"), tokens)
     if as_json:

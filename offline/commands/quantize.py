@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import (
+from vlmq_vllm.offline.commands.options import (
     ActivationBits,
     Base,
     Bits,
@@ -68,22 +68,23 @@ def quantize(
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
-    from vlmq_vllm.offline.malloc import give_back_large_blocks
-    from vlmq_vllm.offline.recipe import read_recipe, settings_from, unread
+    from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
+    from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from, unread
 
-    settings = settings_from(read_recipe(recipe) if recipe else {}, given(context))
+    options = given(context)
+    settings = settings_from(read_recipe(recipe) if recipe else {}, options)
     import torch
     from rich.console import Console
 
-    from vlmq_vllm.offline import quantize as run
-    from vlmq_vllm.offline.progress import Progress
+    from vlmq_vllm.offline.machine.progress import Progress
+    from vlmq_vllm.offline.run import quantize as run
 
     give_back_large_blocks()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     first = os.environ.get("RANK", "0") == "0"
-    if first and (idle := unread(settings, given(context))):
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        typer.echo(f"vlmq: method {settings.method} makes no use of {options}", err=True)
+    if first and (idle := unread(settings, options)):
+        named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+        typer.echo(f"vlmq: method {settings.method} makes no use of {named}", err=True)
     progress = Progress(Console(stderr=True)) if first else Progress()
     try:
         rows = run.quantize(model, out, data, settings, device, progress, resume, stop_on_sigterm())

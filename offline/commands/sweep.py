@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import GroupSize, Json, Model, Symmetric
+from vlmq_vllm.offline.commands.options import GroupSize, Json, Model, Symmetric
 from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
 
 
@@ -60,8 +60,8 @@ def sweep(
     --recipe. Lists are written with commas.
     """
     from vlmq_vllm.errors import QuantizeError, StoppedError
-    from vlmq_vllm.offline.malloc import give_back_large_blocks
-    from vlmq_vllm.offline.study.settings import StudySettings
+    from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
+    from vlmq_vllm.offline.settings.sweep import StudySettings
 
     try:
         widths = tuple(map(int, _list(bits)))
@@ -86,8 +86,8 @@ def sweep(
     )
     import torch
 
-    from vlmq_vllm.offline.study.run import sweep as run
-    from vlmq_vllm.offline.study.tables import counted
+    from vlmq_vllm.offline.sweep.markdown import counted
+    from vlmq_vllm.offline.sweep.run import sweep as run
 
     def say(line: str) -> None:
         typer.echo(f"vlmq: {line}", err=True)

@@ -4,14 +4,14 @@ import json
 
 import typer
 
-from vlmq_vllm.offline.commands.arguments import Json, Quantized
+from vlmq_vllm.offline.commands.options import Json, Quantized
 
 
 def verify(folder: Quantized, as_json: Json = False) -> None:
     """Check FOLDER: hashes, schema, and that every number is finite."""
     from collections import Counter
 
-    from vlmq_vllm.offline.verify import verify as check
+    from vlmq_vllm.offline.checkpoint.verify import verify as check
 
     verdict = check(folder)
     widths = Counter(module.format.bits for module in verdict.modules.values())

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.headers import weight_files
 from vlmq_vllm.offline.compare.scores import Score, load, save
-from vlmq_vllm.offline.compare.settings import Settings
+from vlmq_vllm.offline.settings.compare import Settings
 
 LAYOUT = 1  # of the files; counts up when their meaning changes
 SMALL = (".json", ".jinja", ".txt", ".model")

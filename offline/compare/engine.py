@@ -19,9 +19,9 @@ from pathlib import Path
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.scores import Score, load, save
-from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.pictures import open_image
+from vlmq_vllm.offline.settings.compare import Settings
 
 JOB, TEACHER, RESULT = "job.json", "teacher.safetensors", "result.safetensors"
 # what a user sets in the environment wins; the space is in GB and only read on a CPU

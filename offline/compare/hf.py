@@ -15,8 +15,8 @@ import torch
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.scores import Score
-from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.compare.weights import load_model
+from vlmq_vllm.offline.settings.compare import Settings
 
 
 def score(

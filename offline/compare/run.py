@@ -6,19 +6,19 @@ from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.headers import read_config, read_headers
+from vlmq_vllm.offline.checkpoint.writer import REPORT
 from vlmq_vllm.offline.compare import engine, hf
 from vlmq_vllm.offline.compare.cache import Cache, key_of
 from vlmq_vllm.offline.compare.questions import end_ids, read_question
 from vlmq_vllm.offline.compare.report import bootstrap_settings, sample_row, split_rows
 from vlmq_vllm.offline.compare.scores import Score
-from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import load_processor
-from vlmq_vllm.offline.data.sources import read_all
-from vlmq_vllm.offline.progress import Progress
-from vlmq_vllm.offline.source import find
-from vlmq_vllm.offline.writer import REPORT
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.model.source import find
+from vlmq_vllm.offline.settings.compare import Settings
 
 SCORERS = {"hf": hf.score, "vllm": engine.score}
 

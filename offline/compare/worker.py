@@ -16,7 +16,7 @@ from PIL import Image
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.offline.compare.engine import JOB, RESULT, TEACHER
 from vlmq_vllm.offline.compare.scores import Score, load, save
-from vlmq_vllm.offline.compare.settings import NAMED_IDS
+from vlmq_vllm.offline.settings.compare import NAMED_IDS
 
 REST_FLOOR = 2.0**-20  # float32 log-probabilities of size 10 are off by up to 5e-7 each
 TOGETHER = 32  # questions whose requests are handed over at a time

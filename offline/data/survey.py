@@ -9,7 +9,7 @@ import numpy as np
 
 from vlmq_vllm.offline.data.fingerprint import Marks, shared
 from vlmq_vllm.offline.data.inputs import Intake, admitted
-from vlmq_vllm.offline.data.kinds import KINDS, count_kinds
+from vlmq_vllm.offline.data.token_kinds import KINDS, count_kinds
 
 PERCENTILES = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
 
@@ -52,8 +52,9 @@ def survey_tokens(
 ) -> dict:
     """Tokens of the samples that a run with these limits would draw from `chats`.
 
-    used, too_long, shrunk: as in Intake. kinds: tokens of used samples by kind (`kinds.py`), None where the template
-    hides it. lengths: percentiles of tokens per sample over all that were looked at, those too long among them.
+    used, too_long, shrunk: as in Intake. kinds: tokens of used samples by kind (`token_kinds.py`), None where the
+    template hides it. lengths: percentiles of tokens per sample over all that were looked at, those too long among
+    them.
     """
     intake, kinds = Intake(), dict.fromkeys(KINDS, 0)
     for chat, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):

@@ -2,10 +2,10 @@
 
 import json
 
-from vlmq_vllm.offline.plan.load import Load, expert_share, patches_per_token
-from vlmq_vllm.offline.plan.serving import Linear
-from vlmq_vllm.offline.settings import Settings
-from vlmq_vllm.offline.source import Source
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.plan.memory.load import Load, expert_share, patches_per_token
+from vlmq_vllm.offline.plan.tensor_parallel import Linear
+from vlmq_vllm.offline.settings.quantize import Settings
 
 ENOUGH = 4  # tokens per column: fewer leave second moments poorly known, which are inverted to compensate
 

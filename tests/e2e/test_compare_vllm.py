@@ -6,9 +6,9 @@ import pytest
 from vlmq_vllm.offline.compare import engine, hf
 from vlmq_vllm.offline.compare.questions import end_ids, read_question
 from vlmq_vllm.offline.compare.report import sample_row
-from vlmq_vllm.offline.compare.settings import Settings
 from vlmq_vllm.offline.data.inputs import load_processor
-from vlmq_vllm.offline.data.sources import read_all
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.settings.compare import Settings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

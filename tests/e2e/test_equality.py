@@ -10,7 +10,7 @@ import pytest
 import tiny_model
 from answers import answers, difference
 
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.slow  # test_serving_families.py has the same of other random models

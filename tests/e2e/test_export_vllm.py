@@ -3,10 +3,10 @@
 import pytest
 from answers import answers, difference
 
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.export.run import export
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.export.export import export
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

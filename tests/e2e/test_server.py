@@ -21,7 +21,7 @@ def test_answers_are_those_of_the_same_weights_in_transformers(client, quantized
     """Two kernels may choose differently where two tokens are equally likely, so one answer in ten may differ."""
     from demo import answers_of
     from server import ask_all
-    from vlmq_vllm.offline.dequantize import dequantize
+    from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
     asked = [ask("evaluation", i) for i in range(28)]
     pairs = [(image, question.text) for image, question in asked]

@@ -11,7 +11,7 @@ import pytest
 import served_models
 from family_models import FAMILIES
 
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

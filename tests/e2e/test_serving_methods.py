@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pictures import TASKS, ask
-from vlmq_vllm.offline.dequantize import dequantize
-from vlmq_vllm.offline.quantize import quantize
-from vlmq_vllm.offline.settings import Settings
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 pytestmark = pytest.mark.slow  # test_methods.py checks the files, test_serving_families.py serves random models
@@ -180,7 +180,7 @@ def test_answers_are_those_of_the_unquantised_model(served, nearest, method):
 
 
 def test_a_mixture_of_experts_with_scaled_channels(tmp_path):
-    """A random model, every token of which goes to all experts (`served_models.py` says why)."""
+    """A random model, every token of which goes to all experts (`tests/served_models.py` says why)."""
     source, _ = served_models.build("qwen3_vl_moe", tmp_path)
     folder, twin = tmp_path / "awq", tmp_path / "twin"
     quantize(str(source), folder, write_chats(tmp_path), Settings(bits=8, group_size=32, method="awq"))

@@ -5,7 +5,7 @@ import engines
 import pytest
 import served_models
 
-from vlmq_vllm.offline.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from vlmq_vllm.checkpoint import QuantizationSpec
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.offline.gptq import round_to_nearest
-from vlmq_vllm.offline.grid import MINMAX
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.grid import MINMAX
 
 DEFAULT = WeightFormat(4, 64, True)
 FORMATS = {

@@ -34,7 +34,7 @@ def write(base: str, out: str, format: str, **settings) -> None:
 
 
 @torch.no_grad()
-def dequantise(folder: Path) -> dict[str, torch.Tensor]:
+def dequantize(folder: Path) -> dict[str, torch.Tensor]:
     """Scales are widened first, so that no product is rounded.
 
     The layers are made here, of the classes that packed them: on a CPU AutoRound's loader has no layer for zero points
@@ -55,4 +55,4 @@ def dequantise(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-run(write, dequantise)
+run(write, dequantize)

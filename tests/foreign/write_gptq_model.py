@@ -20,7 +20,7 @@ def write(base: str, out: str, **settings) -> None:
     model.save(out)
 
 
-def dequantise(folder: Path) -> dict[str, torch.Tensor]:
+def dequantize(folder: Path) -> dict[str, torch.Tensor]:
     """Loaded in the scales' own dtype, not the model's; scales are then widened, so that no product is rounded."""
     model = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16).model
     found = {}
@@ -31,4 +31,4 @@ def dequantise(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-run(write, dequantise)
+run(write, dequantize)

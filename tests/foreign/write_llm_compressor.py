@@ -37,7 +37,7 @@ def write(base: str, out: str, **groups: dict) -> None:
     processor.save_pretrained(out)
 
 
-def dequantise(folder: Path) -> dict[str, torch.Tensor]:
+def dequantize(folder: Path) -> dict[str, torch.Tensor]:
     """Scales are widened first, so that no product is rounded."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
     compressor = BaseCompressor.get_value_from_registry("pack-quantized")
@@ -51,4 +51,4 @@ def dequantise(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-run(write, dequantise)
+run(write, dequantize)

@@ -17,10 +17,10 @@ TRUTH = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")  # n
 WORDS = ("red", "blue", "sign", "picture", "number", "word", "two", "what", "colour", "video")
 
 
-def run(write: Callable[..., None], dequantise: Callable[[Path], dict]) -> None:
-    """Call write(base, out, **settings) for every case, then dequantise(out) for OUT/name/expected.safetensors.
+def run(write: Callable[..., None], dequantize: Callable[[Path], dict]) -> None:
+    """Call write(base, out, **settings) for every case, then dequantize(out) for OUT/name/expected.safetensors.
 
-    `dequantise` gives weights [O, I] float32 by their module's name in the peer's file. A case that fails is reported
+    `dequantize` gives weights [O, I] float32 by their module's name in the peer's file. A case that fails is reported
     and the others go on; then the exit status is 1.
     """
     base, out, cases = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
@@ -28,7 +28,7 @@ def run(write: Callable[..., None], dequantise: Callable[[Path], dict]) -> None:
     for name, settings in cases.items():
         try:
             write(base, str(out / name), **settings)
-            save_file(dequantise(out / name), out / name / "expected.safetensors")
+            save_file(dequantize(out / name), out / name / "expected.safetensors")
         except Exception:
             traceback.print_exc()
             failed.append(name)

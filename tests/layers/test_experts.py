@@ -11,9 +11,9 @@ import torch
 from torch.nn.functional import silu
 from vllm_layers import FORMATS, TOLERANCE, W2, W3, W4, config_of, finish, random_weight, relative_error
 
-from vlmq_vllm import launch
 from vlmq_vllm.format import WeightFormat
-from vlmq_vllm.moe import VLMQMoEMethod
+from vlmq_vllm.serving import launch
+from vlmq_vllm.serving.moe import VLMQMoEMethod
 
 COUNT, HIDDEN, INNER, CHOSEN = 5, 64, 192, 2
 SHARDS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}

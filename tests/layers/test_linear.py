@@ -23,8 +23,8 @@ from vllm_layers import (
     random_weight,
 )
 
-from vlmq_vllm import cpu, launch
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.serving import cpu, launch
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)

@@ -16,7 +16,7 @@ from vllm_layers import (
     random_weight,
 )
 
-from vlmq_vllm import launch
+from vlmq_vllm.serving import launch
 
 
 def test_tied_head_is_refused():

@@ -18,12 +18,12 @@ from vllm_layers import (
     row_layer_of,
 )
 
-from vlmq_vllm import launch
 from vlmq_vllm.activations import quantize_tokens
 from vlmq_vllm.checkpoint import QuantizationSpec
-from vlmq_vllm.claims import Claims
-from vlmq_vllm.config import VLMQConfig
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.serving import launch
+from vlmq_vllm.serving.claims import Claims
+from vlmq_vllm.serving.config import VLMQConfig
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ASYMMETRIC = WeightFormat(4, 32, False)

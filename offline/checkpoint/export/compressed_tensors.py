@@ -1,0 +1,79 @@
+"""compressed-tensors, format pack-quantized: the tensors are ours byte by byte, only the header is another.
+
+3-bit weights are packed densely, as compressed-tensors does from 0.18 on and vLLM 0.32 expects; older ones pack ten to
+a word and stop at the tensors' shapes.
+"""
+
+import torch
+
+from vlmq_vllm.checkpoint import ModuleInfo
+from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.format import WORD, WeightFormat
+from vlmq_vllm.offline.checkpoint.export.model import Model, check_fused, check_groups
+
+NAME = "compressed-tensors"
+
+
+def check(model: Model) -> None:
+    """Raises RefusedError for what the format, or stock vLLM reading it, cannot hold."""
+    check_groups(model, NAME)
+    check_fused(model, NAME)
+    for name, module in model.modules.items():
+        if not module.format.symmetric and module.rows * module.format.bits % WORD:
+            raise RefusedError(
+                f"{name} has {module.rows} rows, whose zero points of {module.format.bits} bits fill no whole words, "
+                f"as vLLM wants of {NAME}; quantise it with --symmetric"
+            )
+
+
+def tensors(module: ModuleInfo, parts: dict[str, torch.Tensor], header: dict) -> dict[str, torch.Tensor]:
+    """A packed module's tensors by their last name."""
+    return parts
+
+
+def module_name(module: str, model: Model) -> str:
+    """The packed module's name in the export."""
+    return module
+
+
+def plain_name(name: str, model: Model) -> str:
+    """The name of a tensor that is not packed."""
+    return name
+
+
+def header(model: Model) -> dict:
+    """The quantization_config: a group for each format with its modules by name, and whatever is left alone."""
+    formats = sorted({module.format for module in model.modules.values()}, key=str)
+    return {
+        "quant_method": NAME,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{i}": _group(model, format) for i, format in enumerate(formats)},
+        "ignore": list(model.plain),
+        "kv_cache_scheme": None,
+    }
+
+
+def note(header: dict) -> str:
+    """What the reader needs besides, or nothing."""
+    dense = any(group["weights"]["num_bits"] == 3 for group in header["config_groups"].values())
+    return "its 3-bit weights need compressed-tensors 0.18 or vLLM 0.32" if dense else ""
+
+
+def _group(model: Model, format: WeightFormat) -> dict:
+    owned = sorted(name for name, module in model.modules.items() if module.format == format)
+    channel = format.group_size == -1
+    return {
+        "targets": [name for module in owned for name in model.names(module)],
+        "weights": {
+            "num_bits": format.bits,
+            "type": "int",
+            "symmetric": format.symmetric,
+            "strategy": "channel" if channel else "group",
+            "group_size": None if channel else format.group_size,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": "pack-quantized",
+    }

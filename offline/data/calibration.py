@@ -1,0 +1,55 @@
+"""The calibration samples of a run as batches, with what is known of their tokens."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vlmq_vllm.offline.data.answer_labels import answer_labels
+from vlmq_vllm.offline.data.batches import batched
+from vlmq_vllm.offline.data.fingerprint import fingerprint
+from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
+from vlmq_vllm.offline.data.read import read_chats
+from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.settings.quantize import Settings
+
+KINDS = "token_kinds"
+
+
+@dataclass
+class Samples:
+    """batches: this process's share. kinds: of the tokens of each batch, [B, T] int8 as in `token_kinds.py`, and
+    labels, the ids of answers' tokens [B, T] int64 with -100 elsewhere, both where a method asks for them. probe: the
+    shortest sample with a picture. fingerprints: of all samples, whosever share they are."""
+
+    batches: list[dict] = field(default_factory=list)
+    kinds: list[torch.Tensor] = field(default_factory=list)
+    labels: list[torch.Tensor] = field(default_factory=list)
+    probe: dict | None = None
+    fingerprints: list[str] = field(default_factory=list)
+
+
+def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, progress: Progress) -> Samples:
+    """Draw the samples of a run. Raises QuantizeError for data without pictures or with chats that cannot be read."""
+    intake, found = Intake(), Samples()
+    chats, processor = read_chats(data, settings.seed), load_processor(source.folder)
+    samples = []
+    for chat, inputs in model_inputs(
+        chats, processor, settings.samples, settings.max_tokens, settings.max_pixels or None, intake
+    ):
+        samples.append(inputs)
+        if settings.needs_kinds:
+            ids = inputs["input_ids"]
+            inputs[KINDS] = token_kinds(chat, ids[0].tolist(), processor, vision_ids(source.config))[None]
+        found.fingerprints.append(fingerprint(chat))
+    progress.samples(intake, settings.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
+    probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1])
+    found.probe = {name: value for name, value in probe.items() if name != KINDS}
+    found.batches = ranks.own(batched(samples))
+    if settings.needs_kinds:
+        found.kinds = [batch.pop(KINDS) for batch in found.batches]
+        pairs = zip(found.batches, found.kinds, strict=True)
+        found.labels = [answer_labels(batch["input_ids"], kinds) for batch, kinds in pairs]
+    return found

@@ -1,0 +1,182 @@
+"""GPTQ on tensors: from a weight and the second moments of its inputs to codes.
+
+For weights W [O, I] and moments H, D (`moments.py`) the rounded weight Q is chosen column by column (`columns.py`) for
+a small
+
+    sum_n lambda_n | Q x_n - W f_n |^2.
+
+With D = 0 this is GPTQ (2210.17323), with D GPTAQ (2504.02692), and the token weights make it VLMQ
+(2508.03351, there with D). GPTAQ moves what is left of the target column by column, which its authors derive with
+columns that are frozen already. Before any is, the normal equations give the whole move in closed form,
+
+    Q (H) = W sum_n lambda_n f_n x_n^T = W (H + D),    so that W + W D H^-1 is to be rounded, by plain GPTQ;
+
+here this is "aligned". Pure functions of tensors; which model they come from is `run/layer_quantizer.py`'s business.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.offline.methods.gptq.columns import ColumnPass
+from vlmq_vllm.offline.methods.gptq.factor import aligned, find_factor, push_of
+from vlmq_vllm.offline.methods.grid import MSE, GridSearch, blocks_of, find_grid, to_codes
+from vlmq_vllm.offline.methods.solution import Solution
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a weight is solved.
+
+    act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
+    be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
+    compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
+    aligned: D moves the weights beforehand (above), not column by column as in GPTAQ. compensate: without it codes are
+    the nearest ones, on grids for which a search with importance gets the blocks of H: AWQ's clipping (2306.00978).
+    """
+
+    search: GridSearch = MSE
+    act_order: bool = True
+    damp: float = 0.01
+    alpha: float = 0.25
+    aligned: bool = False
+    compensate: bool = True
+
+
+DEFAULT = Solver()
+
+
+def round_to_nearest(
+    weight: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    search: GridSearch = MSE,
+    importance: torch.Tensor | None = None,
+    clipped: torch.Tensor | None = None,
+) -> QuantizedWeight:
+    """Codes of a weight [O, I] without compensation; `importance` and `clipped` as in `find_grid`."""
+    scale, zero = find_grid(weight, format, dtype, search, importance, clipped)
+    group = format.group_of(weight.shape[1], weight.device)
+    offset = format.middle if zero is None else zero.float()[:, group]
+    codes = to_codes(weight, scale.float()[:, group], offset, format.levels).to(torch.uint8)
+    return QuantizedWeight(format, codes, scale, zero)
+
+
+def solve(
+    weights: torch.Tensor,
+    h: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    solver: Solver = DEFAULT,
+    residual: torch.Tensor | None = None,
+    clipped: torch.Tensor | None = None,
+) -> list[Solution]:
+    """Quantise weights [B, O, I] float32 with moments H [B, I, I]; scales are stored in `dtype`.
+
+    residual: D [B, I, I], or where the solver is `aligned` and O < I perhaps W D [B, O, I]; overwritten. The B
+    problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding
+    and `damp` None: the caller must say so. clipped: [O] bool, the rows whose ranges may shrink (None: all), for a
+    solver that does not compensate, which takes no residual.
+    """
+    if not solver.compensate:
+        assert residual is None, "a residual moves the targets of a solver that compensates"
+        return [
+            _nearest(w, part, format, dtype, solver.search, 0.0, clipped) for w, part in zip(weights, h, strict=True)
+        ]
+    assert clipped is None, "ranges are kept from shrinking only where nothing is compensated"
+    importance = h.diagonal(dim1=1, dim2=2)
+    if solver.act_order:
+        order = torch.argsort(importance, dim=1, descending=True, stable=True)
+    else:
+        order = torch.arange(h.shape[1], device=h.device).expand(len(h), -1)
+    factors = [find_factor(part, columns, solver.damp) for part, columns in zip(h, order, strict=True)]
+    dead = (importance == 0).sum(1).tolist()
+    found: dict[int, Solution] = {}
+    if solved := [i for i, (factor, _) in enumerate(factors) if factor is not None]:
+        pick = slice(None) if len(solved) == len(h) else torch.tensor(solved, device=h.device)
+        factor = stack([factors[i][0] for i in solved])
+        targets, push = weights[pick], None
+        if residual is not None and solver.aligned:
+            targets = aligned(targets, residual[pick], factor, order[pick], solver.alpha)
+        elif residual is not None:
+            moves = _permuted(residual[pick], order[pick]) if solver.act_order else residual[pick]
+            push = push_of(moves, factor).mul_(solver.alpha)
+        quantized, losses = _rounded(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
+        for i, weight, loss in zip(solved, quantized, losses, strict=True):
+            found[i] = Solution(weight, loss, factors[i][1], dead[i])
+    for i in set(range(len(h))) - found.keys():
+        found[i] = _nearest(weights[i], h[i], format, dtype, solver.search, None, None)
+    return [found[i] for i in range(len(h))]
+
+
+def _nearest(weight, h, format, dtype, search, damp, clipped) -> Solution:
+    """The solution without compensation; `damp` None says that H was singular and is no guide for grids either."""
+    blocks = blocks_of(h, format) if search.importance and damp is not None else None
+    rounded = round_to_nearest(weight, format, dtype, search, blocks, clipped)
+    error = rounded.dequantize() - weight
+    return Solution(rounded, ((error @ h) * error).sum(1), damp, int((h.diagonal() == 0).sum()))
+
+
+def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One tensor more dimensional; a view where there is only one, which may be large."""
+    return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _rounded(
+    weights, importance, order, factor, push, format, dtype, solver
+) -> tuple[list[QuantizedWeight], torch.Tensor]:
+    count, rows, columns = weights.shape
+    groups = format.groups(columns)
+    shape = (count, groups, rows)
+    scale = torch.ones(shape, device=weights.device)
+    zero = torch.full(shape, float(format.middle), device=weights.device)
+    if solver.act_order:
+        for i in range(count):
+            s, z = find_grid(weights[i], format, dtype, solver.search, importance[i])
+            scale[i] = s.float().T
+            if z is not None:
+                zero[i] = z.float().T
+    group_of = format.group_of(columns, weights.device)[order]
+    sweep = ColumnPass(_rows(weights.mT, order), factor, scale, zero, group_of, format.levels, push)
+    if solver.act_order:
+        sweep.run()
+    else:
+        sweep.run(columns if format.group_size == -1 else format.group_size, _finder(importance, format, dtype, solver))
+    codes = torch.empty_like(sweep.codes).scatter_(1, order[..., None].expand_as(sweep.codes), sweep.codes)
+    quantized = [
+        QuantizedWeight(
+            format,
+            codes[i].T.contiguous(),
+            scale[i].T.to(dtype).contiguous(),
+            None if format.symmetric else zero[i].T.to(torch.uint8).contiguous(),
+        )
+        for i in range(count)
+    ]
+    return quantized, sweep.loss
+
+
+def _finder(importance, format, dtype, solver):
+    """Grid of one group of compensated columns [B, n, O], as `ColumnPass.run` asks for it."""
+    whole = WeightFormat(format.bits, -1, format.symmetric)
+
+    def find(columns: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = [
+            find_grid(part.T.contiguous(), whole, dtype, solver.search, weight[first:last])
+            for part, weight in zip(columns, importance, strict=True)
+        ]
+        scale = torch.stack([scale[:, 0].float() for scale, _ in found])
+        if format.symmetric:
+            return scale, torch.full_like(scale, format.middle)
+        return scale, torch.stack([zero[:, 0].float() for _, zero in found])
+
+    return find
+
+
+def _rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part[rows] for part, rows in zip(tensor, order, strict=True)])
+
+
+def _permuted(matrices: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    return torch.stack([part[rows][:, rows] for part, rows in zip(matrices, order, strict=True)])

@@ -1,0 +1,114 @@
+"""What an error in the vision encoder does in the decoder: two terms of Q-VLM's objective and their gradients.
+
+For a batch that enters the full-precision decoder behind a rounded encoder, hidden states x^0 (the decoder's input) to
+x^n (behind its last layer), and the same states x_r behind the full-precision encoder (2410.08119, equations 8 and 9):
+
+    E = || x^n - x_r^n || / || x_r^n ||                                         the second half of L_err
+    L_ent = sum_k j_k H(x^(k+1) | x^k),   j_k = || dE / dx^k || / sum_l || dE / dx^l ||
+
+H is the conditional entropy D(k, k + 1) of `entropy.py`, on the grid that the full-precision states span. What the
+paper leaves open, and one sign:
+
+* equation 8 prints sum p log p, which minimising would raise; the text wants the entropy lowered, so L_ent is positive;
+* the Jacobian's norms are taken at the rounded states, where E has a gradient, and count as constants; only their
+  ratios are kept, and errors are relative, so that the hyperparameters do not depend on the model's scale;
+* the decoder is not rounded yet when the encoder's bounds are found.
+
+One layer's weights are in memory at a time: once on the way forward, twice on the way back.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlmq_vllm.offline.methods.qvlm.entropy import channel_ranges, conditional_entropy, joint, sampled
+from vlmq_vllm.offline.methods.qvlm.fake import Range
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stream
+
+BATCH_ELEMENTS = 1 << 18  # of each layer and batch that the entropy looks at
+
+
+@dataclass(frozen=True)
+class Steered:
+    """E and L_ent of a batch, and their gradients at the decoder's input, like `stream.hidden`."""
+
+    error: float
+    entropy: float
+    error_gradient: torch.Tensor
+    entropy_gradient: torch.Tensor
+
+
+@torch.no_grad()
+def states(source: Source, stream: Stream, device: torch.device) -> list[torch.Tensor]:
+    """x^0 to x^n [B, T, d] of a stream in front of the decoder, which stays as it is."""
+    found = [stream.hidden.detach()]
+    for index in range(len(source.layers())):
+        name = f"{source.family.layers}.{index}"
+        layer = source.materialise(name, device)
+        found.append(replace(stream, hidden=found[-1]).run(layer, index))
+        source.release(name)
+    return found
+
+
+def ranges_of(batches: Iterable[list[torch.Tensor]]) -> list[Range]:
+    """The range of every channel at each place between layers, over the states of several batches, one at a time."""
+    found: list[Range] = []
+    for place in batches:
+        own = [channel_ranges([x]) for x in place]
+        found = [
+            (torch.minimum(low, least), torch.maximum(high, most))
+            for (low, high), (least, most) in zip(found or own, own, strict=True)
+        ]
+    return found
+
+
+def steer(
+    source: Source, stream: Stream, target: torch.Tensor, ranges: list[Range], bits: int, device: torch.device
+) -> Steered:
+    """The two terms for a stream in front of the decoder. target: x_r^n; ranges: of x_r^0 to x_r^n."""
+    found = states(source, stream, device)
+    end = found[-1].requires_grad_()
+    with torch.enable_grad():
+        error = (end - target).norm() / target.norm()
+    (last,) = torch.autograd.grad(error, end)
+    by_error = _back(source, stream, found, [torch.zeros_like(x) for x in found[:-1]] + [last], device)
+    norms = torch.stack([gradient.norm() for gradient in by_error[:-1]])
+    shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
+    entropy, own = _entropies(found, ranges, bits, shares)
+    by_entropy = _back(source, stream, found, own, device)
+    return Steered(error.item(), entropy, by_error[0], by_entropy[0])
+
+
+def _entropies(
+    found: list[torch.Tensor], ranges: list[Range], bits: int, shares: torch.Tensor
+) -> tuple[float, list[torch.Tensor]]:
+    """L_ent, and its gradients at every x^k as if they did not depend on each other."""
+    entropy, gradients = 0.0, [torch.zeros_like(x) for x in found]
+    for k, share in enumerate(shares):
+        pair = [x.detach().requires_grad_() for x in found[k : k + 2]]
+        with torch.enable_grad():
+            seen = (sampled([x], BATCH_ELEMENTS)[0] for x in pair)
+            table = joint(*seen, ranges[k], ranges[k + 1], 1 << bits)
+            value = share * conditional_entropy(table)
+        for place, gradient in zip((k, k + 1), torch.autograd.grad(value, pair), strict=True):
+            gradients[place] += gradient
+        entropy += value.item()
+    return entropy, gradients
+
+
+def _back(
+    source: Source, stream: Stream, found: list[torch.Tensor], own: list[torch.Tensor], device: torch.device
+) -> list[torch.Tensor]:
+    """The gradients at every x^k of a loss whose own gradients at each of them, through no layer, are `own`."""
+    gradients = list(own)
+    for index in reversed(range(len(found) - 1)):
+        name = f"{source.family.layers}.{index}"
+        layer = source.materialise(name, device)
+        hidden = found[index].detach().requires_grad_()
+        with torch.enable_grad():
+            out = replace(stream, hidden=hidden).run(layer, index)
+        gradients[index] = own[index] + torch.autograd.grad(out, hidden, gradients[index + 1])[0]
+        source.release(name)
+    return gradients

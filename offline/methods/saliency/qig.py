@@ -1,0 +1,128 @@
+"""Token weights from integrated gradients of the quantisation error (QIG, 2603.17809, sections 3 and 4).
+
+For the module M that a group of linears feeds (their common parent, or the linear itself) and the same module Mq with
+the layer's rounded weights, `integrated_gradients.py` gives IG [T, C] of every sample. Where weights alone are
+quantised, the path starts at zero. Where activations are too, it goes from the quantised stream's input to the
+full-precision one's, and Mq rounds what its linears get; gradients pass through that rounding unchanged. Then, within
+each sample,
+
+    u_t = mean_c |IG_tc|,   u' = u / sum u,   c = u' within [Q1 - 1.5 IQR, Q3 + 1.5 IQR],   lambda = c / sum c
+
+with the quartiles Q1 and Q3 of u' and IQR = Q3 - Q1, so that a long sample counts no more than a short one. A batch is
+one micro-batch: its samples do not see each other, and it has few enough tokens (`data/batches.py`).
+"""
+
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
+    STEPS,
+    Switch,
+    call_of,
+    input_of,
+    integrated_gradients,
+)
+from vlmq_vllm.offline.model.experts import is_expert
+from vlmq_vllm.offline.model.groups import find_stages, inspected
+from vlmq_vllm.offline.model.hooks import Rounding, rounding_inputs
+from vlmq_vllm.offline.model.layers import holding, weights_of
+from vlmq_vllm.offline.model.streams import Stream
+
+
+def token_weights(
+    gradients: torch.Tensor, samples: int, valid: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N] float32 with sum 1 over each sample's valid tokens, from IG [N, C] of `samples` of equal length.
+
+    valid [N] bool: None for all; other tokens get 0. Also [samples] bool, whether a sample has no signal, that is all
+    zero or not finite: its valid tokens count alike.
+    """
+    score = gradients.double().abs().mean(-1).view(samples, -1)
+    valid = torch.ones_like(score, dtype=torch.bool) if valid is None else valid.view(samples, -1)
+    score = score.where(valid, 0)
+    total = score.sum(1, keepdim=True)
+    silent = ~(total.isfinite() & (total > 0))
+    score = torch.where(silent, valid.double(), score) / torch.where(silent, valid.sum(1, keepdim=True), total)
+    low, high = score.where(valid, torch.nan).nanquantile(torch.tensor([0.25, 0.75]).to(score), dim=1, keepdim=True)
+    reach = 1.5 * (high - low)
+    score = score.clamp(low - reach, high + reach).where(valid, 0)
+    return (score / score.sum(1, keepdim=True)).flatten().float(), silent.flatten()
+
+
+class Integrated:
+    """Weighs the tokens of every group of a layer; takes the place of `weighing.Weighing`.
+
+    activations: rounds what a linear gets, where it will be served so; None for weights alone. Without a signal (as at
+    the first layer with activations, where both streams are equal) tokens count alike.
+    """
+
+    def __init__(self, ranks: Ranks, activations: Rounding | None = None, steps: int = STEPS) -> None:
+        self.ranks, self.activations, self.steps = ranks, activations, steps
+
+    def __call__(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        full: list[Stream],
+        quantized: list[Stream],
+        rounding: Switch,
+    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+        """Token weights [N] per batch of each weighted linear, and what the report says of them all.
+
+        Linears of a group have the same list; its mean is 1. `rounding()` puts the layer's own rounded weights in
+        place; `full` is needed where activations are rounded. Experts are not weighted: which tokens they see changes.
+        """
+        originals = weights_of(layer)
+        with rounding():
+            rounded = {name: weight for name, weight in weights_of(layer).items() if weight is not originals[name]}
+        weights: dict[str, list[torch.Tensor]] = {}
+        notes: dict[str, str] = {}
+        stages = self.ranks.first(find_stages(layer, index, quantized[0]) if quantized else None)
+        for group in (group for stage in stages or [] for group in stage):
+            if is_expert(group[0]):
+                notes |= dict.fromkeys(group, "equal")
+                continue
+            found = self._group(layer, index, full, quantized, rounded, group)
+            notes |= dict.fromkeys(group, "no signal" if found is None else "saliency")
+            if found is not None:
+                weights |= dict.fromkeys(group, found)
+        return weights, notes
+
+    def _group(self, layer, index, full, quantized, rounded, group) -> list[torch.Tensor] | None:
+        """The weights of a group's tokens; None where no rank has a sample with a signal."""
+        name = inspected(group)
+        module = layer.get_submodule(name)
+        own = {linear: weight for linear, weight in rounded.items() if f"{linear}.".startswith(f"{name}.")}
+        if not own:
+            return None
+
+        def switch() -> AbstractContextManager:
+            return _quantized(layer, own, self.activations)
+
+        # A linear alone is linear along a path from 0: the error's sign does not change, one point is exact.
+        alone = isinstance(module, torch.nn.Linear) and self.activations is None
+        found, heard = [], 0
+        for i, stream in enumerate(quantized):
+            call, start = call_of(layer, index, stream, name), None
+            if self.activations is not None:
+                call, start = call_of(layer, index, full[i], name), input_of(call)
+            gradients = integrated_gradients(module, switch, call, start, 1 if alone else self.steps)
+            weights, silent = token_weights(gradients, len(stream.hidden))
+            found.append(weights)
+            heard += int((~silent).sum())
+        if not self.ranks.any(heard > 0):
+            return None
+        sizes = [(len(weights), len(stream.hidden)) for weights, stream in zip(found, quantized, strict=True)]
+        device = next(layer.parameters()).device  # that processes exchange tensors on
+        tokens, samples = self.ranks.add(torch.tensor(sizes, dtype=torch.float64, device=device).sum(0))
+        return [weights * (tokens / samples).float() for weights in found]
+
+
+@contextmanager
+def _quantized(layer: torch.nn.Module, weights: dict[str, torch.Tensor], activations: Rounding | None):
+    """The layer with other weights of some linears, which also round what they get."""
+    linears = [layer.get_submodule(name) for name in weights] if activations else []
+    with holding(layer, weights), rounding_inputs(linears, activations):
+        yield

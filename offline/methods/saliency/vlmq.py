@@ -1,0 +1,76 @@
+"""Which tokens count how much at a layer: the linears that are weighted, their signal, and what stands in for none."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, rounded_norms, token_weights
+from vlmq_vllm.offline.model.experts import is_expert
+from vlmq_vllm.offline.model.families import Family
+from vlmq_vllm.offline.model.layers import linears_of
+from vlmq_vllm.offline.model.streams import Stream
+from vlmq_vllm.offline.settings.quantize import Settings
+
+Norms = list[dict[str, torch.Tensor]]  # by batch and linear, g [N]
+
+
+def weighted_linears(family: Family, linears: list[str], scope: str) -> list[str]:
+    """The linears that get token weights: in the attention, or with scope "all" also gate, up and down.
+
+    Never an expert's: which tokens it sees changes when the attention before it is quantised.
+    """
+    return [n for n in linears if in_attention(family, n) or (scope == "all" and not is_expert(n))]
+
+
+class Weighing:
+    """What weighing needs besides a layer and its streams."""
+
+    def __init__(self, family: Family, settings: Settings, ranks: Ranks) -> None:
+        self.family, self.settings, self.ranks = family, settings, ranks
+
+    def __call__(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        full: list[Stream],
+        quantized: list[Stream],
+        rounding: Callable[[], AbstractContextManager],
+    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+        """Token weights [N] per batch of each weighted linear with a signal, and what the report says of them all.
+
+        `rounding()` puts the layer's own rounded weights in place, for the fallback "rtn".
+        """
+        options = self.settings
+        linears = weighted_linears(self.family, linears_of(layer), options.saliency_scope)
+        pairs = list(zip(full, quantized, strict=True))
+        if all(f.hidden is q.hidden for f, q in pairs):  # nothing has been quantised yet: no error, no gradient
+            norms: Norms = [dict.fromkeys(linears, f.hidden.new_zeros(f.hidden.shape[:-1].numel())) for f, _ in pairs]
+        else:
+            norms = [gradient_norms(layer, index, self.family, f, q, linears) for f, q in pairs]
+        means = self._means(norms, linears)
+        silent = [linear for linear in linears if means[linear] is None]
+        found = {linear: "no signal" if linear in silent else "saliency" for linear in linears}
+        if silent and options.saliency_fallback == "rtn":
+            for stream, known in zip(quantized, norms, strict=True):
+                known |= rounded_norms(layer, index, self.family, stream, silent, rounding)
+            means |= self._means(norms, silent)
+            found |= {linear: "saliency of rounding" for linear in silent if means[linear] is not None}
+        bounds = options.saliency_floor, options.saliency_cap
+        weights = {
+            linear: token_weights([g[linear] for g in norms], options.saliency_power, mean, *bounds)
+            for linear, mean in means.items()
+            if mean is not None
+        }
+        return weights, found
+
+    def _means(self, norms: Norms, linears: list[str]) -> dict[str, float | None]:
+        """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""
+        means: dict[str, float | None] = {}
+        for linear in linears:
+            pooled = torch.cat([g[linear] for g in norms]).double()
+            total = self.ranks.add(torch.stack([pooled.sum(), torch.tensor(float(len(pooled))).to(pooled)]))
+            mean = float(total[0] / total[1])
+            means[linear] = mean if 0 < mean < float("inf") else None
+        return means

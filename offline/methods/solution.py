@@ -1,0 +1,50 @@
+"""A solved weight with what is said of it, and its way between processes. How it is found is `methods/gptq/solve.py`'s
+business."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A solved weight. `loss` [O]: weighted squared output error per token of each row, as the solver saw it (in
+    GPTAQ's case against the moved targets); `damp`: damping that was needed (None: H could not be factorised and the
+    weight was rounded to nearest); `dead`: inputs that were always zero."""
+
+    weight: QuantizedWeight
+    loss: torch.Tensor | None
+    damp: float | None
+    dead: int
+
+    @classmethod
+    def empty(cls, format: WeightFormat, rows: int, columns: int, dtype: torch.dtype, device) -> "Solution":
+        """A place for a solution that another process found, see `exchanged`."""
+        groups = format.groups(columns)
+        codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
+        scale = torch.zeros(rows, groups, dtype=dtype, device=device)
+        zero = None if format.symmetric else torch.zeros(rows, groups, dtype=torch.uint8, device=device)
+        return cls(QuantizedWeight(format, codes, scale, zero), torch.zeros(rows, device=device), None, 0)
+
+    def exchanged(self, broadcast: Callable[[torch.Tensor], None]) -> "Solution":
+        """The solution after every tensor of it went through `broadcast`, which overwrites it with the owner's."""
+        numbers = torch.tensor([-1.0 if self.damp is None else self.damp, self.dead], dtype=torch.float64)
+        numbers = numbers.to(self.loss.device)
+        for tensor in (self.weight.codes, self.weight.scale, self.weight.zero, self.loss, numbers):
+            if tensor is not None:
+                broadcast(tensor)
+        damp, dead = numbers.tolist()
+        return replace(self, damp=None if damp < 0 else damp, dead=int(dead))
+
+    def split(self, rows: list[int]) -> list["Solution"]:
+        """The solutions of weights that were solved as one, stacked along O."""
+        w = self.weight
+        zeros = [None] * len(rows) if w.zero is None else w.zero.split(rows)
+        parts = zip(w.codes.split(rows), w.scale.split(rows), zeros, self.loss.split(rows), strict=True)
+        return [
+            replace(self, weight=QuantizedWeight(w.format, codes, scale, zero), loss=loss)
+            for codes, scale, zero, loss in parts
+        ]

@@ -1,0 +1,212 @@
+"""The 16-bit model that is quantised: an empty skeleton of it, and its weights, one module at a time.
+
+The skeleton is transformers' own model class on the meta device. Weights come from the safetensors files when a module
+is materialised and go when it is released, so that no more than one decoder layer is in memory. Where a parameter lies
+in the files is `file_names.py`'s business.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from vlmq_vllm.errors import CheckpointError, QuantizeError
+from vlmq_vllm.headers import TensorInfo, read_config, read_headers
+from vlmq_vllm.offline.model.experts import unfuse
+from vlmq_vllm.offline.model.families import Family, family_of
+from vlmq_vllm.offline.model.file_names import Place, find_places
+from vlmq_vllm.offline.model.layers import set_parameter
+from vlmq_vllm.offline.model.skeleton import build_skeleton
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memory while inputs are captured
+
+
+class Source:
+    """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row.
+
+    `quantized`: gives the dequantised weight that replaces a linear's (by its name in the files), or None. `written`:
+    gives the parameters of a module that has been quantised, by their names in it. Both are set once there is a
+    checkpoint in the making.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = read_config(folder)
+        self.family: Family = family_of(self.config)
+        self.headers: dict[str, TensorInfo] = read_headers(folder)
+        self.model = build_skeleton(folder)
+        self.places: dict[str, Place] = find_places(self.model, self.headers, unfuse)
+        self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
+        self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
+        self._check_complete()
+
+    def layers(self) -> torch.nn.ModuleList:
+        return self.model.get_submodule(self.family.layers)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name in the files, as stored."""
+        with safe_open(self.folder / self.headers[name].file, "pt") as file:
+            return file.get_tensor(name)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that in-memory name, as stored."""
+        place = self.places[name]
+        with safe_open(self.folder / self.headers[place.tensor].file, "pt") as file:
+            return place.read(file)
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
+        return torch.float16 if self.headers[self.places[name].tensor].dtype == "F16" else torch.bfloat16
+
+    def restored(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A value for parameter `name` in the dtype that it has in the files."""
+        return value.to(DTYPES[self.headers[self.places[name].tensor].dtype])
+
+    def module_in_files(self, name: str) -> str:
+        """Name in the files of the linear whose in-memory name is `name`."""
+        return self.places[f"{name}.weight"].module
+
+    def materialise(
+        self,
+        name: str,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        quantized: bool = False,
+        without: str = "",
+    ) -> torch.nn.Module:
+        """Load the weights of module `name` (in-memory name) as frozen parameters of `dtype`.
+
+        quantized: take the linears that have been quantised already in their dequantised form.
+        without: the name of a module inside it that is left out.
+        """
+        module = self.model.get_submodule(name)
+        for inner, _ in list(module.named_parameters()):
+            full = f"{name}.{inner}"
+            if without and full.startswith(without + "."):
+                continue
+            replaced = self.quantized(self.places[full].module) if quantized and inner.endswith("weight") else None
+            value = self.parameter(full) if replaced is None else replaced
+            if not torch.isfinite(value).all():
+                found = self.places[full].tensor
+                raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
+            set_parameter(module, inner, value.to(device, dtype))
+        for inner, buffer in list(module.named_buffers()):
+            owner, _, leaf = inner.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        return module
+
+    def release(self, name: str) -> None:
+        """Drop the weights of module `name` again."""
+        module = self.model.get_submodule(name)
+        for inner, parameter in list(module.named_parameters()):
+            set_parameter(module, inner, parameter.to("meta"))
+
+    @contextmanager
+    def front(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
+        """Embeddings, vision tower and connectors in memory; blocks of a large tower only while each of them runs."""
+        family = self.family
+        tower, blocks = self.model.get_submodule(family.vision), self.model.get_submodule(family.blocks)
+        resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
+        handles = [self._lend_embeddings(device)]
+        for name in self._others():
+            set_parameter(self.model, name, self.parameter(name).to(device, torch.float32))
+        self._move_buffers(device)
+        self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
+        for name in family.connectors:
+            self.materialise(name, device, quantized=quantized)
+        if not resident:
+            for i, block in enumerate(blocks):
+                name = f"{family.blocks}.{i}"
+                handles += [
+                    block.register_forward_pre_hook(lambda m, a, n=name: self.lend(n, device, quantized)),
+                    block.register_forward_hook(lambda m, a, out, n=name: self.release(n)),
+                ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name in (family.embed, family.vision, *family.connectors):
+                self.release(name)
+            for name in self._others():
+                set_parameter(self.model, name, self.model.get_parameter(name).to("meta"))
+
+    def _others(self) -> list[str]:
+        """Parameters outside the decoder's layers, the head and the parts that are loaded as modules: a newline's
+        embedding, the final norm."""
+        family = self.family
+        parts = (family.layers, family.embed, family.vision, *family.connectors, "lm_head")
+        return [
+            name
+            for name, _ in self.model.named_parameters()
+            if not name.startswith(tuple(f"{part}." for part in parts))
+        ]
+
+    def _move_buffers(self, device: torch.device) -> None:
+        """Buffers outside the decoder's layers, such as its rotary frequencies."""
+        for name, buffer in list(self.model.named_buffers()):
+            if not name.startswith(f"{self.family.layers}."):
+                owner, _, leaf = name.rpartition(".")
+                self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+
+    def lend(self, name: str, device: torch.device, quantized: bool) -> None:
+        """`materialise` as a hook that gives nothing back."""
+        self.materialise(name, device, quantized=quantized)
+
+    def _lend_embeddings(self, device: torch.device):
+        """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
+        module = self.model.get_submodule(self.family.embed)
+        set_parameter(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[name] = buffer.to(device)
+        return module.register_forward_hook(lambda m, args, out: out.float())
+
+    def _check_complete(self) -> None:
+        """Every parameter must be in the files, in its shape and 16 or 32 bits wide; tied ones need be there once."""
+        there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name in self.places}
+        tied = _tied(self.model)
+        for name, parameter in self.model.named_parameters():
+            if name not in self.places:
+                if id(parameter) in there or name in tied:
+                    continue
+                raise CheckpointError(f"{self.folder} has no tensor for {name}; copy the model again from its source")
+            place = self.places[name]
+            info = self.headers[place.tensor]
+            if place.shape(info.shape) != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{place.tensor} has shape {list(info.shape)}, config.json makes it "
+                    f"{list(parameter.shape)}; the model's files do not belong together"
+                )
+            if info.dtype not in DTYPES:
+                raise QuantizeError(f"{place.tensor} is {info.dtype}; start from a model in {'/'.join(DTYPES)}")
+
+
+def find(model: str) -> Path:
+    """Folder of a local model or of a hub name's snapshot (downloaded if need be). Raises QuantizeError."""
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise QuantizeError(f"{model} is not a folder; give a model's folder or a hub name such as Qwen/Qwen2-VL-2B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None
+
+
+def _tied(model: torch.nn.Module) -> set[str]:
+    """Parameters that share another's tensor by config.json, such as lm_head and the input embeddings."""
+    config = model.config
+    tied = getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", 0)
+    return {"lm_head.weight"} if tied else set()

@@ -1,0 +1,146 @@
+"""A quantisation run from beginning to end: prepare samples, walk through the stacks, write each unit, finish.
+
+A run that was stopped goes on where it was (`resume`): finished units are read back from their files, and the streams
+move behind them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import yaml
+
+import vlmq_vllm
+from vlmq_vllm.checkpoint import QuantizationSpec
+from vlmq_vllm.errors import QuantizeError, StoppedError
+from vlmq_vllm.offline.checkpoint.writer import Parts, Writer, check_destination
+from vlmq_vllm.offline.data.calibration import Samples, read_samples
+from vlmq_vllm.offline.data.read import check_exists
+from vlmq_vllm.offline.machine.device import device_of
+from vlmq_vllm.offline.machine.progress import Progress
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.model.source import Source, find
+from vlmq_vllm.offline.model.streams import check_replay
+from vlmq_vllm.offline.model.targets import ORDER, Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
+from vlmq_vllm.offline.run.begin import AnyWalk, Walks
+from vlmq_vllm.offline.run.layer_quantizer import Row
+from vlmq_vllm.offline.run.resume import identity, reader, unit_reader
+from vlmq_vllm.offline.settings.quantize import Settings
+
+
+def quantize(
+    model: str,
+    out: Path,
+    data: str | Path | None,
+    settings: Settings,
+    device: str = "cpu",
+    progress: Progress | None = None,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> list[Row]:
+    """Quantise `model` (a folder or hub name) into the new folder `out`.
+
+    `data` is anything that `data/read.py` reads; only method "rtn" goes without. `stop` is asked between units; when
+    it says yes the run ends with StoppedError and can be resumed. Raises QuantizeError or CheckpointError; finished
+    units stay in a hidden folder beside `out`, nothing else is left behind.
+    """
+    check_destination(out)
+    if settings.method != "rtn" and data is None:
+        raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
+    if data is not None:
+        check_exists(data)
+    place = device_of(device)
+    return _Run(Source(find(model)), settings, place, progress or Progress(), stop).run(out, data, resume)
+
+
+class _Run:
+    """One run."""
+
+    def __init__(
+        self, source: Source, settings: Settings, device: torch.device, progress: Progress, stop: Callable[[], bool]
+    ) -> None:
+        self.source, self.settings, self.device, self.progress, self.stop = source, settings, device, progress, stop
+        self.ranks = Ranks(device)
+        self.units = find_units(source, settings)
+        self.targets = find_targets(source, settings, self.units)
+        self.kept = find_kept(source, self.targets, self.units)
+        self.rest = find_rest(source, self.targets, self.kept)
+        self.formats = {target.name: target.format for target in self.targets}
+        self.samples = Samples()
+
+    def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
+        if self.settings.method != "rtn":
+            self.samples = read_samples(data, self.source, self.settings, self.ranks, self.progress)
+        self.walks = Walks(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
+        keys = [*(unit.key for unit in self.units), *self.rest]
+        if self.ranks.rank > 0:
+            self.ranks.wait()  # for the writer
+            self._solve(Parts(out, keys), None)
+            return []
+        same = identity(self.source, self.settings, self.samples.fingerprints, self.device, self.ranks)
+        with Writer(out, expected_bytes(self.source, self.targets), keys, same, resume) as writer:
+            self.ranks.wait()
+            self._solve(writer, writer)
+            for key, names in self.rest.items():
+                if not writer.done(key):
+                    writer.add(key, {name: self.source.read(name) for name in names})
+            rows = [Row(**note) for note in writer.notes()]
+            config = self.source.config | {"quantization_config": self._header()}
+            calibration = {"fingerprints": self.samples.fingerprints}
+            report = {"calibration": calibration, "modules": [asdict(row) for row in rows]}
+            writer.finish(self.source.folder, config, report, yaml.safe_dump(self.settings.to_dict(), sort_keys=False))
+        return rows
+
+    def _solve(self, parts: Parts, writer: Writer | None) -> None:
+        """Everything that all processes do; only the one with a writer writes."""
+        if all(parts.done(unit.key) for unit in self.units):
+            return
+        self.source.quantized = reader(parts, self.targets, self.units)
+        self.source.written = unit_reader(parts, self.source, self.units, self.source.quantized)
+        self._check_replay()
+        for component in ORDER:
+            units = [unit for unit in self.units if unit.component == component]
+            if not all(parts.done(unit.key) for unit in units):
+                for walk, unit in self._walks(component, units):
+                    last = component == "connector" or unit.module == units[-1].module
+                    self._unit(unit, walk, parts, writer, last)
+                    del walk  # its streams go before the next walk's are caught
+
+    def _check_replay(self) -> None:
+        if self.samples.probe is not None:
+            check_replay(self.source, self.samples.probe, self.device)
+
+    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[AnyWalk, Unit]]:
+        """Each unit of a component with the walk that stands in front of it."""
+        moved = component != "vision" and any(unit.component != "language" for unit in self.units)
+        if component == "connector":  # not a stack: every one gets its inputs from the tower
+            for unit in units:
+                yield self.walks.begin(component, unit.module, [unit], moved), replace(unit, index=0)
+            return
+        stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}[component]
+        walk = self.walks.begin(component, stack, units, moved)
+        if component == "language":
+            self.samples.batches = []
+        for unit in self.progress.track(units, f"quantising {component}"):
+            yield walk, unit
+
+    def _unit(self, unit: Unit, walk: AnyWalk, parts: Parts, writer: Writer | None, last: bool) -> None:
+        if parts.done(unit.key):
+            walk.replay(unit.module, unit.index)
+            return
+        if self.ranks.any(self.stop()):
+            raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
+        tensors, rows = walk.layer(unit.module, unit.index, last)
+        if writer:
+            kept = {name: self.source.read(name) for name in self.kept[unit.key]}
+            writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
+        self.ranks.wait()
+        self.progress.layer(unit.module, rows, self.settings.damp)
+
+    def _header(self) -> dict:
+        """The quantization_config of config.json."""
+        default = self.settings.format
+        overrides = {target.module: target.format for target in self.targets if target.format != default}
+        tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
+        return QuantizationSpec(default, overrides, self.settings.activation_bits).to_dict(tool)

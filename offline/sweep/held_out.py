@@ -1,0 +1,104 @@
+"""The chats of a study: held-out questions, and calibration samples that are none of them."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlmq_vllm.errors import QuantizeError, RefusedError
+from vlmq_vllm.offline.compare.questions import Question, end_ids, read_question
+from vlmq_vllm.offline.data.batches import batched
+from vlmq_vllm.offline.data.fingerprint import Marks, marks, shared
+from vlmq_vllm.offline.data.inputs import has_vision, model_inputs
+from vlmq_vllm.offline.data.read import read_all, read_chats
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.settings.sweep import StudySettings
+
+
+@dataclass(frozen=True)
+class Chats:
+    """questions: in the order of the data. batches: as in a quantisation run. probe: the shortest calibration sample
+    with a picture, None without calibration. taught, asked: fingerprints of the calibration and of the held-out
+    chats."""
+
+    questions: list[Question]
+    batches: list[dict]
+    probe: dict | None
+    taught: list[str]
+    asked: list[str]
+
+
+def read(
+    data: str | Path,
+    calibration: str | Path | None,
+    source: Source,
+    processor,
+    settings: StudySettings,
+    components: list[str],
+    say: Callable[[str], None],
+) -> Chats:
+    """Read both. Raises QuantizeError for chats that cannot be used or would say nothing of one of the `components`,
+    RefusedError where a chat is in both."""
+    held_out = read_all(data)
+    if not held_out:
+        raise QuantizeError(f"{data} holds no chat; give held-out data with one chat per line")
+    if settings.samples is not None and settings.samples < len(held_out):
+        held_out = random.Random(settings.seed).sample(held_out, settings.samples)
+    ends = end_ids(source.folder, processor)
+    questions = [read_question(chat, processor, ends) for chat in held_out]
+    check_usable(questions, processor, components, settings.max_tokens)
+    taught, samples = [], []
+    if calibration is not None:
+        drawn = read_chats(calibration, settings.seed)
+        options = (settings.calibration_samples, settings.max_tokens, settings.max_pixels or None)
+        for chat, inputs in model_inputs(drawn, processor, *options):
+            taught.append(marks(chat))
+            samples.append(inputs)
+        say(f"calibrating with {len(samples)} samples, {sum(s['input_ids'].shape[1] for s in samples)} tokens")
+    asked = [marks(chat) for chat in held_out]
+    check_disjoint(taught, asked, say)
+    probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1], default=None)
+    return Chats(questions, batched(samples), probe, [mark.chat for mark in taught], [mark.chat for mark in asked])
+
+
+def check_usable(questions: list[Question], processor, components: list[str], limit: int) -> None:
+    """Raises QuantizeError unless a chat has at most `limit` tokens, and one with a picture where a component is
+    studied that nothing else reaches: its linears would seem to bear any width."""
+
+    def fits(question: Question) -> bool:
+        return question.inputs(processor)[0]["input_ids"].shape[1] <= limit
+
+    if not any(map(fits, questions)):
+        raise QuantizeError(f"no held-out chat has at most {limit} tokens; raise --max-tokens")
+    unreached = " and ".join(component for component in components if component != "language")
+    pictured = list(filter(is_pictured, questions))
+    if unreached and not any(map(fits, pictured)):
+        found = (
+            f"no held-out chat with a picture has at most {limit} tokens"
+            if pictured
+            else (f"none of the {len(questions)} held-out chats has a picture")
+        )
+        advice = "raise --max-tokens" if pictured else "give --data with pictures"
+        raise QuantizeError(
+            f"{found}, so that nothing is known of {unreached}; {advice}, or study --components language alone"
+        )
+
+
+def is_pictured(question: Question) -> bool:
+    """Whether a picture or a video is in it."""
+    return bool(question.chat["images"] or question.chat["videos"])
+
+
+def check_disjoint(taught: list[Marks], asked: list[Marks], say: Callable[[str], None]) -> None:
+    """Raises RefusedError for a calibration chat that is held out too; says so where only pictures are shared."""
+    chats, pictures = shared(taught, asked)
+    if chats:
+        raise RefusedError(
+            f"{len(chats)} of {len(taught)} calibration chats are held out too, such as {chats[0]}; give --calibration "
+            "and --data without common chats"
+        )
+    if pictures:
+        say(
+            f"warning: {len(pictures)} of {len(taught)} calibration chats share a picture with the held-out ones, such "
+            f"as {pictures[0]}; the figures look better than on others"
+        )

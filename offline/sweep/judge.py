@@ -1,0 +1,132 @@
+"""The whole model in memory, its linears exchanged configuration by configuration, judged on held-out questions.
+
+The figures are those of `vlmq compare` (`compare/scores.py`, `compare/report.py`): for every sample the mean over its
+answer tokens, then the mean over samples.
+"""
+
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.compare.hf import score_one
+from vlmq_vllm.offline.compare.questions import Question
+from vlmq_vllm.offline.compare.report import sample_row
+from vlmq_vllm.offline.compare.scores import Score
+from vlmq_vllm.offline.model.layers import put
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.quantize import KEPT
+from vlmq_vllm.offline.sweep.held_out import is_pictured
+from vlmq_vllm.offline.sweep.parts import Subject
+from vlmq_vllm.offline.sweep.pieces import Pieces
+
+KEEP = 1 << 30  # bytes of prepared inputs that stay in memory; those of further questions are made anew every time
+
+
+@dataclass(frozen=True)
+class Figures:
+    """kl: KL(16 bits || configuration) in nats per answer token; kl_error: its standard error over samples, None for a
+    single one. nll: negative log-likelihood of the answer in nats per token. exact: share of answers of which every
+    token is the likeliest."""
+
+    kl: float
+    kl_error: float | None
+    nll: float
+    exact: float
+
+
+class Judge:
+    """Scores of the full-precision model, found once, and the model that is changed.
+
+    questions: those that are short enough. pictured: how many of them have a picture.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        subject: Subject,
+        pieces: Pieces,
+        questions: list[Question],
+        processor,
+        settings: Settings,
+        device: torch.device,
+    ) -> None:
+        self.source, self.pieces, self.processor, self.settings = source, pieces, processor, settings
+        self.targets = {target.name: (target, subject.unit_of(target)) for target in subject.targets}
+        self.dtype, self.device = getattr(torch, settings.dtype), device
+        self.now: dict[str, tuple[str, int]] = {}  # linear -> method and width of the weight that it has
+        self.kept: dict[int, tuple[dict, int]] = {}
+        self.room = KEEP
+        materialise(source, device, self.dtype)
+        self.questions, self.teacher = [], []
+        for question in questions:
+            inputs, start = question.inputs(processor)
+            if inputs["input_ids"].shape[1] <= settings.max_tokens:
+                self._keep(len(self.questions), inputs, start)
+                self.questions.append(question)
+                self.teacher.append(self._score(len(self.questions) - 1, None))
+        self.pictured = sum(map(is_pictured, self.questions))
+
+    def full_precision(self) -> Figures:
+        """The figures of the model itself."""
+        return self._figures(self.teacher)
+
+    def __call__(self, method: str, widths: dict[str, int], track: Callable = lambda items, what: items) -> Figures:
+        """The figures with these linears (in-memory names) at these widths and all others at 16 bits."""
+        self._exchange({linear: (method, bits) for linear, bits in widths.items() if bits != KEPT})
+        scores = [self._score(i, self.teacher[i].ids) for i in track(range(len(self.questions)), "judging")]
+        return self._figures(scores)
+
+    def _exchange(self, wanted: dict[str, tuple[str, int]]) -> None:
+        for linear in self.targets.keys() & (self.now.keys() | wanted.keys()):
+            kind = wanted.get(linear)
+            if kind == self.now.get(linear):
+                continue
+            target, unit = self.targets[linear]
+            weight = self.pieces.read(kind, unit, target) if kind else self.source.parameter(f"{linear}.weight")
+            put(self.source.model, linear, weight.to(self.device, self.dtype))
+        self.now = wanted
+
+    def _score(self, number: int, ids) -> Score:
+        inputs, start = self.kept.get(number) or self.questions[number].inputs(self.processor)
+        return score_one(self.source.model, inputs, start, self.questions[number].answer, set(), self.settings, ids)
+
+    def _keep(self, number: int, inputs: dict, start: int) -> None:
+        size = sum(value.numel() * value.element_size() for value in inputs.values())
+        if size <= self.room:
+            self.kept[number] = (inputs, start)
+            self.room -= size
+
+    def _figures(self, scores: list[Score]) -> Figures:
+        rows = [sample_row(*each) for each in zip(self.questions, self.teacher, scores, strict=True)]
+        kl = [row["kl"] for row in rows]
+        if not all(map(math.isfinite, kl)):
+            raise QuantizeError(
+                f"the model answers with NaN or infinity in {self.settings.dtype}; take --dtype float32 or bfloat16"
+            )
+        return Figures(
+            kl=statistics.fmean(kl),
+            kl_error=statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None,
+            nll=statistics.fmean(row["nll_student"] for row in rows),
+            exact=statistics.fmean(row["exact_student"] for row in rows),
+        )
+
+
+def materialise(source: Source, device: torch.device, dtype: torch.dtype) -> None:
+    """Load every parameter of the model; tied ones share theirs as in the skeleton, or the input embeddings'."""
+    model = source.model
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    for alike in names.values():
+        stored = next((name for name in alike if name in source.places), f"{source.family.embed}.weight")
+        value = source.parameter(stored).to(device, dtype)
+        parameter = torch.nn.Parameter(value, requires_grad=False)
+        for name in alike:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner).register_parameter(leaf, parameter)
+    model.to(device)

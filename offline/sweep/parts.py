@@ -1,0 +1,131 @@
+"""The parts of a model to which a study gives widths, and which linears they are.
+
+Parts are whole components, thirds of a stack of layers, kinds of sublayer, single layers, or modules: what vLLM fuses
+into one is one module (q, k and v; gate and up; gate and up of all experts of a layer, down of all of them), so that a
+module can be given a width of its own in a checkpoint.
+"""
+
+import re
+from dataclasses import dataclass
+
+from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.names import FUSED
+from vlmq_vllm.offline.model.experts import is_expert
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.targets import ORDER, Target, Unit, find_targets, find_units
+from vlmq_vllm.offline.settings.quantize import KEPT, Settings
+from vlmq_vllm.unserved import why_unserved
+
+THIRDS = ("front", "middle", "end")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Linears (in-memory names) that get one width."""
+
+    name: str
+    linears: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a study is about: the units it walks through and their linears that can be served quantised."""
+
+    units: list[Unit]
+    targets: list[Target]
+
+    def unit_of(self, target: Target) -> Unit:
+        """The unit in which a target lies."""
+        return next(unit for unit in self.units if target.name.startswith(f"{unit.module}."))
+
+    @property
+    def components(self) -> list[str]:
+        """In the order of the forward pass."""
+        return [name for name in ORDER if any(target.component == name for target in self.targets)]
+
+
+def find_subject(source: Source, settings: Settings, components: tuple[str, ...] | None) -> Subject:
+    """Units and targets (in the format of `settings`) of the components, or of all that have any linear that vLLM takes
+    in packed form. Raises RefusedError for a component that is named and has none."""
+    every = Settings(**settings.to_dict() | {"vision_bits": settings.bits, "connector_bits": settings.bits})
+    forced = Settings(**every.to_dict() | {"force": True})
+    units: list[Unit] = []
+    targets: list[Target] = []
+    for component in ORDER:
+        if components is not None and component not in components:
+            continue
+        own = [unit for unit in find_units(source, forced) if unit.component == component]
+        found = [
+            t for t in _targets(source, forced, own) if not why_unserved(t.name, (t.rows, t.columns), source.config)
+        ]
+        if not found and components is not None:
+            raise RefusedError(f"this model's {component} has no linear that vLLM takes in packed form; leave it out")
+        if found:
+            units += own
+            targets += found
+    return Subject(units, targets)
+
+
+def find_parts(by: str, subject: Subject) -> list[Part]:
+    """The parts in the order of the forward pass. by: "component", "third", "kind", "layer" or "module"."""
+    name_of = {"component": _component, "third": _third, "kind": _kind, "layer": _layer, "module": _module}[by]
+    units = {target.name: subject.unit_of(target) for target in subject.targets}
+    counts = {component: sum(unit.component == component for unit in subject.units) for component in ORDER}
+    found: dict[str, list[str]] = {}
+    for target in subject.targets:
+        unit = units[target.name]
+        own = target.name.removeprefix(f"{unit.module}.")
+        name = name_of(unit, own, counts[unit.component])
+        prefix = f"{unit.component} " if len(subject.components) > 1 and by != "component" else ""
+        found.setdefault(prefix + name, []).append(target.name)
+    return [Part(name, tuple(linears)) for name, linears in found.items()]
+
+
+def expand(parts: list[Part], widths: tuple[int, ...], kept: bool = False) -> dict[str, int]:
+    """Linears of the parts with their widths; those at 16 bits only where `kept`."""
+    pairs = zip(parts, widths, strict=True)
+    return {linear: width for part, width in pairs for linear in part.linears if kept or width != KEPT}
+
+
+def label_of(parts: list[Part], widths: tuple[int, ...]) -> str:
+    """A configuration in words."""
+    if len(set(widths)) == 1:
+        return f"all {widths[0]}"
+    named = [f"{part.name} {width}" for part, width in zip(parts, widths, strict=True) if width != KEPT]
+    return ", ".join(named) + ", others 16" if KEPT in widths else ", ".join(named)
+
+
+def _component(unit: Unit, linear: str, count: int) -> str:
+    return unit.component
+
+
+def _third(unit: Unit, linear: str, count: int) -> str:
+    return THIRDS[3 * unit.index // count]
+
+
+def _kind(unit: Unit, linear: str, count: int) -> str:
+    return "attention" if re.search(r"attn|attention", linear) else "feed-forward"
+
+
+def _layer(unit: Unit, linear: str, count: int) -> str:
+    return f"layer {unit.index}"
+
+
+def _module(unit: Unit, linear: str, count: int) -> str:
+    parent, _, leaf = linear.rpartition(".")
+    if is_expert(f".{linear}"):
+        parent = parent.rpartition(".")[0]
+    return ".".join(filter(None, (str(unit.index), parent, _fused(leaf))))
+
+
+def _fused(leaf: str) -> str:
+    """What vLLM calls the layer into which it fuses a linear, without the ending; k and v alone are a part of qkv."""
+    return next((name.removesuffix("_proj") for name, parts in FUSED.items() if leaf in parts), leaf)
+
+
+def _targets(source: Source, settings: Settings, units: list[Unit]) -> list[Target]:
+    """None for a component without linears, which `find_targets` refuses."""
+    try:
+        return find_targets(source, settings, units)
+    except RefusedError:
+        return []

@@ -1,0 +1,200 @@
+"""A study from model and data to report: pieces, then configurations, then what they say.
+
+The full-precision model judges every configuration on held-out chats that are no calibration chats. What has been done
+stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods, parts
+or designs, and for calibration where there was none.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from vlmq_vllm.errors import QuantizeError, StoppedError
+from vlmq_vllm.offline.data.inputs import load_processor
+from vlmq_vllm.offline.data.read import check_exists
+from vlmq_vllm.offline.machine.device import device_of
+from vlmq_vllm.offline.model.source import Source, find
+from vlmq_vllm.offline.settings.compare import Settings as Judging
+from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.sweep.designs import Widths, find_design
+from vlmq_vllm.offline.sweep.forest import check_forest
+from vlmq_vllm.offline.sweep.held_out import read
+from vlmq_vllm.offline.sweep.identity import identify
+from vlmq_vllm.offline.sweep.judge import Figures, Judge
+from vlmq_vllm.offline.sweep.make_pieces import PieceMaker
+from vlmq_vllm.offline.sweep.markdown import counted
+from vlmq_vllm.offline.sweep.mixtures import Budget, recipe_of
+from vlmq_vllm.offline.sweep.parts import Part, Subject, expand, find_parts, find_subject, label_of
+from vlmq_vllm.offline.sweep.pieces import Pieces
+from vlmq_vllm.offline.sweep.remaining import Remaining
+from vlmq_vllm.offline.sweep.report import Mixed, Study, write
+from vlmq_vllm.offline.sweep.results import Results, key_of
+from vlmq_vllm.offline.sweep.sizes import Sizes
+
+BLIND = 3  # random mixtures that a budget's is compared with, as far as they differ
+
+
+def sweep(
+    model: str,
+    data: str | Path,
+    calibration: str | Path | None,
+    out: Path,
+    settings: StudySettings,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+    resume: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Study `model` (a folder or hub name) on the held-out chats `data`, and write the study's folder `out`.
+
+    calibration: chats for the solver, of which none may be held out; only method "rtn" goes without. stop: asked
+    between units and configurations; when it says yes the run ends with StoppedError. A study that is resumed keeps its
+    components unless others are asked for. Returns the report as JSON's types. Raises QuantizeError (RefusedError for
+    what cannot be done) and CheckpointError.
+    """
+    if settings.design != "one":
+        check_forest()
+    if find_spec("matplotlib") is None:
+        say('matplotlib is not installed (pip install ".[sweep]"): pareto.png is left out')
+    if calibration is None and set(settings.methods) != {"rtn"}:
+        raise QuantizeError("methods other than rtn need calibration data; give --calibration FILE.jsonl")
+    for source in filter(None, (data, calibration)):
+        check_exists(source)
+    place = device_of(device)
+    with Results(out, resume) as results:
+        if settings.components is None and results.identity is not None:
+            settings = replace(settings, components=tuple(results.identity.get("components", ())) or None)
+        return _Run(model, settings, place, say, stop).run(data, calibration, results)
+
+
+class _Run:
+    """One run. `parts` are the parts of the design; `modules` those of the budget, empty without one."""
+
+    def __init__(self, model: str, settings: StudySettings, device: torch.device, say, stop) -> None:
+        self.model, self.settings, self.device, self.say, self.stop = model, settings, device, say, stop
+        self.source = Source(find(model))
+        only = settings.components or (None if settings.by == "component" else ("language",))
+        self.subject: Subject = find_subject(self.source, settings.of("rtn", settings.bits[0]), only)
+        self.parts = find_parts(settings.by, self.subject)
+        self.design = find_design(settings.design, len(self.parts), settings.bits, settings.runs, settings.seed)
+        self.sizes = Sizes(self.source, self.subject.targets)
+        self.modules = find_parts("module", self.subject) if settings.budget else []
+        self.budget = Budget(self.subject, self.modules, settings.levels, settings.budget) if settings.budget else None
+        self.processor = load_processor(self.source.folder)
+
+    def run(self, data: str | Path, calibration: str | Path | None, results: Results) -> dict:
+        components = self.subject.components
+        found = read(data, calibration, self.source, self.processor, self.settings, components, self.say)
+        places = {"model": self.model, "data": str(data), "calibration": calibration and str(calibration)}
+        results.begin(identify(self.source, self.settings, components, self.device, found.taught, found.asked, places))
+        pieces = Pieces(results.folder / "pieces")
+        for path in pieces.drop_damaged():
+            self.say(f"{path} was damaged; it is made again when it is needed")
+        kinds = {(m, b): self.settings.of(m, b) for m in self.settings.methods for b in self.settings.bits}
+        maker = PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop)
+        maker.run(found.batches, found.probe)
+        found.batches.clear()
+        judging = Judging(
+            dtype=self.settings.dtype, device=str(self.device), new_tokens=0, max_tokens=self.settings.max_tokens
+        )
+        judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
+        questions, parts = counted(len(judge.questions), "held-out question"), counted(len(self.parts), "part")
+        self.say(f"{questions}, {judge.pictured} with a picture; {parts} by {self.settings.by}")
+        self.remaining = Remaining(self._missing(results), self.say)
+        return write(results.folder, self._study(results, judge, places))
+
+    def _missing(self, results: Results) -> int:
+        """How many configurations have not been run. Those of a budget as if by the last method: which it will be is
+        not known yet."""
+        methods, bits = self.settings.methods, self.settings.bits
+        wanted = {(method, key_of(expand(self.parts, widths))) for method in methods for widths in self.design}
+        if self.budget:
+            alone = find_design("one", len(self.modules), bits, 0, 0)
+            wanted |= {(methods[-1], key_of(expand(self.modules, widths))) for widths in alone}
+        mixtures = 1 + len(self.budget.controls(self.settings.seed, BLIND)) if self.budget else 0
+        return len(wanted - results.rows.keys()) + mixtures
+
+    def _study(self, results: Results, judge: Judge, places: dict[str, str | None]) -> Study:
+        base = self._row("none", "16 bits", {}, judge.full_precision())
+        for method in self.settings.methods:
+            self._evaluate(results, judge, method, self.parts, self.design)
+        mixed = self._mix(results, judge, places["calibration"] is not None) if self.budget else None
+        return Study(
+            about=places | {"questions": len(judge.questions), "pictured": judge.pictured},
+            settings=self.settings,
+            parts=self.parts,
+            base=base,
+            rows=list(results.rows.values()),
+            found={
+                method: {widths: results.find(method, expand(self.parts, widths)) for widths in self.design}
+                for method in self.settings.methods
+            },
+            shares=self.sizes.shares(self.parts),
+            mixed=mixed,
+        )
+
+    def _evaluate(self, results: Results, judge: Judge, method: str, parts: list[Part], design: list[Widths]) -> None:
+        """Run what has not been run."""
+        for number, widths in enumerate(design, 1):
+            linears = expand(parts, widths)
+            if results.find(method, linears) is None:
+                label = label_of(parts, widths)
+                row = self._judged(judge, method, label, linears)
+                results.add(row)
+                self.say(f"{method} {number} of {len(design)}: {label}: KL {row['kl']:.3g}")
+
+    def _judged(self, judge: Judge, method: str, label: str, linears: dict[str, int]) -> dict:
+        if self.stop():
+            raise StoppedError(f"stopped before {method}, {label}; add --resume to the same command to go on")
+        begun = time.monotonic()
+        figures = judge(method, linears)
+        self.remaining.done(time.monotonic() - begun)
+        return self._row(method, label, linears, figures)
+
+    def _row(self, method: str, label: str, linears: dict[str, int], figures: Figures) -> dict:
+        return {
+            "method": method,
+            "key": key_of(linears),
+            "label": label,
+            "bits_per_weight": self.sizes.bits_per_weight(linears),
+            "bits_per_parameter": self.sizes.bits_per_parameter(linears),
+            **asdict(figures),
+        }
+
+    def _mix(self, results: Results, judge: Judge, calibrated: bool) -> Mixed:
+        """The best mixture within the budget by the method of which a blind one is to be expected best, and its
+        controls. One method, since no checkpoint mixes them; which is best differs between widths."""
+        bits, count = self.settings.bits, len(self.modules)
+        everything = {width: expand(self.parts, (width,) * len(self.parts)) for width in bits}
+
+        def expected(method: str) -> float:
+            return self.budget.expected({width: results.find(method, everything[width])["kl"] for width in bits})
+
+        method = min(self.settings.methods, key=expected)
+        self.say(f"budget: {count} modules by {method}")
+        self._evaluate(results, judge, method, self.modules, find_design("one", count, bits, 0, 0))
+        rises = [
+            {width: results.find(method, dict.fromkeys(module.linears, width))["kl"] for width in bits}
+            for module in self.modules
+        ]
+        mixture = self.budget.mix(rises)
+        blind = self.budget.controls(self.settings.seed, BLIND)
+        rows = []
+        for label, widths in (
+            ("mixture", mixture.widths),
+            *((f"blind mixture {i}", w) for i, w in enumerate(blind, 1)),
+        ):
+            linears = expand(self.modules, widths)
+            label = f"{label} within {self.settings.budget} bits"
+            row = results.find(method, linears)
+            if row is None:
+                row = self._judged(judge, method, label, linears)
+                results.add(row)
+                self.say(f"{method}: {label}: KL {row['kl']:.3g}")
+            rows.append(row | {"label": label})
+        recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), self.settings, calibrated)
+        return Mixed(method, self.modules, rises, mixture, rows[0], rows[1:], recipe)

@@ -1,0 +1,132 @@
+"""What a loaded mixture of experts runs: one product for gate and up, one for down, each for all experts of a rank.
+
+    triton  the grouped kernel of `kernels/`                         tensors packed, scales, zeros  [E, ...]
+    int4    expert by expert through vLLM's CPU kernel (`cpu.py`)    tensors packed, scales, zeros  [E, ...]
+    dense   expert by expert, dequantised once                       tensor weight [E, N, K]
+
+The caller keeps the tensors; a launch holds numbers and their names only. The last two are one operator,
+`vlmq::experts_on_cpu_v1`: which experts have tokens is not known when vLLM compiles a model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import gelu, linear, silu
+
+from vlmq_vllm.serving import cpu
+from vlmq_vllm.serving.launch import Piece, check_triton, choose, kind_of
+
+Tensors = Mapping[str, torch.Tensor]
+ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
+
+
+@dataclass(frozen=True)
+class ExpertLaunch:
+    """Products with the experts' weights [rows, columns] from the tensors `names`; bits and group size for "triton",
+    isa for "int4"."""
+
+    kind: str
+    rows: int
+    columns: int
+    names: tuple[str, ...]
+    bits: int = 0
+    group_size: int = 0
+    isa: str = ""
+
+    def run(self, tensors: Tensors, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None) -> torch.Tensor:
+        """Every token with its experts: x [T, columns] or [T, k, columns], ids [T, k] (-1: not here, gives zeros),
+        router [T, k] as a factor or None: [T, k, rows]."""
+        if self.kind == "triton":
+            parts = (tensors["packed"], tensors["scales"], tensors.get("zeros"))
+            sizes = (self.bits, self.group_size, self.rows, self.columns)
+            return torch.ops.vlmq.experts_v1(x, *parts, ids, None, router, *sizes)
+        parts = [tensors.get(name) for name in ("weight", "packed", "scales", "zeros")]
+        out = torch.ops.vlmq.experts_on_cpu_v1(x, *parts, ids, self.rows, self.isa)
+        return out if router is None else (out.float() * router.unsqueeze(-1)).to(x.dtype)
+
+
+def prepare(
+    pieces: list[Piece], each: int, dtype: torch.dtype, experts_per_token: int, with_router: bool
+) -> tuple[ExpertLaunch, Tensors]:
+    """The launch and its tensors for activations of `dtype`; `each` pieces that follow one another are an expert.
+
+    Raises ValueError off the CPU for what the kernels cannot read: experts one by one would wait for the GPU.
+    """
+    _, reason = choose(pieces[0], dtype)
+    if reason and pieces[0].device.type != "cpu":
+        raise ValueError(f"{pieces[0].name} cannot be served on this device: {reason}")
+    experts = [pieces[i : i + each] for i in range(0, len(pieces), each)]
+    kind = kind_of(pieces[0], dtype)
+    rows, columns = sum(piece.shape[0] for piece in experts[0]), pieces[0].shape[1]
+    if kind == "triton":
+        tensors = _triton(experts, dtype, experts_per_token, with_router)
+        format = pieces[0].format
+        return ExpertLaunch(kind, rows, columns, tuple(tensors), format.bits, format.group_size), tensors
+    one_by_one = [_int4(expert, dtype) if kind == "int4" else _dense(expert, dtype) for expert in experts]
+    tensors = {name: torch.stack([tensors[name] for tensors in one_by_one]) for name in one_by_one[0]}
+    return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=cpu.isa(dtype) if kind == "int4" else ""), tensors
+
+
+def _triton(experts: list[list[Piece]], dtype: torch.dtype, experts_per_token: int, with_router: bool) -> Tensors:
+    check_triton()
+    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
+    from vlmq_vllm.kernels.expert_weights import ExpertWeights
+    from vlmq_vllm.kernels.repack import repack
+
+    weights = (repack(expert[0].format, [piece.tensors for piece in expert]) for expert in experts)
+    stacked = ExpertWeights.stack(weights, len(experts))
+    if stacked.packed.is_cuda:
+        from vlmq_vllm.kernels.warmup import warm_experts
+
+        warm_experts(stacked, experts_per_token, dtype, with_bias=False, with_router=with_router)
+    tensors = {"packed": stacked.packed, "scales": stacked.scales}
+    return tensors if stacked.zeros is None else tensors | {"zeros": stacked.zeros}
+
+
+def _int4(expert: list[Piece], dtype: torch.dtype) -> Tensors:
+    tensors = cpu.widen([piece.codes() for piece in expert], dtype)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _dense(expert: list[Piece], dtype: torch.dtype) -> Tensors:
+    return {"weight": torch.cat([piece.codes().dequantize(dtype) for piece in expert])}
+
+
+def experts_on_cpu(x, weight, packed, scales, zeros, ids, rows, isa):
+    """Expert by expert, the tokens that are routed to it: [T, k, rows]."""
+    out = x.new_zeros((*ids.shape, rows))
+    count = len(packed if weight is None else weight)
+    for expert in ids.unique().tolist():
+        if not 0 <= expert < count:
+            continue
+        token, slot = torch.where(ids == expert)
+        own = x[token] if x.ndim == 2 else x[token, slot]
+        if weight is not None:
+            out[token, slot] = linear(own, weight[expert])
+        else:
+            zero = None if zeros is None else zeros[expert]
+            out[token, slot] = cpu.int4_linear(own, packed[expert], scales[expert], zero, None, rows, isa)
+    return out
+
+
+def experts_on_cpu_fake(x, weight, packed, scales, zeros, ids, rows, isa):
+    """Shape and dtype of the result, for tracing."""
+    return x.new_empty((*ids.shape, rows))
+
+
+def _define() -> torch.library.Library:
+    library = torch.library.Library("vlmq", "FRAGMENT")
+    library.define(
+        "experts_on_cpu_v1(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, "
+        "int rows, str isa) -> Tensor",
+        tags=(torch.Tag.pt2_compliant_tag,),
+    )
+    library.impl("experts_on_cpu_v1", experts_on_cpu, "CompositeExplicitAutograd")
+    torch.library.register_fake("vlmq::experts_on_cpu_v1", experts_on_cpu_fake, lib=library)
+    return library
+
+
+# The operator lives as long as this object. A second import, by another name or a reload, finds it and leaves it.
+if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):
+    _LIBRARY = _define()

@@ -1,0 +1,186 @@
+"""What a loaded layer runs: a list of launches, each a matrix product that gives a slice of the layer's outputs.
+
+    triton  neighbouring segments through `kernels/`              tensors packed0, scales0, zeros0, packed1, ...
+    int4    neighbouring segments widened for vLLM's CPU kernel   tensors packed, scales, zeros (`cpu.py`)
+    dense   a weight at 16 bits, kept so or dequantised once      tensor weight
+
+Where a checkpoint rounds inputs to 8 bits (`activations.py`) a launch with quantised weights takes the integers and
+every token's scale; a weight that the checkpoint keeps at 16 bits takes the input as it is.
+
+The caller keeps the tensors; a Launch itself holds numbers and their names only. Which kind a weight gets is decided
+here, and a weight that has to be dequantised is named in the log with the reason.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import groupby
+
+import torch
+from vllm.logger import init_logger
+
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.serving import cpu
+from vlmq_vllm.serving.compat import batch_invariant
+
+logger = init_logger(f"vllm.{__name__}")
+
+Tensors = Mapping[str, torch.Tensor]
+# Integers are multiplied as parts of 128, exactly the same to a float: float16 could not hold many of the sums.
+UNIT = 2.0**-7
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A segment after loading: checkpoint name, format (None: a dense `weight`) and its tensors by part name."""
+
+    name: str
+    format: WeightFormat | None
+    tensors: Tensors
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.tensors["weight"].shape if self.format is None else self.tensors["weight_shape"].tolist()
+        return tuple(shape)
+
+    def codes(self) -> QuantizedWeight:
+        """The weight with every code in a byte."""
+        return QuantizedWeight.from_tensors(self.format, self.tensors)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One product of `rows` outputs from the tensors `names`; `rounded`: its inputs are integers with tokens' scales.
+
+    `isa` belongs to "int4". To "triton" belong `columns` and `parts`, (bits, group_size, rows) of the weights in it.
+    """
+
+    kind: str
+    rows: int
+    names: tuple[str, ...]
+    isa: str = ""
+    parts: tuple[tuple[int, int, int], ...] = ()
+    columns: int = 0
+    batch_invariant: bool = False
+    rounded: bool = False
+
+    def run(
+        self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None, token_scales: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [M, columns] times the weights, times token_scales [M, 1] float32 if given, plus bias [rows]: [M, rows]."""
+        if self.kind == "triton":
+            return self._triton(tensors, x, bias, token_scales)
+        if token_scales is None:
+            return self._float(tensors, x, bias)
+        product = self._float(tensors, x * UNIT, None).float() * (token_scales / UNIT)
+        return (product if bias is None else product + bias).to(x.dtype)
+
+    def _float(self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.kind == "dense":
+            return torch.nn.functional.linear(x, tensors["weight"], bias)
+        packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
+        return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
+
+    def _triton(self, tensors: Tensors, x: torch.Tensor, bias, token_scales) -> torch.Tensor:
+        lists = [[tensors.get(f"{name}{i}") for i in range(len(self.parts))] for name in ("packed", "scales", "zeros")]
+        bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.parts, strict=True))
+        given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
+        if token_scales is None:
+            return torch.ops.vlmq.linear_v1(x, *given)
+        return torch.ops.vlmq.linear_int8_v1(x, token_scales, *given)
+
+
+def prepare(
+    pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool = False
+) -> list[tuple[Launch, Tensors]]:
+    """The launches of a layer and their tensors for activations of `dtype`.
+
+    `with_bias`: the layer may be given a bias. `rounded`: inputs of quantised weights are rounded to 8 bits.
+    """
+    launches = []
+    for kind, group in groupby(pieces, key=lambda piece: kind_of(piece, dtype)):
+        members = list(group)
+        if kind == "int4":
+            launches.append(_int4(members, dtype, rounded))
+        elif kind == "triton":
+            launches.append(_triton(members, dtype, with_bias, rounded))
+        else:
+            launches += [_dense(piece, dtype, rounded) for piece in members]
+    return launches
+
+
+def kind_of(piece: Piece, dtype: torch.dtype) -> str:
+    """How the piece is launched; says so in the log where it has to be dequantised."""
+    kind, reason = choose(piece, dtype)
+    if reason is not None:
+        logger.warning_once("Weights are dequantised to %s at load and take its full memory: %s", dtype, reason)
+        logger.debug("%s is dequantised at load: %s", piece.name, reason)
+    return kind
+
+
+def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
+    """How the piece is launched, and why it has to be dequantised if so."""
+    if piece.format is None:
+        return "dense", None
+    fast, reason = "int4", None
+    if piece.device.type == "cpu":
+        reason = cpu.why_not_int4(piece.format, dtype)
+    else:
+        from vlmq_vllm.kernels.layout import why_not
+
+        fast, reason = "triton", why_not(piece.format, *piece.shape)
+    return (fast, None) if reason is None else ("dense", reason)
+
+
+def check_triton() -> None:
+    """Raises RuntimeError unless Triton can be imported."""
+    if find_spec("triton") is None:
+        raise RuntimeError("vlmq's kernels need Triton, which is not installed; pip install triton")
+
+
+def _dense(piece: Piece, dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
+    dense = piece.tensors["weight"].clone() if piece.format is None else piece.codes().dequantize(dtype)
+    rounded = rounded and piece.format is not None
+    return Launch("dense", len(dense), ("weight",), rounded=rounded), {"weight": dense}
+
+
+def _int4(pieces: list[Piece], dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
+    tensors = {name: x for name, x in cpu.widen([p.codes() for p in pieces], dtype).items() if x is not None}
+    rows = sum(piece.shape[0] for piece in pieces)
+    return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors
+
+
+def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool) -> tuple[Launch, Tensors]:
+    """Neighbours of one format become one weight. Raises RuntimeError where Triton is missing."""
+    check_triton()
+    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
+    from vlmq_vllm.kernels.repack import repack
+
+    groups = groupby(pieces, key=lambda piece: piece.format)
+    weights = [repack(format, [piece.tensors for piece in members]) for format, members in groups]
+    invariant = batch_invariant()
+    if weights[0].packed.is_cuda:
+        from vlmq_vllm.kernels.warmup import warm
+
+        warm(weights, dtype, with_bias, invariant, rounded)
+    tensors = {}
+    for i, weight in enumerate(weights):
+        tensors |= {f"packed{i}": weight.packed, f"scales{i}": weight.scales}
+        if weight.zeros is not None:
+            tensors[f"zeros{i}"] = weight.zeros
+    shapes = [weight.geometry for weight in weights]
+    parts = tuple((shape.bits, shape.format.group_size, shape.rows) for shape in shapes)
+    launch = Launch(
+        "triton",
+        sum(shape.rows for shape in shapes),
+        tuple(tensors),
+        parts=parts,
+        columns=shapes[0].columns,
+        batch_invariant=invariant,
+        rounded=rounded,
+    )
+    return launch, tensors

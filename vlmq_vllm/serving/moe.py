@@ -1,0 +1,181 @@
+"""The method of vlmq for mixtures of experts: how vLLM's RoutedExperts receives and applies quantised experts.
+
+Every expert has three weights, gate_proj and up_proj [I, H] and down_proj [H, I], that the checkpoint holds one by one;
+vLLM calls the first two w13 and the last one w2. They arrive in two containers (`container.py`), expert by expert, and
+become the tensors `vlmq_w13_<tensor>` and `vlmq_w2_<tensor>` of `expert_launch.py`. With tensor parallelism a rank
+holds a part of I of every expert, with expert parallelism some experts whole.
+"""
+
+from types import MethodType
+
+import torch
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
+
+from vlmq_vllm.checkpoint import ModuleInfo
+from vlmq_vllm.serving.compat import lacks_router, select_experts
+from vlmq_vllm.serving.container import Container, add_parameter
+from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare
+from vlmq_vllm.serving.partition import cut_format
+from vlmq_vllm.serving.segments import Segment
+
+W13, W2 = "w13_", "w2_"
+SHARDS = {"w1": 0, "w3": 1, "w2": 0}
+
+
+class VLMQMoEMethod(FusedMoEMethodBase):
+    """Serves one layer; `experts` maps (expert, projection) to checkpoint module and format.
+
+    `config` (a VLMQConfig) knows the checkpoint's packing and is told when a layer has been loaded.
+    """
+
+    def __init__(self, moe, prefix: str, experts: dict[tuple[int, str], tuple[str, ModuleInfo]], config) -> None:
+        super().__init__(moe)
+        self.prefix = prefix
+        self.experts = experts
+        self.config = config
+        self.routes = lacks_router()
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs,
+    ) -> None:
+        names = [getattr(layer, f"ckpt_{part}_proj_name", f"{part}_proj") for part in ("gate", "up", "down")]
+        self._check(layer, names)
+        here = [e for e in range(layer.global_num_experts) if layer._map_global_expert_id_to_local_expert_id(e) >= 0]
+        parallel = self.moe.moe_parallel_config
+        span = _part(parallel.tp_rank, intermediate_size_per_partition)
+        inner = intermediate_size_per_partition * parallel.tp_size
+        *fused, down = names
+        w13 = [self._column(expert, name, (inner, hidden_size), span) for expert in here for name in fused]
+        w2 = [self._row(expert, down, (hidden_size, inner), span) for expert in here]
+        layer.vlmq_experts = {W13: Container(w13, params_dtype, W13), W2: Container(w2, params_dtype, W2)}
+        for container in layer.vlmq_experts.values():
+            container.register(layer, MethodType(vlmq_expert_loader, layer))
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if not layer.vlmq_experts[W13].is_full(layer):
+            return
+        self.config.check_complete()
+        layer.vlmq_launches = {}
+        for prefix, each in ((W13, 2), (W2, 1)):
+            container: Container = layer.vlmq_experts[prefix]
+            launch, tensors = prepare(
+                container.pieces(layer), each, container.dtype, self.moe.experts_per_token, with_router=prefix == W2
+            )
+            container.empty(layer)
+            for name, tensor in tensors.items():
+                add_parameter(layer, f"vlmq_{prefix}{name}", tensor)
+            layer.vlmq_launches[prefix] = launch
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
+        """None: vLLM's own kernels for experts are not used."""
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts=None,
+        shared_experts_input=None,
+    ) -> torch.Tensor:
+        """x [T, H] with the experts topk_ids [T, k], each result times its weight of topk_weights [T, k]: [T, H].
+
+        Shared experts are run by vLLM.
+        """
+        ids = topk_ids if layer._expert_map is None else layer._expert_map[topk_ids.long()]
+        if layer.apply_router_weight_on_input:
+            x, topk_weights = x * topk_weights.to(x.dtype), None
+        gate, up = self._run(layer, W13, x, ids, None).chunk(2, dim=-1)
+        inner = ACTIVATIONS[layer.activation.value](gate) * up
+        return self._run(layer, W2, inner, ids, topk_weights).sum(dim=1)
+
+    @property
+    def is_monolithic(self) -> bool:
+        """Whether vLLM calls `apply_monolithic` in place of `apply`."""
+        return self.routes
+
+    def apply_monolithic(self, layer, x: torch.Tensor, router_logits: torch.Tensor, input_ids=None) -> torch.Tensor:
+        """`apply` with the experts that router_logits [T, E] choose."""
+        return self.apply(layer, x, *select_experts(layer, x, router_logits))
+
+    def _run(self, layer, prefix: str, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None) -> torch.Tensor:
+        launch = layer.vlmq_launches[prefix]
+        tensors = {name: getattr(layer, f"vlmq_{prefix}{name}") for name in launch.names}
+        return launch.run(tensors, x, ids, router)
+
+    def _check(self, layer: torch.nn.Module, names: list[str]) -> None:
+        """All experts must be there, with one format for all gates and ups and one for all downs."""
+        if self.moe.is_lora_enabled:
+            raise ValueError(
+                f"{self.prefix}: vLLM's LoRA for mixtures of experts needs its own kernels, not for vlmq weights; "
+                "serve without --enable-lora, or quantise again without the experts"
+            )
+        if layer.activation.value not in ACTIVATIONS:
+            raise ValueError(
+                f"{self.prefix}: experts with the activation {layer.activation.value!r} are not served at low bits "
+                f"(served: {', '.join(ACTIVATIONS)}); quantise again without them"
+            )
+        for group in (names[:2], names[2:]):
+            wanted = [(expert, name) for expert in range(self.moe.num_logical_experts) for name in group]
+            missing = [key for key in wanted if key not in self.experts]
+            if missing:
+                expert, name = missing[0]
+                raise ValueError(
+                    f"{self.prefix}: {name} of expert {expert} is not quantised, others of the layer are; "
+                    "quantise all experts of a layer or none"
+                )
+            first, *others = (self.experts[key] for key in wanted)
+            for name, info in others:
+                if info.format != first[1].format:
+                    raise ValueError(
+                        f"{name} is {info.format}, {first[0]} is {first[1].format}; vlmq serves one format for all "
+                        f"{' and '.join(group)} of a layer's experts, quantise them alike"
+                    )
+
+    def _column(self, expert: int, name: str, shape: tuple[int, int], span: tuple[int, int]) -> Segment:
+        module, info = self._sized(expert, name, shape)
+        return Segment(module, info.format, info.format, shape, (span,), (0, shape[1]), packing=self.config.packing)
+
+    def _row(self, expert: int, name: str, shape: tuple[int, int], span: tuple[int, int]) -> Segment:
+        module, info = self._sized(expert, name, shape)
+        format = cut_format(self.prefix, info.format, shape[1], span[1] - span[0])
+        return Segment(module, info.format, format, shape, ((0, shape[0]),), span, packing=self.config.packing)
+
+    def _sized(self, expert: int, name: str, shape: tuple[int, int]) -> tuple[str, ModuleInfo]:
+        module, info = self.experts[expert, name]
+        if (info.rows, info.columns) != shape:
+            raise ValueError(
+                f"{self.prefix}: {module} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
+                f"{shape[0]} x {shape[1]}; the checkpoint does not belong to this config.json"
+            )
+        return module, info
+
+
+def vlmq_expert_loader(
+    layer: torch.nn.Module,
+    param: torch.nn.Parameter,
+    loaded_weight: torch.Tensor,
+    weight_name: str,
+    shard_id: str,
+    expert_id: int,
+    return_success: bool = False,
+) -> bool | None:
+    """Put one tensor of one expert into its container; False for an expert of another rank.
+
+    Bound to its layer as a method: vLLM's reload reads the loader's name and signature and swaps its layer.
+    """
+    local = layer._map_global_expert_id_to_local_expert_id(expert_id)
+    if local >= 0:
+        each = 1 if param.vlmq_prefix == W2 else 2
+        layer.vlmq_experts[param.vlmq_prefix].load(param, local * each + SHARDS[shard_id], loaded_weight)
+    return local >= 0 if return_success else None
+
+
+def _part(rank: int, size: int) -> tuple[int, int]:
+    return rank * size, (rank + 1) * size

@@ -1,0 +1,97 @@
+"""Which rows and columns of each tensor in the files a rank holds of a vLLM layer, and which cuts cannot be served."""
+
+from collections.abc import Sequence
+
+from vlmq_vllm.checkpoint import ModuleInfo
+from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.packing import OWN, Packing
+from vlmq_vllm.serving.segments import Segment
+
+Rows = tuple[tuple[int, int], ...]
+
+
+def plan(
+    layer,
+    shards: Sequence[tuple[str, ModuleInfo | None]],
+    columns: int,
+    outputs: Sequence[int],
+    packing: Packing = OWN,
+) -> list[Segment]:
+    """Segments of a vLLM layer on its rank.
+
+    `shards` are the checkpoint modules with what the headers say (None: kept at 16 bits), `columns` and `outputs` the
+    layer's input size and output sizes on this rank. Raises ValueError, naming layer and module, for anything that
+    does not fit.
+    """
+    pieces = _row_pieces(layer, outputs)
+    if len(shards) == 1:
+        pieces = [_joined(pieces)]
+    if len(shards) != len(pieces):
+        raise ValueError(
+            f"{layer.prefix}: vLLM builds it of {len(pieces)} parts, the checkpoint has {len(shards)} "
+            f"({', '.join(name for name, _ in shards)}); vlmq serves one tensor for each part or one for all, "
+            "quantise without this layer"
+        )
+    span = _column_span(layer, columns)
+    segments = []
+    for (name, info), (rows, total) in zip(shards, pieces, strict=True):
+        expected = (total, layer.input_size)
+        if info is not None and (info.rows, info.columns) != expected:
+            raise ValueError(
+                f"{layer.prefix}: {name} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
+                f"{expected[0]} x {expected[1]}; the checkpoint does not belong to this config.json, or vLLM changes "
+                "this layer's size, then quantise without it"
+            )
+        padding = sum(outputs) - sum(stop - start for start, stop in rows) if _is_vocabulary(layer) else 0
+        stored = None if info is None else info.format
+        format = None if info is None else cut_format(layer.prefix, stored, layer.input_size, columns)
+        segments.append(Segment(name, stored, format, expected, rows, span, padding, packing))
+    return segments
+
+
+def _is_vocabulary(layer) -> bool:
+    return hasattr(layer, "org_vocab_size")
+
+
+def _row_pieces(layer, outputs: Sequence[int]) -> list[tuple[Rows, int]]:
+    """For every part of the layer the rows of this rank and the number of rows that all ranks have together."""
+    if _is_vocabulary(layer):
+        indices = layer.shard_indices
+        return [(((indices.org_vocab_start_index, indices.org_vocab_end_index),), layer.org_vocab_size)]
+    ranks = layer.output_size // sum(outputs)
+    pieces = []
+    for i, size in enumerate(outputs):
+        # A rank that shares its key and value heads with others holds the same rows as they do.
+        sharing = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1
+        start = layer.tp_rank // sharing * size if ranks > 1 else 0
+        pieces.append((((start, start + size),), size * ranks // sharing))
+    return pieces
+
+
+def _joined(pieces: list[tuple[Rows, int]]) -> tuple[Rows, int]:
+    """The pieces of a layer whose parts lie below each other in one tensor on disk."""
+    rows, total = [], 0
+    for ranges, size in pieces:
+        rows += [(total + start, total + stop) for start, stop in ranges]
+        total += size
+    if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
+        rows = [(rows[0][0], rows[-1][1])]
+    return tuple(rows), total
+
+
+def _column_span(layer, columns: int) -> tuple[int, int]:
+    start = layer.tp_rank * columns if layer.input_size > columns else 0
+    return start, start + columns
+
+
+def cut_format(prefix: str, format: WeightFormat, total: int, columns: int) -> WeightFormat:
+    """The format of a rank's `columns` of `total`. Raises ValueError with the tensor-parallel sizes that work."""
+    part = format.part(total, columns)
+    if part is None:
+        fitting = [n for n in range(1, 65) if total % n == 0 and format.part(total, total // n)]
+        raise ValueError(
+            f"{prefix}: {total} inputs in groups of {format.group_size} at {format.bits} bits cannot be cut into "
+            f"{total // columns} parts of {columns}; serve with --tensor-parallel-size "
+            f"{' or '.join(map(str, fitting))}, or quantise with smaller groups"
+        )
+    return part
