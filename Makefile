@@ -34,7 +34,8 @@ test-all: install
 
 # What only a GPU can show, with a python3 that has torch for it: the kernels' tests there, then their speed beside
 # whatever peers are installed (benchmarks/README.md). Under ten minutes; writes kernels.jsonl and kernels.md.
-GPU_TESTS := $(patsubst %,tests/test_%.py,unpack repack gemm product expert_products int8 op cuda columns)
+GPU_TESTS := $(patsubst %,tests/kernels/test_%.py,unpack repack gemm dispatch experts int8 torch_ops cuda) \
+  tests/offline/methods/gptq/test_columns.py
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
 	PYTHONPATH=. $(PYTHON) benchmarks/kernel_speed.py --seconds 420 --out kernels.jsonl
@@ -51,7 +52,7 @@ install: .venv/installed
 
 # The plugin's tests on the oldest vLLM that is supported, in an environment of its own: every family eagerly, three
 # compiled, one checkpoint of another quantiser.
-OLDEST_TESTS := tests/layers $(patsubst %,tests/test_%.py,plugin names names_families format foreign)
+OLDEST_TESTS := tests/plugin/layers $(patsubst %,tests/plugin/test_%.py,plugin names names_families format foreign)
 OLDEST_SERVED := 'tests/e2e/test_equality.py::test_eager_and_reloaded_answers_equal_the_twins[tiny]' \
   $(patsubst %,'tests/e2e/test_serving_families.py::test_compiled_answers_equal_the_twins[%]',qwen2_vl qwen3_vl llava) \
   'tests/e2e/test_serving_foreign.py::test_answers_equal_the_twins[gptq-mixed]'

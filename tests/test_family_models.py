@@ -1,12 +1,14 @@
-"""The tiny models of `family_models.py`: complete, named as on the hub, special where their family is, and running."""
+"""The tiny models of `tests/helpers/family_models.py`: complete, named as on the hub, special where their family is,
+and running."""
 
 import numpy as np
 import pytest
 import torch
-from family_models import FAMILIES, VIDEO, build
 from PIL import Image
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from family_models import FAMILIES, VIDEO, build
 
 LLAVA_TOWER = "vision_tower.vision_model.encoder.layers.2.self_attn.out_proj.bias"
 QWEN_BLOCK = "visual.blocks.2.attn.qkv.weight"

@@ -7,9 +7,9 @@ tower, merger and lm_head.
 from pathlib import Path
 
 import pytest
+
 import tiny_model
 from answers import answers, difference
-
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -1,8 +1,8 @@
 """A checkpoint exported to compressed-tensors, in stock vLLM and without this project's plugin, answers as its twin."""
 
 import pytest
-from answers import answers, difference
 
+from answers import answers, difference
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.checkpoint.export.export import export
 from vlmq_vllm.offline.run.quantize import quantize

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from answers import run
 from safetensors.torch import load_file, save_file
+
+from answers import run
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

@@ -6,11 +6,11 @@ the log-probabilities of all tokens of the prompts, pictures included, beside gr
 
 from pathlib import Path
 
-import engines
 import pytest
+
+import engines
 import served_models
 from family_models import FAMILIES
-
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

@@ -8,13 +8,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import engines
 import pytest
-import served_models
 import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
+import engines
+import served_models
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

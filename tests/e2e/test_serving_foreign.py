@@ -1,15 +1,15 @@
 """Checkpoints that GPTQModel, AutoRound and llm-compressor wrote, served with `--quantization vlmq`, answer as the same
-models dequantised. That the weights are those of their packages is shown in tests/test_foreign.py."""
+models dequantised. That the weights are those of their packages is shown in tests/plugin/test_foreign.py."""
 
 import json
 import shutil
 from pathlib import Path
 
-import engines
 import pytest
-from foreign.checkpoints import restore
 from safetensors.torch import load_file, save_file
-from test_foreign import read, weight_of
+
+import engines
+from foreign_checkpoints import read, restore, weight_of
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 

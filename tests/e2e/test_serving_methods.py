@@ -11,21 +11,23 @@ import json
 import shutil
 from pathlib import Path
 
-import engines
 import pytest
-import served_models
 import torch
-from family_samples import write_chats
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import engines
+import served_models
+from family_samples import write_chats
 from pictures import TASKS, ask
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = pytest.mark.slow  # test_methods.py checks the files, test_serving_families.py serves random models
+pytestmark = (
+    pytest.mark.slow
+)  # tests/offline/run/test_methods.py checks the files, test_serving_families.py serves random models
 
 FP16, FP32 = torch.float16, torch.float32
 FOUR = {"bits": 4, "group_size": 64}
@@ -165,7 +167,8 @@ def test_rounded_answers_equal_those_of_transformers(served, folders, questions,
 @pytest.mark.parametrize("method", ["outlier"])
 def test_without_rounding_answers_would_be_others(served, folders, questions, method):
     """Where one input has an outlier, and few roundings follow. In "vlmq-rounded" they move answers as far as two right
-    implementations lie apart (0.08); layers alone are compared exactly in tests/layers/test_rounded_inputs.py."""
+    implementations lie apart (0.08); layers alone are compared exactly in
+    tests/plugin/layers/test_rounded_inputs.py."""
     found = served[method]
     rounded, plain = (in_transformers(folders[method], questions, found, FP32, hooks) for hooks in (True, False))
     assert 2 * rms(found, rounded) < rms(found, plain)
@@ -180,7 +183,7 @@ def test_answers_are_those_of_the_unquantised_model(served, nearest, method):
 
 
 def test_a_mixture_of_experts_with_scaled_channels(tmp_path):
-    """A random model, every token of which goes to all experts (`tests/served_models.py` says why)."""
+    """A random model, every token of which goes to all experts (`tests/helpers/served_models.py` says why)."""
     source, _ = served_models.build("qwen3_vl_moe", tmp_path)
     folder, twin = tmp_path / "awq", tmp_path / "twin"
     quantize(str(source), folder, write_chats(tmp_path), Settings(bits=8, group_size=32, method="awq"))

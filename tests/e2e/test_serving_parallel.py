@@ -1,10 +1,10 @@
 """A quantised model over two worker processes, by tensor and by pipeline parallelism, answers as its dequantised twin
 does in one process."""
 
-import engines
 import pytest
-import served_models
 
+import engines
+import served_models
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 pytest.importorskip("vllm", reason="vLLM is not installed")

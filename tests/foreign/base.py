@@ -9,8 +9,9 @@ code, where "zero minus one" as GPTQ files store it borrows from a neighbour or 
 from dataclasses import replace
 from pathlib import Path
 
-import family_models
 from safetensors.torch import load_file, save_file
+
+import family_models
 
 TEXT = {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 1}
 VISION = {"depth": 1, "num_heads": 1, "embed_dim": 32}
