@@ -15,20 +15,20 @@ from safetensors import SafetensorError, safe_open
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.headers import weight_files
 from vlmq_vllm.offline.compare.scores import Score, load, save
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 LAYOUT = 1  # of the files; counts up when their meaning changes
 SMALL = (".json", ".jinja", ".txt", ".model")
 
 
-def key_of(model: Path, chats: list[str], ends: set[int], settings: Settings, device: str) -> dict[str, str]:
+def key_of(model: Path, chats: list[str], ends: set[int], settings: CompareSettings, device: str) -> dict[str, str]:
     """What the teacher's numbers depend on, by name; `chats` are fingerprints in order."""
     packages = ("torch", "transformers", *(("vllm",) if settings.backend == "vllm" else ()))
     return {
         "layout": str(LAYOUT),
         "model files": fingerprint_of(model),
         "data": hashlib.sha256("\n".join(chats).encode()).hexdigest(),
-        "settings": f"{settings.backend} {settings.dtype} {device} {settings.top} {settings.new_tokens} "
+        "settings": f"{settings.backend} {settings.dtype} {device} {settings.top} {settings.max_new_tokens} "
         f"{settings.max_tokens} {sorted(ends)}",
         "versions": " ".join(f"{name} {_version(name)}" for name in packages),
     }

@@ -21,7 +21,7 @@ from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.scores import Score, load, save
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.pictures import open_image
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 JOB, TEACHER, RESULT = "job.json", "teacher.safetensors", "result.safetensors"
 # what a user sets in the environment wins; the space is in GB and only read on a CPU
@@ -33,7 +33,7 @@ def score(
     questions: list[Question],
     processor,
     ends: set[int],
-    settings: Settings,
+    settings: CompareSettings,
     teacher: list[Score | None] | None,
     track: Callable,
 ) -> list[Score | None]:
@@ -79,13 +79,13 @@ def _tasks(questions, processor, settings, teacher, place: Path, track) -> list[
     return tasks
 
 
-def _run(place: Path, folder: Path, tasks: list[dict | None], ends: set[int], settings: Settings) -> list[Score]:
+def _run(place: Path, folder: Path, tasks: list[dict | None], ends: set[int], settings: CompareSettings) -> list[Score]:
     job = {
         "model": str(folder.absolute()),
         "quantization": "vlmq" if is_vlmq(folder) else None,
         "dtype": settings.dtype,
         "top": settings.top,
-        "new_tokens": settings.new_tokens,
+        "new_tokens": settings.max_new_tokens,
         "ends": sorted(ends),
         "tasks": [task for task in tasks if task is not None],
     }

@@ -16,7 +16,7 @@ from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import load_model
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 
 def score(
@@ -24,7 +24,7 @@ def score(
     questions: list[Question],
     processor,
     ends: set[int],
-    settings: Settings,
+    settings: CompareSettings,
     teacher: list[Score | None] | None,
     track: Callable,
 ) -> list[Score | None]:
@@ -56,13 +56,15 @@ def score(
     return scores
 
 
-def device_of(settings: Settings) -> str:
+def device_of(settings: CompareSettings) -> str:
     """The device asked for, or a GPU if there is one."""
     return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
-def score_one(model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: Settings, ids) -> Score:
+def score_one(
+    model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: CompareSettings, ids
+) -> Score:
     """The score of one sample: a processor's `inputs`, with the answer's tokens from `start` on. `ids`: the teacher's,
     or None for the model's own likeliest tokens."""
     inputs = {name: _place(value, model) for name, value in inputs.items()}
@@ -72,7 +74,7 @@ def score_one(model, inputs: dict, start: int, answer: list[int], ends: set[int]
     else:
         chosen = torch.from_numpy(ids.astype(np.int64)).to(logs.device)
     right = torch.tensor(answer, device=logs.device)
-    greedy = _generate(model, inputs, start, ends, settings.new_tokens)
+    greedy = _generate(model, inputs, start, ends, settings.max_new_tokens)
     return Score(
         answer=np.array(answer, dtype=np.int32),
         ids=chosen.int().cpu().numpy(),

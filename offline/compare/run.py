@@ -18,7 +18,7 @@ from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.model.source import find
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 SCORERS = {"hf": hf.score, "vllm": engine.score}
 
@@ -27,7 +27,7 @@ def compare(
     model: str,
     quantized: Path,
     data: str | Path,
-    settings: Settings,
+    settings: CompareSettings,
     cache: Path | None = None,
     progress: Progress | None = None,
     say=lambda line: None,
@@ -61,7 +61,7 @@ def compare(
         "samples": len(rows),
         "left_out": {"longer than max_tokens": len(questions) - len(rows), "max_tokens": settings.max_tokens},
         "kl": _outcomes(used[0][1]),
-        "max_new_tokens": settings.new_tokens,
+        "max_new_tokens": settings.max_new_tokens,
         "bootstrap": bootstrap_settings(settings.seed),
         "teacher_from_cache": cached,
         "calibration_overlap": overlap,
@@ -97,7 +97,7 @@ def _template(processor):
     return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
 
 
-def _draw(data: str | Path, settings: Settings) -> list[dict]:
+def _draw(data: str | Path, settings: CompareSettings) -> list[dict]:
     chats = read_all(data)
     if not chats:
         raise QuantizeError(f"{data} holds no chat; give evaluation data with one chat per line")

@@ -40,7 +40,7 @@ def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, pr
         chats, processor, settings.samples, settings.max_tokens, settings.max_pixels or None, intake
     ):
         samples.append(inputs)
-        if settings.needs_kinds:
+        if settings.needs_labels:
             ids = inputs["input_ids"]
             inputs[KINDS] = token_kinds(chat, ids[0].tolist(), processor, vision_ids(source.config))[None]
         found.fingerprints.append(fingerprint(chat))
@@ -48,7 +48,7 @@ def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, pr
     probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1])
     found.probe = {name: value for name, value in probe.items() if name != KINDS}
     found.batches = ranks.own(batched(samples))
-    if settings.needs_kinds:
+    if settings.needs_labels:
         found.kinds = [batch.pop(KINDS) for batch in found.batches]
         pairs = zip(found.batches, found.kinds, strict=True)
         found.labels = [answer_labels(batch["input_ids"], kinds) for batch, kinds in pairs]

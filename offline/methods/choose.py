@@ -2,6 +2,7 @@
 
 from vlmq_vllm.offline.methods.gptq.solve import Solver
 from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, MSE, GridSearch
+from vlmq_vllm.offline.settings.methods import CLIPPED
 from vlmq_vllm.offline.settings.quantize import Settings
 
 GRIDS = {"mse": MSE, "minmax": MINMAX, "mse-h": GridSearch(exponent=2, importance=True)}
@@ -14,7 +15,7 @@ def grid_of(settings: Settings) -> GridSearch:
 
 def solver_of(settings: Settings) -> Solver:
     """How a linear is solved: AWQ rounds to nearest on ranges that it has clipped, the others compensate."""
-    if settings.method == "awq":
+    if settings.row.rounding == CLIPPED:
         return Solver(CLIP, compensate=False)
     static, aligned = settings.act_order == "static", settings.base == "aligned"
     return Solver(GRIDS[settings.grid], static, settings.damp, settings.alpha, aligned)

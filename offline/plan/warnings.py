@@ -13,9 +13,9 @@ ENOUGH = 4  # tokens per column: fewer leave second moments poorly known, which 
 def find_warnings(source: Source, settings: Settings, load: Load, linears: list[Linear]) -> list[str]:
     """One line each."""
     found = [*_served(linears), *_cut(linears)]
-    if settings.method in ("gptq", "vlmq"):
+    if settings.row.compensates:
         found += _tokens(source, load, linears)
-    if settings.method != "rtn":
+    if settings.row.calibrated:
         found += _pictures(source, settings)
     return found
 

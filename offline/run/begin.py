@@ -40,7 +40,7 @@ class Walks:
     def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> AnyWalk:
         """The walk in front of `stack`, whose modules are `units`. moved: what comes before it has been quantised."""
         shared = self.source, self.settings, self.formats, self.device, self.ranks
-        if self.settings.method == "qvlm":
+        if self.settings.row.joint:
             return self._jointly(component, stack, [unit.module for unit in units], moved)
         quantized, full = self._streams(component, stack, moved)
         weigh = scale = None
@@ -92,7 +92,7 @@ class Walks:
     def _scaling(self) -> Scaling | None:
         """What scales the decoder's channels."""
         options = self.settings
-        if options.method != "awq":
+        if not options.row.scales_channels:
             return None
         inputs = None if options.activation_bits == KEPT else round_tokens
         return Scaling(grid_of(options), self.ranks, options.scale_loss, inputs)

@@ -123,7 +123,7 @@ class Walk:
     def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
         """The stages of the layer, of linears that are quantised; without data every linear is one."""
         own = self._linears(layer, name)
-        if self.settings.rounds or not own:
+        if not (self.settings.row.solves and own):
             return [[(linear,)] for linear in own]
         found = self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None)
         if not found:
@@ -160,7 +160,7 @@ class Walk:
 
     def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
-        if self.settings.rounds:
+        if not self.settings.row.solves:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return

@@ -46,7 +46,7 @@ def quantize(
     units stay in a hidden folder beside `out`, nothing else is left behind.
     """
     check_destination(out)
-    if settings.method != "rtn" and data is None:
+    if settings.row.calibrated and data is None:
         raise QuantizeError(f"method {settings.method!r} needs calibration data; give --data FILE.jsonl")
     if data is not None:
         check_exists(data)
@@ -70,7 +70,7 @@ class _Run:
         self.samples = Samples()
 
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
-        if self.settings.method != "rtn":
+        if self.settings.row.calibrated:
             self.samples = read_samples(data, self.source, self.settings, self.ranks, self.progress)
         self.walks = Walks(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
         keys = [*(unit.key for unit in self.units), *self.rest]

@@ -1,16 +1,19 @@
-"""Exceptions from a run's format: what a recipe says of single modules, or of all whose names have a pattern."""
+"""Per-module overrides of the weight format, by name or pattern, from a recipe."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.format import WeightFormat
+
+if TYPE_CHECKING:
+    from vlmq_vllm.format import WeightFormat
 
 KEPT = 16  # bits of what is left alone
 
 
-def exception(
-    pattern: str, found: int | dict, format: WeightFormat | None, default: WeightFormat
-) -> WeightFormat | None:
+def override(
+    pattern: str, found: int | dict, format: "WeightFormat | None", default: "WeightFormat"
+) -> "WeightFormat | None":
     """The format of a module of that pattern, which without it would have `format` (None: left alone).
 
     found: a width, or a mapping of some of bits, group_size and symmetric; what it does not say is as in `format`, or

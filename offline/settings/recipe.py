@@ -1,25 +1,11 @@
 """Recipes: YAML files of settings, and what the command line adds to them."""
 
-from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_args
 
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.settings.option import options_of
 from vlmq_vllm.offline.settings.quantize import Settings
-
-PLAIN = (int, bool, dict)
-# Settings that only some runs read, by the method or the token weights that do.
-READERS = {
-    "scale_loss": ("awq",),
-    "base": ("gptq", "vlmq"),
-    "alpha": ("gptq", "vlmq"),
-    "damp": ("gptq", "vlmq"),
-    "act_order": ("gptq", "vlmq"),
-    "saliency_power": ("vlmq",),
-    "saliency_scope": ("vlmq",),
-    "saliency_fallback": ("vlmq",),
-    "saliency_floor": ("vlmq",),
-    "saliency_cap": ("vlmq",),
-}
 
 
 def read_recipe(path: Path) -> dict:
@@ -38,20 +24,20 @@ def read_recipe(path: Path) -> dict:
 def settings_from(recipe: dict, options: dict) -> Settings:
     """Settings from a recipe and from options, which win; options that are no settings are passed over.
 
-    Raises QuantizeError for a key of the recipe that does not exist and for a value of another kind.
+    Raises QuantizeError for a key of the recipe that does not exist and for a value of another type.
     """
-    kinds = {field.name: field.type for field in fields(Settings)}
+    declared = options_of(Settings)
     for key, value in recipe.items():
-        if key not in kinds:
-            raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(kinds)}")
-        allowed = (int, float) if "float" in str(kinds[key]) else kinds[key] if kinds[key] in PLAIN else str
-        left_open = value is None and "None" in str(kinds[key])
-        if not (isinstance(value, allowed) or left_open) or (type(value) is bool and kinds[key] is not bool):
-            raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {kinds[key]}")
-    return Settings(**recipe | {key: value for key, value in options.items() if key in kinds})
+        if key not in declared:
+            raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(declared)}")
+        allowed = types_of(declared[key].type)
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            wanted = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
+            raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {wanted}")
+    return Settings(**recipe | {key: value for key, value in options.items() if key in declared})
 
 
-def unread(settings: Settings, options: dict) -> list[str]:
-    """Which of these options a run with these settings does not read."""
-    found = (settings.method, settings.saliency)
-    return [name for name in options if name in READERS and not set(READERS[name]) & set(found)]
+def types_of(annotation: Any) -> tuple[type, ...]:
+    """The types that a value of an option may have in YAML, where a whole number may stand for a float."""
+    allowed = get_args(annotation) or (annotation,)
+    return (*allowed, int) if float in allowed else allowed

@@ -3,64 +3,58 @@
 from dataclasses import dataclass
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.settings.quantize import BITS, COMPONENTS, KEPT, Settings
+from vlmq_vllm.offline.settings.methods import METHODS
+from vlmq_vllm.offline.settings.option import check_options, option
+from vlmq_vllm.offline.settings.quantize import BITS, COMPONENTS, GRID_POINTS, GROUPS, KEPT, Settings
 
-METHODS = ("rtn", "awq", "gptq")
+STUDIED = tuple(name for name, row in METHODS.items() if row.studied)
 BY = ("component", "third", "kind", "layer", "module")
 DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing but the grids of AWQ's trials differs between configurations.
 SOLVER = {"base": "gptq", "act_order": "static", "damp": 0.01}
+DESIGN, FORMAT, DATA = "Study", "Format", "Data"  # panels of --help
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """Options of `vlmq sweep`.
+    """Settings of `vlmq sweep`. Raises QuantizeError for a value that cannot be."""
 
-    bits: widths that parts are given, besides 16. methods: how weights are rounded, each in a study of its own.
-    by: what a part is (`sweep/parts.py`). design: which configurations of the parts are run (`sweep/designs.py`); runs:
-    how many of a random design, and the greatest number for a grid. components: to which the study is confined; None is
-    all that can be served for "component", the decoder for the others, and in a study that is resumed those that it
-    has. group_size, symmetric: of every quantised linear. budget: average bits per weight, scales and zero points
-    included, over all linears of the study's components, for which a mixed recipe is sought; None for none. samples:
-    held-out chats that are used; None for all. calibration_samples, max_tokens, max_pixels: as samples, max_tokens and
-    max_pixels of `vlmq quantize`; longer held-out chats are left out too. dtype: of the evaluation.
-    """
-
-    bits: tuple[int, ...] = (2, 3, 4)
-    methods: tuple[str, ...] = ("rtn", "gptq")
-    by: str = "component"
-    design: str = "one"
-    runs: int = 128
-    components: tuple[str, ...] | None = None
-    group_size: int = 128
-    symmetric: bool = False
-    budget: float | None = None
-    samples: int | None = None
-    calibration_samples: int = 128
-    max_tokens: int = 2048
-    max_pixels: int = 0
-    dtype: str = "float32"
-    seed: int = 42
+    bits: tuple[int, ...] = option((2, 3, 4), f"Widths that parts are given, besides {KEPT}.", BITS, panel=FORMAT)
+    methods: tuple[str, ...] = option(
+        ("rtn", "gptq"), "How weights are rounded; each method is a study of its own.", STUDIED, panel=DESIGN
+    )
+    by: str = option("component", "What a part is.", BY, panel=DESIGN)
+    design: str = option(
+        "one", "one part at a time; grid: all combinations; random: some of them.", DESIGNS, panel=DESIGN
+    )
+    runs: int = option(128, "Configurations of a random design; the most that a grid may have.", least=1, panel=DESIGN)
+    components: tuple[str, ...] | None = option(
+        None,
+        "Components that are studied. Default: all that can be served by component, else language; with --resume those "
+        "that the study has.",
+        COMPONENTS,
+        panel=DESIGN,
+    )
+    group_size: int = option(128, GROUPS, panel=FORMAT)
+    symmetric: bool = option(False, GRID_POINTS, panel=FORMAT)
+    budget: float | None = option(
+        None,
+        f"Also find widths of modules for so many bits per weight (below {KEPT}), on average over all linears of the "
+        "components, scales and zero points included, and write a recipe.",
+        panel=DESIGN,
+    )
+    samples: int | None = option(None, "Held-out chats to use, drawn by --seed. Default: all.", least=1, panel=DATA)
+    calibration_samples: int = option(128, "Calibration chats to use.", least=1, panel=DATA)
+    max_tokens: int = option(2048, "Leave out longer chats, held-out ones too.", least=1, panel=DATA)
+    max_pixels: int = option(0, "Shrink larger calibration pictures to this; 0: leave them.", least=0, panel=DATA)
+    dtype: str = option("float32", "Type in which the model is judged.", DTYPES, panel=DESIGN)
+    seed: int = option(42, "Decides drawn chats, random designs and the forest.", panel=DATA)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
         object.__setattr__(self, "methods", tuple(dict.fromkeys(self.methods)))
-        several = {"bits": BITS, "methods": METHODS, "components": COMPONENTS}
-        for name, allowed in several.items():
-            found = getattr(self, name)
-            if found is not None and (not found or set(found) - set(allowed)):
-                wrong = next((str(value) for value in found if value not in allowed), "empty")
-                raise QuantizeError(f"{name} is {wrong}; choose among {', '.join(map(str, allowed))}")
-        for name, allowed in (("by", BY), ("design", DESIGNS), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise QuantizeError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        for name in ("runs", "samples", "calibration_samples", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise QuantizeError(f"{name} is {value}; it must be at least 1")
-        if self.max_pixels < 0:
-            raise QuantizeError(f"max_pixels is {self.max_pixels}; it must not be negative (0 is none)")
+        check_options(self)
         if self.budget is not None and not 0 < self.budget < KEPT:
             raise QuantizeError(
                 f"budget is {self.budget}; give average bits per weight below {KEPT}, at which nothing would be "

@@ -18,7 +18,7 @@ from vlmq_vllm.offline.compare.report import sample_row
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.model.layers import put
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.quantize import KEPT
 from vlmq_vllm.offline.sweep.held_out import is_pictured
 from vlmq_vllm.offline.sweep.parts import Subject
@@ -52,7 +52,7 @@ class Judge:
         pieces: Pieces,
         questions: list[Question],
         processor,
-        settings: Settings,
+        settings: CompareSettings,
         device: torch.device,
     ) -> None:
         self.source, self.pieces, self.processor, self.settings = source, pieces, processor, settings

@@ -1,6 +1,6 @@
 """The report of a study as markdown: what was run, and what follows as far as the number of questions allows."""
 
-from vlmq_vllm.offline.settings.compare import Settings as Judging
+from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.sweep.forest import LEAST, Forest
 
 MODULES = 200  # more modules are left to the recipe
@@ -32,9 +32,9 @@ def _about(study) -> str:
         f"({about['data']}), {about['pictured']} with a picture; calibrated with {about['calibration'] or 'nothing'}. "
         f"{groups}, {grid}, one solver for all widths; every linear was rounded on the full-precision stream.\n\n"
         "KL is that of the next token at the answers' tokens to the full-precision model, over its "
-        f'{Judging.top} likeliest tokens and "any other" (at most that over the whole vocabulary), in nats, a mean '
-        f"over questions, with its standard error.{error} Bits per weight count scales and zero points; linears of "
-        "the study that stay at 16 bits count 16, and bits per parameter run over the whole model."
+        f'{CompareSettings.top} likeliest tokens and "any other" (at most that over the whole vocabulary), in nats, '
+        f"a mean over questions, with its standard error.{error} Bits per weight count scales and zero points; linears "
+        "of the study that stay at 16 bits count 16, and bits per parameter run over the whole model."
     )
 
 

@@ -18,7 +18,7 @@ from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.read import check_exists
 from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.model.source import Source, find
-from vlmq_vllm.offline.settings.compare import Settings as Judging
+from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.sweep import StudySettings
 from vlmq_vllm.offline.sweep.designs import Widths, find_design
 from vlmq_vllm.offline.sweep.forest import check_forest
@@ -98,8 +98,8 @@ class _Run:
         maker = PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop)
         maker.run(found.batches, found.probe)
         found.batches.clear()
-        judging = Judging(
-            dtype=self.settings.dtype, device=str(self.device), new_tokens=0, max_tokens=self.settings.max_tokens
+        judging = CompareSettings(
+            dtype=self.settings.dtype, device=str(self.device), max_new_tokens=0, max_tokens=self.settings.max_tokens
         )
         judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
         questions, parts = counted(len(judge.questions), "held-out question"), counted(len(self.parts), "part")

@@ -8,7 +8,7 @@ from vlmq_vllm.offline.compare.questions import end_ids, read_question
 from vlmq_vllm.offline.compare.report import sample_row
 from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.read import read_all
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
@@ -28,7 +28,7 @@ def test_figures_agree_with_those_of_transformers(demo_model, quantized, tmp_pat
     questions = [read_question(chat, processor, ends) for chat in chats]
     scores = {}
     for backend, score in (("hf", hf.score), ("vllm", engine.score)):
-        settings = Settings(backend=backend, device="cpu" if backend == "hf" else "", new_tokens=8)
+        settings = CompareSettings(backend=backend, device="cpu" if backend == "hf" else "", max_new_tokens=8)
         about = (questions, processor, ends, settings)
         teacher = score(demo_model, *about, None, lambda items, what: items)
         scores[backend] = teacher, score(quantized, *about, teacher, lambda items, what: items)

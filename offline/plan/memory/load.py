@@ -45,7 +45,7 @@ class Load:
 
 def load_of(source: Source, settings: Settings, tokens: int | None = None) -> Load:
     """The load of a run; `tokens` per sample if it is known, else the greatest length that is allowed."""
-    samples = 0 if settings.method == "rtn" else settings.samples
+    samples = settings.samples if settings.row.calibrated else 0
     tokens = tokens or settings.max_tokens
     vision, text = source.model.config.vision_config, source.model.config.get_text_config()
     patches = patches_per_token(source)

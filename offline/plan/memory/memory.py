@@ -48,16 +48,16 @@ def find_phases(
         largest = max(own, key=lambda unit: numel(source.model.get_submodule(unit.module)))
         layer = layer_of(source, component, largest.module, load)
         streams = find_streams(settings, component, layer.width, load, moved)
-        if load.samples and (component == "language" or not settings.rounds):
+        if load.samples and (component == "language" or settings.row.solves):
             phases.append(capturing(source, component, load, streams.captured, exact))
         if component == "language" and settings.saliency == "modality":
             phases += modalities(source, layer, load, streams.captured)
-        if settings.method == "qvlm" and component == "vision":
+        if settings.row.joint and component == "vision":
             decoder = layer_of(source, "language", f"{source.family.layers}.0", load)
             phases += learning_bounds(source, layer, decoder, len(own), load, exact)
-        elif settings.method == "qvlm" and component == "language":
+        elif settings.row.joint and component == "language":
             phases += searching_blocks(source, layer, load, streams)
-        elif settings.rounds:
+        elif not settings.row.solves:
             phases.append(_round(component, layer, settings, load))
         else:
             phases += _walk(source, settings, component, layer, load, streams, exact)
@@ -84,7 +84,7 @@ def _walk(
     phases = []
     if decoder and (terms := weighing(settings, layer, batch)):
         phases.append(Phase(f"{component}: weigh tokens", host, held | terms))
-    scaled = decoder and settings.method == "awq"
+    scaled = decoder and settings.row.scales_channels
     replaced = 0  # originals stay until both streams have moved on
     for stage in stages if scaled else ():
         searched = held | {"originals": replaced} | searching(source, layer, stage, load)
@@ -105,11 +105,11 @@ def _stage(settings: Settings, decoder: bool, layer: Layer, stage: Stage, batch:
     moments = {"moments": moments_bytes(stage.problems, base)}
     # beside the layer's own: weighted inputs (AWQ weights its search for scales alone), and for a residual the other
     # stream's inputs and the difference
-    weighted = decoder and settings.saliency != "none" and settings.method != "awq"
+    weighted = decoder and settings.saliency != "none" and settings.row.compensates
     copies = (1 if weighted else 0) + (2 if moved else 0)
     copies += ROUNDED_INPUTS if settings.activation_bits != KEPT else 0
     columns = max(problem.columns for problem in stage.problems)
-    if settings.method == "awq":
+    if settings.row.scales_channels:
         solver = rounding_bytes(stage.problems)
     else:
         solver = working_bytes(stage.problems, base, exact, settings.act_order == "static")

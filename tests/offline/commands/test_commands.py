@@ -11,8 +11,8 @@ from collections import namedtuple
 
 import pytest
 
+from vlmq_vllm.offline.settings.methods import unread
 from vlmq_vllm.offline.settings.quantize import Settings
-from vlmq_vllm.offline.settings.recipe import unread
 
 
 def test_quantize_verify_dequantize(vlmq, demo_model, tmp_path):
@@ -136,7 +136,8 @@ def test_a_recipe_gives_the_same_checkpoint_and_options_win(vlmq, demo_model, tm
 )
 def test_options_that_a_method_makes_no_use_of(method, saliency, idle):
     options = {"scale_loss": "mse", "damp": 0.02, "act_order": "none", "saliency_power": 1, "grid": "minmax"}
-    assert unread(Settings(method=method, saliency=saliency), options) == idle
+    chosen = Settings(method=method, saliency=saliency)
+    assert unread(chosen.method, chosen.saliency, list(options)) == idle
 
 
 def test_an_option_without_use_is_named(vlmq, demo_model, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from vlmq_vllm.offline.compare.engine import reason
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 TEXT = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "red"}]})
 
@@ -20,7 +20,7 @@ def vlmq(vlmq):
 
 
 def test_calibration_chats_among_the_evaluation_are_counted(demo_model, quantized, calibration, evaluation, tmp_path):
-    settings = Settings(device="cpu", new_tokens=0)
+    settings = CompareSettings(device="cpu", max_new_tokens=0)
     both = calibration.parent / "both.jsonl"
     both.write_text("\n".join(calibration.read_text().splitlines()[:3]) + "\n" + TEXT)
     said = []

@@ -12,9 +12,9 @@ from vlmq_vllm.offline.compare.run import compare
 from vlmq_vllm.offline.compare.weights import load_model
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.read import read_all
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
-EXACT = Settings(dtype="float32", device="cpu", top=1 << 20, new_tokens=0)
+EXACT = CompareSettings(dtype="float32", device="cpu", top=1 << 20, max_new_tokens=0)
 COUNT = 6  # chats of `evaluation`
 
 
@@ -32,7 +32,7 @@ def loaded(monkeypatch):
 
 
 def test_a_model_beside_itself(demo_model, evaluation):
-    report = compare(str(demo_model), demo_model, evaluation, Settings(device="cpu", new_tokens=8))
+    report = compare(str(demo_model), demo_model, evaluation, CompareSettings(device="cpu", max_new_tokens=8))
     [everything] = [row for row in report["splits"] if row["split"] == "all"]
     assert report["samples"] == everything["n"] == COUNT
     assert everything["kl"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
@@ -81,7 +81,7 @@ def test_figures_equal_a_direct_computation(demo_model, rounded, evaluation, tmp
 
 def test_exact_match_is_that_of_the_greedy_answer(demo_model, rounded, evaluation):
     """Greedy answers of the 2-bit model, generated with a cache, against the likeliest tokens behind the answer's."""
-    settings = Settings(dtype="float32", device="cpu", new_tokens=16)
+    settings = CompareSettings(dtype="float32", device="cpu", max_new_tokens=16)
     processor = load_processor(demo_model)
     from vlmq_vllm.offline.compare.questions import end_ids, read_question
 
@@ -95,7 +95,9 @@ def test_exact_match_is_that_of_the_greedy_answer(demo_model, rounded, evaluatio
 
 def test_fewer_bits_are_further_away_and_fewer_outcomes_are_a_lower_bound(demo_model, rounded, evaluation):
     far, near = (compare(str(demo_model), rounded[bits], evaluation, EXACT) for bits in (2, 4))
-    few = compare(str(demo_model), rounded[2], evaluation, Settings(dtype="float32", device="cpu", top=2, new_tokens=0))
+    few = compare(
+        str(demo_model), rounded[2], evaluation, CompareSettings(dtype="float32", device="cpu", top=2, max_new_tokens=0)
+    )
     kl = {name: _pictured(report) for name, report in (("2", far), ("4", near), ("few", few))}
     assert kl["2"] > 3 * kl["4"] > 0
     assert 0 < kl["few"] < kl["2"]
@@ -121,7 +123,7 @@ def test_packed_weights_are_those_of_the_dequantised_twin(rounded, tmp_path):
 
 
 def test_second_run_takes_the_16_bit_model_from_the_cache(demo_model, rounded, evaluation, tmp_path, loaded):
-    settings = Settings(device="cpu", new_tokens=4)
+    settings = CompareSettings(device="cpu", max_new_tokens=4)
     said = []
     runs = [
         compare(str(demo_model), rounded[bits], evaluation, settings, tmp_path, say=said.append) for bits in (2, 2, 4)
@@ -141,7 +143,7 @@ def test_stale_and_damaged_caches_are_noticed(demo_model, evaluation, tmp_path, 
 
     def run(new_tokens=0, data=evaluation):
         loaded.clear()
-        settings = Settings(device="cpu", new_tokens=new_tokens, samples=2)
+        settings = CompareSettings(device="cpu", max_new_tokens=new_tokens, samples=2)
         report = compare(str(model), demo_model, data, settings, cache, say=said.append)
         return report["splits"][0]["nll_teacher"]["mean"], list(loaded)
 

@@ -9,7 +9,7 @@ from family_models import build
 from mixed_formats import quantize_mixed
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.compare.run import compare
-from vlmq_vllm.offline.settings.compare import Settings
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_figures_are_those_of_the_dequantised_twin(evaluation, tmp_path):
     build("qwen3_vl_moe", model)
     quantize_mixed(model, packed)
     dequantize(packed, twin)
-    settings = Settings(dtype="float32", device="cpu", new_tokens=4)
+    settings = CompareSettings(dtype="float32", device="cpu", max_new_tokens=4)
     report, expected = (compare(str(model), folder, evaluation, settings) for folder in (packed, twin))
     assert report["rows"] == expected["rows"] and len(report["rows"]) == 2
     assert all(row["kl"] > 1e-4 for row in report["rows"])

@@ -11,7 +11,7 @@ from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.compare.run import compare
 from vlmq_vllm.offline.run.quantize import quantize
-from vlmq_vllm.offline.settings.compare import Settings as Comparison
+from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.quantize import Settings
 from vlmq_vllm.offline.settings.sweep import SOLVER, StudySettings
 
@@ -55,7 +55,7 @@ def test_the_command_studies_every_component(vlmq, qwen, tmp_path):
                 assert found["rises"][method][part][str(bits)] == rows[method, f"{part} {bits}, others 16"]["kl"] > 0
     for component in COMPONENTS:
         write_alone(qwen, component, tmp_path / component, method="rtn")
-        options = Comparison(dtype="float32", device="cpu", new_tokens=0)
+        options = CompareSettings(dtype="float32", device="cpu", max_new_tokens=0)
         report = compare(str(qwen.model), tmp_path / component, qwen.held_out, options)
         [everything] = [row for row in report["splits"] if row["split"] == "all"]
         row = rows["rtn", f"{component} 3, others 16"]

@@ -13,7 +13,7 @@ from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, MSE
 from vlmq_vllm.offline.model import streams
-from vlmq_vllm.offline.settings.sweep import METHODS, StudySettings
+from vlmq_vllm.offline.settings.sweep import STUDIED, StudySettings
 from vlmq_vllm.offline.sweep import make_pieces as making
 
 DECODER = ("language",)
@@ -31,7 +31,7 @@ def settings(methods=("gptq",), bits=(3,)):
 @pytest.mark.parametrize(("group_size", "symmetric"), [(-1, False), (32, True)])
 def test_every_method_and_width_has_the_same_grid_and_solver(group_size, symmetric):
     """`vlmq quantize` chooses the order of columns and the base by width and method; a study does not."""
-    study = StudySettings(bits=(2, 3, 4, 8), methods=METHODS, group_size=group_size, symmetric=symmetric)
+    study = StudySettings(bits=(2, 3, 4, 8), methods=STUDIED, group_size=group_size, symmetric=symmetric)
     for method, bits in itertools.product(study.methods, study.bits):
         found = study.of(method, bits)
         assert found.format == WeightFormat(bits, group_size, symmetric) and found.method == method

@@ -16,7 +16,7 @@ from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.compare.run import compare
 from vlmq_vllm.offline.run.quantize import quantize
-from vlmq_vllm.offline.settings.compare import Settings as Comparison
+from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.quantize import Settings
 from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
 from vlmq_vllm.offline.settings.sweep import SOLVER, StudySettings
@@ -69,7 +69,9 @@ def written(tmp_path_factory, demo_model, calibration):
 
 def test_figures_equal_those_of_a_comparison_with_a_written_checkpoint(study, written, demo_model, held_out):
     """Rounding to nearest: the same weights come out. Bound: both run in float32, figures are of size 0.01 to 1."""
-    report = compare(str(demo_model), written["rtn"], held_out, Comparison(dtype="float32", device="cpu", new_tokens=0))
+    report = compare(
+        str(demo_model), written["rtn"], held_out, CompareSettings(dtype="float32", device="cpu", max_new_tokens=0)
+    )
     [everything] = [row for row in report["splits"] if row["split"] == "all"]
     row = row_of(study[1], "rtn", "all 3")
     assert row["kl"] == pytest.approx(everything["kl"]["mean"], rel=1e-3) and row["kl"] > 1e-4
