@@ -6,15 +6,15 @@ import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.qvlm.blocks import find_blocks
 from vlmq_vllm.offline.methods.qvlm.entropy import (
     channel_ranges,
     conditional_entropy,
-    joint,
+    joint_table,
     neighbour_entropy,
     sampled,
     soft_codes,
 )
-from vlmq_vllm.offline.methods.qvlm.partition import find_blocks
 
 CPU = torch.device("cpu")
 
@@ -133,7 +133,7 @@ def test_the_table_is_differentiable_in_both():
     a, b = torch.randn(2, 6, 3, dtype=torch.float64).unbind(0)
     ranges = channel_ranges([a]), channel_ranges([b])
     assert torch.autograd.gradcheck(
-        lambda a, b: conditional_entropy(joint(a, b, *ranges, 4)), (a.requires_grad_(), b.requires_grad_())
+        lambda a, b: conditional_entropy(joint_table(a, b, *ranges, 4)), (a.requires_grad_(), b.requires_grad_())
     )
 
 

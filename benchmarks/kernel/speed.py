@@ -1,16 +1,16 @@
 """Speed of vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's own kernels and cuBLAS, on one GPU.
 
-    PYTHONPATH=. python benchmarks/kernel_speed.py --first-minute         # what the machine can do at all
-    PYTHONPATH=. python benchmarks/kernel_speed.py --out kernels.jsonl    # everything, in nine minutes at most
-    PYTHONPATH=. python benchmarks/kernel_speed.py --shapes 7b-down --tokens 1 8 --bits 2 --peers cublas humming
+    python benchmarks/kernel/speed.py --first-minute       # what the machine can do at all
+    python benchmarks/kernel/speed.py --out kernels.jsonl  # everything, in nine minutes at most
+    python benchmarks/kernel/speed.py --shapes 7b-down --tokens 1 8 --bits 2 --peers cublas humming
 
 W4A8 and W8A8, with activations of 8 bits, are measured from 128 tokens on, where int8 tensor cores take over, beside
 products of the same weights with activations of 16 bits; at 8 bits a weight has one scale per row, as its peers have.
 
 The important cases come first; what --seconds leaves no time for is listed. A kernel whose result is wrong has no
 speed: a peer is listed as failed, and if it is ours there is no table at all and the exit status is 1. FILE gets a
-JSON line for every figure as it is found, and its neighbour with the suffix .md the tables (`kernel_report.py`). Cases
-are in `kernel_cases.py`, the peers in `kernel_peers.py`; `gpu_timing.py` says how time is taken.
+JSON line for every figure as it is found, and its neighbour with the suffix .md the tables (`speed_report.py`). Cases
+are in `cases.py`, the peers in `contenders.py`; `gpu_timing.py` says how time is taken.
 """
 
 import argparse
@@ -20,16 +20,18 @@ import sys
 from pathlib import Path
 from time import monotonic
 
-import gpu_limits
-import gpu_timing
 import torch
-from installation import installed, nvidia_smi
-from journal import Journal
-from kernel_bench import Bench, Lost, Refused
-from kernel_cases import BITS, INT8_BITS, NAMES, TOKENS, Block, chosen, ordered
-from kernel_peers import DENSE, KERNELS, OURS, OURS_INT8, OWN, PEERS
-from kernel_report import report
-from kernel_state import Clock, Setting
+
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+
+from benchmarks.journal import Journal
+from benchmarks.kernel import gpu_limits, gpu_timing
+from benchmarks.kernel.bench import Bench, Lost, Refused
+from benchmarks.kernel.cases import BITS, INT8_BITS, NAMES, TOKENS, Block, chosen, ordered
+from benchmarks.kernel.contenders import DENSE, KERNELS, OURS, OURS_INT8, OWN, PEERS
+from benchmarks.kernel.measured_weight import Clock, Setting
+from benchmarks.kernel.speed_report import report
+from benchmarks.provenance import installed, nvidia_smi, public
 
 BEGAN = monotonic()
 PACKAGES = ("torch", "triton", "vllm", "humming-kernels", "gemlite")
@@ -90,7 +92,7 @@ def machine(args: argparse.Namespace, setting: Setting) -> dict:
         "device": torch.cuda.get_device_name(setting.device),
         "driver": driver(),
         "versions": {name: installed(name) for name in PACKAGES} | {"CUDA": torch.version.cuda},
-        "command": " ".join(["python benchmarks/kernel_speed.py", *public(sys.argv[1:])]),
+        "command": " ".join(["python benchmarks/kernel/speed.py", *public(sys.argv[1:], ("--out",))]),
         "dtype": args.dtype,
         "group_size": setting.group_size,
         "symmetric": setting.symmetric,
@@ -105,15 +107,6 @@ def driver() -> str:
     """Version of the driver, highest clocks and power limit, as nvidia-smi tells them."""
     told = nvidia_smi("driver_version,clocks.max.sm,clocks.max.mem,power.limit")
     return "unknown, no nvidia-smi" if told is None else told
-
-
-def public(arguments: list[str]) -> list[str]:
-    """Without --out, which names a folder of one machine."""
-    kept = [argument for argument in arguments if not argument.startswith("--out=")]
-    if "--out" in kept:
-        at = kept.index("--out")
-        del kept[at : at + 2]
-    return kept
 
 
 def parser() -> argparse.ArgumentParser:

@@ -3,11 +3,9 @@
 import pytest
 import torch
 
-from benchmark_modules import load
+from benchmarks.kernel import contenders, gpu_timing
+from benchmarks.kernel.cases import BITS, Layer, weight_bytes
 from kernel_problems import BF16, FP16, FP32
-
-gpu_timing, kernel_peers, kernel_cases = load("gpu_timing", "kernel_peers", "kernel_cases")
-from kernel_cases import BITS, Layer, weight_bytes  # noqa: E402
 
 
 def test_copies():
@@ -54,25 +52,25 @@ def test_check_of_whole_output():
 
 def test_copies_are_their_own():
     made = []
-    packed = kernel_peers.Packed({"weight": torch.ones(4)}, lambda copy: made.append(copy) or (lambda x: x))
+    packed = contenders.Packed({"weight": torch.ones(4)}, lambda copy: made.append(copy) or (lambda x: x))
     assert len(packed.products(3)) == 3 and packed.nbytes == 16
     assert len({copy["weight"].data_ptr() for copy in made} | {packed.tensors["weight"].data_ptr()}) == 4
 
 
 def test_accepted():
     """Arguments that another version of a peer does not have are left out."""
-    assert kernel_peers.accepted(lambda a, perm: (a, perm), perm=2)(a=1) == (1, 2)
-    assert kernel_peers.accepted(lambda a: a, perm=2)(a=1) == 1
+    assert contenders.accepted(lambda a, perm: (a, perm), perm=2)(a=1) == (1, 2)
+    assert contenders.accepted(lambda a: a, perm=2)(a=1) == 1
 
 
 def test_absent():
-    missing = kernel_peers.Kernel("X", (4,), None, modules=("no_such_peer",))
+    missing = contenders.Kernel("X", (4,), None, modules=("no_such_peer",))
     assert missing.why_absent() == "import no_such_peer: ModuleNotFoundError: No module named 'no_such_peer'"
-    old = kernel_peers.Kernel("X", (4,), None, operators=("no_such_operator",))
+    old = contenders.Kernel("X", (4,), None, operators=("no_such_operator",))
     assert old.why_absent() == "this vLLM has no operator no_such_operator"
-    assert kernel_peers.KERNELS["marlin"].why_not(3, True) == "takes 4 bits"
-    assert "symmetric" in kernel_peers.KERNELS["humming"].why_not(3, False)
-    assert kernel_peers.KERNELS["vlmq"].why_not(3, False) is None
+    assert contenders.KERNELS["marlin"].why_not(3, True) == "takes 4 bits"
+    assert "symmetric" in contenders.KERNELS["humming"].why_not(3, False)
+    assert contenders.KERNELS["vlmq"].why_not(3, False) is None
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -83,7 +81,7 @@ def test_ours_and_dense(bits, symmetric, device):
     x = torch.randn(3, 512, device=device).to(FP16)
     oracle = gpu_timing.Oracle(weight)
     for name in ("vlmq", "cublas"):
-        kernel = kernel_peers.KERNELS[name]
+        kernel = contenders.KERNELS[name]
         assert kernel.why_absent() is None
         packed = kernel.pack(weight, FP16)
         oracle.check(x, [product(x) for product in packed.products(2)], kernel.roundings)

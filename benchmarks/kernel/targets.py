@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from kernel_cases import ATTENTION, BITS, MLP, Case
+from benchmarks.kernel.cases import ATTENTION, BITS, MLP, Case
 
 
 @dataclass(frozen=True)

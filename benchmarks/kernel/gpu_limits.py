@@ -2,7 +2,8 @@
 
 import torch
 import triton
-from gpu_timing import capture, replay
+
+from benchmarks.kernel.gpu_timing import capture, replay
 
 COPIED = 1 << 30  # bytes of the copy that gives the bandwidth
 

@@ -1,11 +1,11 @@
 """Speed and memory of `vlmq quantize` beside llm-compressor and GPTQModel: same model, samples, format and threads.
 
     python benchmarks/peers/install.py
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/quantize.py              # the demo model, a layer of a 7B model
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/quantize.py --shape 2b   # peak memory on a whole 2B model
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/quantize/cost.py             # the demo model, a 7B layer
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/quantize/cost.py --shape 2b  # peak memory on a whole 2B model
 
 Each tool runs once uncounted, then all of them in turn, --repeats times, on the CPU. This process stays small and
-imports nothing heavy: what `peers/` measures is each child's own. The table is written by `quantize_report.py`.
+imports nothing heavy: what `peers/` measures is each child's own. The table is written by `cost_report.py`.
 """
 
 import argparse
@@ -19,12 +19,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from peers.install import environments, python_of
-from peers.runner import MARK
-from quantize_report import markdown, result_file
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
 
-HERE = Path(__file__).absolute().parent
-DEMO = HERE.parent / "examples/demo_vlm"
+from benchmarks.peers.install import environments, python_of
+from benchmarks.peers.runner import MARK
+from benchmarks.quantize.cost_report import markdown, result_file
+
+BENCHMARKS = Path(__file__).absolute().parents[1]
+ROOT = BENCHMARKS.parent
+DEMO = ROOT / "examples/demo_vlm"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class Bench:
             return {"error": f"not installed; run python benchmarks/peers/install.py {tool.runner}"}
         out = self.work / "out"
         shutil.rmtree(out, ignore_errors=True)
-        command = [python, HERE / "peers" / f"{tool.runner}.py", model, data, out, "--bits", bits, "--samples", samples]
+        runner = BENCHMARKS / f"peers/{tool.runner}.py"
+        command = [python, runner, model, data, out, "--bits", bits, "--samples", samples]
         command += ["--symmetric"] if self.symmetric else []
         began = monotonic()
         try:
@@ -103,7 +107,7 @@ class Bench:
             command, model = [DEMO / "data.py", folder, "--count", problem.samples], DEMO / "model"
         else:
             options = ["--count", problem.samples, "--tokens", problem.tokens]
-            command, model = [HERE / "shapes.py", shape, folder, *options], folder / "model"
+            command, model = [BENCHMARKS / "shapes.py", shape, folder, *options], folder / "model"
         done = self._child([sys.executable, *command])
         if done.returncode:
             raise SystemExit(f"cannot make the inputs of {shape}: {self._last_line(done)}")
@@ -127,7 +131,7 @@ class Bench:
         lines = [line.strip("│ ") for line in (done.stderr or done.stdout).splitlines()]
         lines = [line for line in lines if any(map(str.isalnum, line))]  # not the frame that Typer draws
         last = lines[-1] if lines else f"ended with {done.returncode} and said nothing"
-        for folder, name in ((self.work, "WORK"), (HERE.parent, "."), (Path.home(), "~")):
+        for folder, name in ((self.work, "WORK"), (ROOT, "."), (Path.home(), "~")):
             last = last.replace(str(folder), name)
         return last[-300:]
 
@@ -184,7 +188,7 @@ def main() -> None:
             bits = args.bits or problem.bits
             results[shape] = measure(bench, shape, problem, bits, chosen[shape], args.repeats)
     text = markdown(results, PROBLEMS, threads)
-    out = args.out or result_file(HERE / "results", args.shape)
+    out = args.out or result_file(BENCHMARKS / "results", args.shape)
     out.write_text(text)
     print(f"{text}\n{out}")
 

@@ -1,4 +1,4 @@
-"""Runs cases of the kernel benchmark: has each measured by `kernel_state.py` and tells the journal what came of it.
+"""Runs cases of the kernel benchmark: has each measured by `measured_weight.py` and tells the journal what came of it.
 
 A peer may fail in any way of its own; it is listed with its error and the others go on. Our own kernels may not:
 `Refused` ends the run.
@@ -6,11 +6,11 @@ A peer may fail in any way of its own; it is listed with its error and the other
 
 from dataclasses import replace
 
-import gpu_timing
-from journal import Journal
-from kernel_cases import Block, Case
-from kernel_peers import DENSE, KERNELS, OWN
-from kernel_state import Clock, Setting, State, told
+from benchmarks.journal import Journal
+from benchmarks.kernel import gpu_timing
+from benchmarks.kernel.cases import Block, Case
+from benchmarks.kernel.contenders import DENSE, KERNELS, OWN
+from benchmarks.kernel.measured_weight import Clock, Setting, State, told
 
 
 class Refused(Exception):

@@ -1,13 +1,16 @@
 """Serving at 16, 4, 3 and 2 bits beside vLLM's own 4-bit kernels, on one machine: requests/s, latencies, memory.
 
-    python benchmarks/serve.py --serve-args="--enforce-eager --max-num-seqs 8" --out demo.jsonl      # demo model, CPU
-    python benchmarks/serve.py --shape 7b-layer --layers 2 --variants bf16 w4 w3 w2 vllm-w4          # wide layers, CPU
-    python benchmarks/serve.py --shape 7b --rounds 3 --requests 256 --concurrency 32 --out 7b.jsonl  # a GPU
+    # the demo model, on a CPU
+    python benchmarks/serve/throughput.py --serve-args="--enforce-eager --max-num-seqs 8" --out demo.jsonl
+    # wide layers, on a CPU
+    python benchmarks/serve/throughput.py --shape 7b-layer --layers 2 --variants bf16 w4 w3 w2 vllm-w4
+    # on a GPU
+    python benchmarks/serve/throughput.py --shape 7b --rounds 3 --requests 256 --concurrency 32 --out 7b.jsonl
 
 Every variant gets a real `vllm serve` and the load of `vllm bench serve`, one after the other, --rounds times in turn.
 A variant that fails is listed with the reason and the others go on; those that need a GPU are skipped where there is
 none. FILE gets a JSON line for every run as it ends, and its neighbour with the suffix .md the tables
-(`serve_report.py`). What is served is made by `serve_models.py`: 7b takes 24 GB of disk while it runs.
+(`throughput_report.py`). What is served is made by `checkpoints.py`: 7b takes 24 GB of disk while it runs.
 """
 
 import argparse
@@ -19,17 +22,19 @@ from pathlib import Path
 
 import psutil
 import torch
-from journal import Journal
 from safetensors import SafetensorError
-from serve_machine import machine, without_folders
-from serve_models import Models, size
-from serve_report import report
-from serve_run import VARIANTS, Bench, Load
-from shapes import SHAPES
 
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+
+from benchmarks.journal import Journal
+from benchmarks.serve.checkpoints import Models, size
+from benchmarks.serve.machine import machine, without_folders
+from benchmarks.serve.throughput_report import report
+from benchmarks.serve.variants import VARIANTS, Bench, Load
+from benchmarks.shapes import SHAPES
 from vlmq_vllm.format import WeightFormat
 
-DEMO = Path(__file__).absolute().parent.parent / "examples/demo_vlm/model"
+DEMO = Path(__file__).absolute().parents[2] / "examples/demo_vlm/model"
 
 
 def compare(bench: Bench, models: Models, names: list[str], rounds: int, journal: Journal) -> None:

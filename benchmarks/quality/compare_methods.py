@@ -1,4 +1,6 @@
-"""Quality of quantisation methods on the demo model: `python benchmarks/quality.py --bits 2 3 4 --seeds 1 2 3`.
+"""Measures the quality of quantisation methods on the demo model, over several seeds.
+
+    python benchmarks/quality/compare_methods.py --bits 2 3 4 --seeds 1 2 3
 
 Every method gets the same chats, the same grid and the same groups; a seed decides which chats of a common pool are
 drawn. The judge is the full-precision model on held-out questions: KL divergence of the next token at every token of
@@ -18,7 +20,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/demo_vlm"))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+sys.path.insert(0, str(Path(__file__).absolute().parents[2] / "examples/demo_vlm"))
 
 from batches import batch
 from data import write
@@ -30,7 +33,7 @@ from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.offline.settings.recipe import read_recipe
 
-MODEL = Path(__file__).parent.parent / "examples/demo_vlm/model"
+MODEL = Path(__file__).absolute().parents[2] / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
 SAMPLES = 512  # chats of a run, about 29,000 tokens; AWQ's and QIG's papers take 128
 GROUPS = {2: 128, 3: -1, 4: -1}  # in groups of 128 this model loses too little at 3 and 4 bits to tell methods apart

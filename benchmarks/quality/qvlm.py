@@ -1,15 +1,17 @@
-"""Q-VLM on the demo model, weights and activations rounded alike: `python benchmarks/qvlm.py --bits 4 6 8 --seeds 1 2`.
+"""Measures the quality of Q-VLM on the demo model, with weights and activations rounded alike.
 
-Rounding stays in floating point (`offline/methods/qvlm/fake_stack.py`): all linears of the vision tower's blocks and of
+    python benchmarks/quality/qvlm.py --bits 4 6 8 --seeds 1 2
+
+Rounding stays in floating point (`benchmarks/qvlm_fake/fake_stack.py`): all linears of the vision tower's blocks and of
 the decoder's layers, their inputs per token in the tower and per channel in the decoder. The connector, the embeddings
 and the head are left alone. Methods on the same chats:
 
     whole range    every activation range from its least to its greatest value
     greedy         a percentile for every layer, chosen at its own output
     joint          the same, chosen together in blocks of up to three layers
-    joint, vision  joint, behind a tower whose bounds were learnt first; "whole range, vision" likewise
+    joint, vision  joint, after a tower whose bounds were learnt first; "whole range, vision" likewise
 
-The judge is that of `quality.py`. One line per model goes to a JSONL file, which a later run completes.
+The judge is that of `compare_methods.py`. One line per model goes to a JSONL file, which a later run completes.
 """
 
 import argparse
@@ -20,19 +22,20 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples/demo_vlm"))
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+sys.path.insert(0, str(Path(__file__).absolute().parents[2] / "examples/demo_vlm"))
 
-from quality import MODEL, Judge, complete
-
+from benchmarks.quality.compare_methods import MODEL, Judge, complete
+from benchmarks.qvlm_fake.clipped_inputs import clip_rows
+from benchmarks.qvlm_fake.fake import PERCENTILES, rounding, row_ranges
+from benchmarks.qvlm_fake.fake_stack import RoundedStack, search_stack
 from evaluate import load
 from vlmq_vllm.offline.data.answer_labels import answer_labels
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
-from vlmq_vllm.offline.methods.qvlm.bounds import Recipe, clip_rows, tune
-from vlmq_vllm.offline.methods.qvlm.fake import PERCENTILES, rounding, row_ranges
-from vlmq_vllm.offline.methods.qvlm.fake_stack import Rounded, search_stack
+from vlmq_vllm.offline.methods.qvlm.bounds import Hyperparameters, learn_bounds
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import linears_of, put
 from vlmq_vllm.offline.model.source import Source
@@ -68,7 +71,9 @@ def pair(source: Source, stack: str, batches: list[dict]) -> list[list]:
     return [streams, [replace(stream) for stream in streams]]
 
 
-def learnt(source: Source, names: list[str], bits: int, tower: Rounded, data: tuple, recipe: Recipe) -> list[dict]:
+def learnt(
+    source: Source, names: list[str], bits: int, tower: RoundedStack, data: tuple, hyper: Hyperparameters
+) -> list[dict]:
     """Learn the tower's bounds from where the search has left them, in place; the losses of each epoch."""
     clipped = {}
     for name, share in zip(names, tower.shares, strict=True):
@@ -77,13 +82,13 @@ def learnt(source: Source, names: list[str], bits: int, tower: Rounded, data: tu
             weight = block.get_submodule(linear).weight.detach()
             clipped[f"{name}.{linear}"] = clip_rows(weight, row_ranges(weight, 1 << bits), bits, share)
         source.release(name)
-    losses = tune(source, *data, clipped, CPU, recipe)
+    losses = learn_bounds(source, *data, clipped, CPU, hyper)
     for name, own in clipped.items():
         tower.weights[name], tower.rounders[name] = own.weight().detach(), own.inputs
     return [asdict(loss) for loss in losses]
 
 
-def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, recipe: Recipe) -> dict:
+def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, hyper: Hyperparameters) -> dict:
     """Round tower and decoder and judge the model."""
     source, how, losses = Source(MODEL), METHODS[name], []
     batches, labels = draw(source, pool, seed)
@@ -94,7 +99,7 @@ def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, recipe: R
     )
     tower = search_stack(source, blocks, bits, True, *pair(source, family.blocks, batches), CPU, **how)
     if name.endswith(", vision"):
-        losses = learnt(source, blocks, bits, tower, (batches, labels), recipe)
+        losses = learnt(source, blocks, bits, tower, (batches, labels), hyper)
     full = capture(source, family.layers, batches, CPU)
     by_file = {source.module_in_files(linear): weight for linear, weight in tower.weights.items()}
     source.quantized = by_file.get
@@ -121,20 +126,24 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=NUMBER", help="of vision.Recipe, e.g. rate=0.01")
-    parser.add_argument("--label", default="", help="added to the methods' names, to tell recipes apart")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=NUMBER", help="of bounds.Hyperparameters, e.g. rate=0.01"
+    )
+    parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
     parser.add_argument("--questions", type=int, default=1000)
     parser.add_argument("--rows", type=Path, default=Path("qvlm.jsonl"), help="file that is completed")
     parser.add_argument("--table", type=Path, help="markdown file to write at the end")
     args = parser.parse_args()
-    recipe = Recipe(**{name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)})
+    hyper = Hyperparameters(
+        **{name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
+    )
     judge = Judge(args.questions)
 
     def options(bits: int, name: str, seed: int) -> dict:
-        return {"questions": args.questions, "settings": {"method": name, "group_size": -1} | asdict(recipe)}
+        return {"questions": args.questions, "settings": {"method": name, "group_size": -1} | asdict(hyper)}
 
     def figures(pool: Path, row: dict) -> dict:
-        return measure(judge, pool, row["bits"], row["settings"]["method"], row["seed"], recipe)
+        return measure(judge, pool, row["bits"], row["settings"]["method"], row["seed"], hyper)
 
     complete(args, options, figures)
 

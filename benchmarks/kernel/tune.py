@@ -1,9 +1,9 @@
 """Measure plans for layers of true size and write them into a table of `kernels/tuned`, on one GPU.
 
-    PYTHONPATH=. python benchmarks/tune.py FOLDER --shapes 7b 72b-gate_up --seconds 540
+    python benchmarks/kernel/tune.py FOLDER --shapes 7b 72b-gate_up --seconds 540
 
 For each bucket of tokens all tiles of a list are tried with the model's number of parts, then the fastest few with
-every number. They are compiled beforehand by all processor cores, timed as `kernel_speed.py` times (`gpu_timing.py`),
+every number. They are compiled beforehand by all processor cores, timed as `speed.py` times (`gpu_timing.py`),
 and count only if their result is right. FOLDER/ARCH.json becomes the table in use with the fastest plans in it and,
 with --crossover, the number of tokens from which dequantising is faster (`crossover.py`). VLMQ_TUNED=FOLDER uses it;
 copied into `kernels/tuned` it ships. --int8-crossover tells the number of tokens from which int8 tensor cores are
@@ -21,12 +21,14 @@ from multiprocessing import get_context
 from pathlib import Path
 from time import monotonic
 
-import gpu_timing
 import torch
 import triton
-from crossover import Drawn, dequantize_from, int8_from
-from kernel_cases import BITS, INT8_BITS, NAMES, Case, Layer, chosen, group_of
 
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+
+from benchmarks.kernel import gpu_timing
+from benchmarks.kernel.cases import BITS, INT8_BITS, NAMES, Case, Layer, chosen, group_of
+from benchmarks.kernel.crossover import Drawn, dequantize_from, int8_from
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.kernels import gemm, hardware, tiles, tuned_tables
 from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
@@ -152,7 +154,7 @@ class Tuner:
 
     def write(self, folder: Path) -> Path:
         who = f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}, Triton {triton.__version__}"
-        found = f"{' and '.join(self.measured)} measured {datetime.date.today()} by benchmarks/tune.py on {who}"
+        found = f"{' and '.join(self.measured)} measured {datetime.date.today()} by benchmarks/kernel/tune.py on {who}"
         table = self.table | ({"origin": f"{found}; tiles: {self.table['origin']}"} if self.measured else {})
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.machine.arch}.json"

@@ -8,9 +8,9 @@ tokens with the dequantised weight.
 from dataclasses import dataclass
 
 import torch
-from gpu_timing import Oracle, Product
-from kernel_packing import Packed, Tensors
 
+from benchmarks.kernel.gpu_timing import Oracle, Product
+from benchmarks.kernel.interface import Packed, Tensors
 from vlmq_vllm.activations import quantize_tokens
 from vlmq_vllm.format import QuantizedWeight
 

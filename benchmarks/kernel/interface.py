@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import torch
-from gpu_timing import Product
 
+from benchmarks.kernel.gpu_timing import Product
 from vlmq_vllm.format import QuantizedWeight
 
 Tensors = dict[str, torch.Tensor]

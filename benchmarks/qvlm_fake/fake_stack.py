@@ -1,9 +1,11 @@
-"""Q-VLM as the paper has it, weights and activations rounded, in floating point: nothing of this is written or served.
+"""Searches and rounds a stack with Q-VLM as the paper has it, weights and activations, in floating point.
+
+Nothing of this is written or served.
 
 A layer's parameter is the percentile p in {1, .995, .99, .985, .98} (2410.08119, section 4.1) that all activation
 ranges of its linears share; weights have as many bits, rounded to nearest on searched ranges with one group per row.
-The blocks, and the search in them, are those of `block_quantizer.py`. `percentiles` (1.0,) is plain rounding on the
-whole range.
+The blocks, and the search in them, are those of `offline/methods/qvlm/block_quantizer.py`. `percentiles` (1.0,) is
+plain rounding on the whole range.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.qvlm.blocks import Hidden, measure, search_block
-from vlmq_vllm.offline.methods.qvlm.fake import (
+from benchmarks.qvlm_fake.fake import (
     PERCENTILES,
     Rounder,
     by_channel,
@@ -24,8 +23,10 @@ from vlmq_vllm.offline.methods.qvlm.fake import (
     rounding,
     row_ranges,
 )
-from vlmq_vllm.offline.methods.qvlm.partition import DEPTH, find_blocks
-from vlmq_vllm.offline.methods.qvlm.search import Choice
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH, Hidden, find_blocks, measure_entropies, search_block
+from vlmq_vllm.offline.methods.qvlm.search import BlockChoice
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
@@ -33,14 +34,14 @@ from vlmq_vllm.offline.model.streams import Stream
 
 
 @dataclass
-class Rounded:
+class RoundedStack:
     """A rounded stack. weights: [O, I] float32, and rounders: of inputs, by the linear's in-memory name. blocks and
     choices (of percentiles, by number) as searched; shares: the percentile of each layer."""
 
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     rounders: dict[str, Rounder] = field(default_factory=dict)
     blocks: list[range] = field(default_factory=list)
-    choices: list[Choice] = field(default_factory=list)
+    choices: list[BlockChoice] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
 
 
@@ -55,13 +56,13 @@ def search_stack(
     device: torch.device,
     depth: int = DEPTH,
     percentiles: Sequence[float] = PERCENTILES,
-) -> Rounded:
-    """Round the layers `names`; the streams move behind the last. per_token: ranges as in the vision encoder.
+) -> RoundedStack:
+    """Round the layers `names`; the streams move past the last. per_token: ranges as in the vision encoder.
 
     Raises QuantizeError for a linear that no token reaches (an expert, say), unless its ranges are per token.
     """
-    ranks, found = Ranks(device), Rounded()
-    entropies = measure(source, names, full, bits, ranks, device) if depth > 1 else [0.0] * (len(names) - 1)
+    ranks, found = Ranks(device), RoundedStack()
+    entropies = measure_entropies(source, names, full, bits, ranks, device) if depth > 1 else [0.0] * (len(names) - 1)
     found.blocks = find_blocks(entropies, depth)
     for block in found.blocks:
         layers = [_FakeLayer(source, names[k], k, bits, per_token, percentiles, quantized, full, device) for k in block]
@@ -111,8 +112,8 @@ class _FakeLayer:
             put(self.module, linear, weight)
         return [stream.hidden for stream in self.full]
 
-    def hold(self, choice: int) -> None:
-        self.held = choice
+    def hold(self, candidate: int) -> None:
+        self.held = candidate
 
     def run(self, state: Hidden) -> Hidden:
         pairs = zip(self.quantized, state, strict=True)

@@ -1,4 +1,4 @@
-"""The lines of `serve.py` as markdown: the machine, speed, memory, what was left out and why.
+"""The lines of `throughput.py` as markdown: the machine, speed, memory, what was left out and why.
 
 A line is a dict with a "kind": machine, run, failed or skipped. Figures are medians over the rounds; a ratio is that of
 a variant to the 16-bit model in the same round, and the median of those, so that a machine that becomes slower from
@@ -7,7 +7,7 @@ round to round does not show in it. Nothing is measured here.
 
 from statistics import median
 
-from serve_run import DENSE, PERCENTILES, VARIANTS
+from benchmarks.serve.variants import DENSE, PERCENTILES, VARIANTS
 
 NOTES = (
     "Load by `vllm bench serve`: pictures of random pixels beside random words, the same requests for every variant; "

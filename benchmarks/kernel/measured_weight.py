@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from time import monotonic
 
-import gpu_timing
 import torch
-from gpu_timing import Product
-from kernel_cases import Block, Case, gigabytes_per_second, group_of
-from kernel_peers import DENSE, KERNELS, OWN
-from kernel_rounded import Rounded, RoundedOracle
 
+from benchmarks.kernel import gpu_timing
+from benchmarks.kernel.cases import Block, Case, gigabytes_per_second, group_of
+from benchmarks.kernel.contenders import DENSE, KERNELS, OWN
+from benchmarks.kernel.gpu_timing import Product
+from benchmarks.kernel.int8_activations import Rounded, RoundedOracle
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 

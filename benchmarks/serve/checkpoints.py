@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from shapes import draw, write_settings
 
+from benchmarks.shapes import draw, write_settings
 from vlmq_vllm.checkpoint import QuantizationSpec, read_modules
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.headers import INDEX, read_config, read_headers
@@ -105,7 +105,7 @@ def write_random(
         total += sum(tensor.nbytes for tensor in tensors.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if packed:
-        header = QuantizationSpec(format, {}).to_dict({"name": "benchmarks/serve.py", "weights": "random"})
+        header = QuantizationSpec(format, {}).to_dict({"name": "benchmarks/serve/throughput.py", "weights": "random"})
         _write_json(folder / "config.json", read_config(folder) | {"quantization_config": header})
 
 

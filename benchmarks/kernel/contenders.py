@@ -1,7 +1,7 @@
 """The kernels that the benchmark compares, each behind the same two steps: pack a weight, multiply with a copy of it.
 
-What these steps are is said in `kernel_packing.py`; weights are packed by the peer's own functions where it has them.
-What a peer needs is imported only inside its function. Peers with activations of 8 bits are in `kernel_rounded.py`.
+What these steps are is said in `interface.py`; weights are packed by the peer's own functions where it has them.
+What a peer needs is imported only inside its function. Peers with activations of 8 bits are in `int8_activations.py`.
 
 Read for this: vLLM 0.26 and 0.32, humming-kernels 0.1.10 and 0.1.19, gemlite 0.6.0.
 """
@@ -13,10 +13,10 @@ from functools import partial
 from importlib import import_module
 
 import torch
-from gpu_timing import Product
-from kernel_packing import Kernel, Packed, Tensors
-from kernel_rounded import cutlass, int_mm
 
+from benchmarks.kernel.gpu_timing import Product
+from benchmarks.kernel.int8_activations import cutlass, int_mm
+from benchmarks.kernel.interface import Kernel, Packed, Tensors
 from vlmq_vllm.format import QuantizedWeight, pack
 
 UTILS = "vllm.model_executor.layers.quantization.utils"

@@ -1,4 +1,4 @@
-"""Who measures and what is asked for, for the head of the serve benchmark's results, without this machine's folders."""
+"""Describes the machine and the load for the head of the serve benchmark's results, without this machine's folders."""
 
 import datetime
 import os
@@ -6,13 +6,11 @@ import shlex
 import sys
 from pathlib import Path
 
-from installation import installed, nvidia_smi
-from quantize_report import processor, public
-from serve_run import Load
-
+from benchmarks.provenance import installed, nvidia_smi, processor, public
+from benchmarks.serve.variants import Load
 from vlmq_vllm.format import WeightFormat
 
-ROOT = Path(__file__).absolute().parent.parent
+ROOT = Path(__file__).absolute().parents[2]
 PACKAGES = ("vllm", "torch", "humming-kernels", "vlmq-vllm")
 HIDDEN = ("--out", "--work", "--model")  # options that name folders
 
@@ -30,7 +28,7 @@ def machine(
         "gpu": gpu,
         "device": graphics_card() if gpu else f"{processor()}, {len(os.sched_getaffinity(0))} cores; no GPU",
         "versions": {name: installed(name) for name in PACKAGES},
-        "command": shlex.join(["python", "benchmarks/serve.py", *public(sys.argv[1:], HIDDEN)]),
+        "command": shlex.join(["python", "benchmarks/serve/throughput.py", *public(sys.argv[1:], HIDDEN)]),
         "model": served,
         "load": _told(load, format),
     }

@@ -13,10 +13,10 @@ from functools import partial
 from math import inf
 from statistics import median
 
-import gpu_timing
 import torch
-from kernel_rounded import Rounded, RoundedOracle
 
+from benchmarks.kernel import gpu_timing
+from benchmarks.kernel.int8_activations import Rounded, RoundedOracle
 from vlmq_vllm.kernels import dequantize, gemm, int8
 from vlmq_vllm.kernels.dispatch import INT8_FROM
 from vlmq_vllm.kernels.layout import RuntimeWeight

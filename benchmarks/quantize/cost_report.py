@@ -1,4 +1,4 @@
-"""The results of `quantize.py` as markdown: one table per problem, then versions, settings and the command.
+"""The results of `cost.py` as markdown: one table per problem, then versions, settings and the command.
 
 Ratios are a peer's "quantise" part, which leaves out its loading and saving, over ours, which holds everything after
 the imports. They are therefore on the low side.
@@ -6,10 +6,11 @@ the imports. They are therefore on the low side.
 
 import datetime
 import os
-import platform
 import sys
 from pathlib import Path
 from statistics import median
+
+from benchmarks.provenance import processor, public
 
 TITLES = {
     "demo": "The demo model (Qwen2-VL architecture, 4 decoder layers, hidden 256)",
@@ -46,26 +47,8 @@ def _head(threads: int) -> str:
         "`process`: from start to exit. `quantise`: calibration and solve; for vlmq and gptq (both `vlmq quantize`) "
         "with reading the model and writing the checkpoint.\n`CPU`: processor time of `quantise`. `x`: `quantise` over "
         "that of ours. `imports`: resident memory before any model is opened.\n\n"
-        f"    python benchmarks/quantize.py {' '.join(public(sys.argv[1:]))}".rstrip()
+        f"    python benchmarks/quantize/cost.py {' '.join(public(sys.argv[1:], HIDDEN))}".rstrip()
     )
-
-
-def public(arguments: list[str], hidden: tuple[str, ...] = HIDDEN) -> list[str]:
-    """Without the options that name folders, and without their values."""
-    kept, skip = [], False
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if not skip and name not in hidden:
-            kept.append(argument)
-        skip = not skip and name in hidden and not value
-    return kept
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def _samples(found: dict, problem) -> str:

@@ -1,4 +1,4 @@
-"""Uniform rounding that stays in floating point, of activations: what Q-VLM's tables of W4A4, W6A6 and W8A8 need.
+"""Rounds values to uniform points in floating point: what Q-VLM's tables of W4A4, W6A6 and W8A8 need.
 
 A value x is cut to [low, high] and takes the nearest of M = 2^bits points, step = (high - low) / (M - 1):
 
@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
+from vlmq_vllm.offline.methods.qvlm.entropy import Range
 
-Range = tuple[torch.Tensor, torch.Tensor]
 Rounder = Callable[[torch.Tensor], torch.Tensor]
 PERCENTILES = (1.0, 0.995, 0.99, 0.985, 0.98)
 COLUMNS = 1 << 24  # values that are sorted at once
@@ -55,8 +55,8 @@ def token_percentiles(x: torch.Tensor, share: float) -> Range:
 
 
 def row_ranges(weight: torch.Tensor, levels: int, search: GridSearch = MSE) -> Range:
-    """The range [O, 1] of each row of a weight [O, I] that `search` finds; `methods/grid.py` has the same for the
-    widths that are served."""
+    """The range [O, 1] of each row of a weight [O, I] that `search` finds; `offline/methods/grid.py` has
+    the same for the widths that are served."""
     whole = low, high = weight.aminmax(dim=1, keepdim=True)
     best = (fake(weight, *whole, levels) - weight).abs().pow(search.exponent).sum(1, keepdim=True)
     for step in range(1, search.steps + 1):

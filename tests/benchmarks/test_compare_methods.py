@@ -1,19 +1,17 @@
-"""The file of figures that benchmarks/quality.py and qvlm.py complete, and the table of it."""
+"""The file of figures that benchmarks/quality/compare_methods.py and qvlm.py complete, and the table of it."""
 
 import argparse
 import json
 
 import pytest
 
-from benchmark_modules import load
-
-quality = load("quality")[0]
+from benchmarks.quality import compare_methods
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """measured(**options): the rows of the file after a run that measures kl = seed / 10 bits; whom it measured."""
-    monkeypatch.setattr(quality, "write", lambda folder, split, count: folder)
+    monkeypatch.setattr(compare_methods, "write", lambda folder, split, count: folder)
 
     def run(samples=8, **options):
         args = {"rows": tmp_path / "rows.jsonl", "label": "", "table": None, "methods": ["RTN", "AWQ"], "bits": [3]}
@@ -23,7 +21,7 @@ def measured(tmp_path, monkeypatch):
             seen.append((row["bits"], row["name"], row["seed"]))
             return {"kl": row["seed"] / 10 / row["bits"], "nll": 1.0, "exact": 50.0}
 
-        quality.complete(
+        compare_methods.complete(
             argparse.Namespace(**args | {"seeds": [1, 2]} | options),
             lambda bits, name, seed: {"settings": {"group_size": -1, "samples": samples}},
             figures,
@@ -50,7 +48,7 @@ def test_models_of_other_options_are_not_mixed(measured):
 
 
 def test_table_has_means_and_spreads(measured):
-    lines = quality.table(measured(bits=[4, 2])[0]).splitlines()[2:]
+    lines = compare_methods.table(measured(bits=[4, 2])[0]).splitlines()[2:]
     assert lines[0] == "| 2 | row | RTN | 1 | 0.05000 | 1.0000 | 50.0 |"
     # of 1/20 and 2/20
     assert lines[1] == "| 2 | row | AWQ | 2 | 0.07500 (0.03536) | 1.0000 (0.0000) | 50.0 (0.0) |"

@@ -1,11 +1,11 @@
-"""The lines of `kernel_speed.py` as markdown: the machine, a table for every width, what was left out and why.
+"""The lines of `speed.py` as markdown: the machine, a table for every width, what was left out and why.
 
 A line is a dict with a "kind": machine, speed, absent, failed, skipped or refused. Nothing is measured here.
 """
 
-from kernel_cases import BITS, INT8_BITS, LAYERS, Case, width
-from kernel_peers import DENSE, KERNELS, OWN
-from kernel_targets import target_of
+from benchmarks.kernel.cases import BITS, INT8_BITS, LAYERS, Case, width
+from benchmarks.kernel.contenders import DENSE, KERNELS, OWN
+from benchmarks.kernel.targets import target_of
 
 LABELS = {layer.label: layer for layer in LAYERS}
 NOTES = (

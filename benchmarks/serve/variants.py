@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve_server import NAME, QUIET, Clock, first_error, read_log, serve
+from benchmarks.serve.server_process import NAME, QUIET, Clock, first_error, read_log, serve
 
 PERCENTILES = (50, 90, 99)
 DENSE = "bf16"
