@@ -1,4 +1,4 @@
-"""Runs cases of the kernel benchmark: has each measured by `measured_weight.py` and tells the journal what came of it.
+"""Runs the cases of the kernel benchmark one after the other, and writes into the journal what came of each.
 
 A peer may fail in any way of its own; it is listed with its error and the others go on. Our own kernels may not:
 `Refused` ends the run.
@@ -10,7 +10,7 @@ from benchmarks.journal import Journal
 from benchmarks.kernel import gpu_timing
 from benchmarks.kernel.cases import Block, Case
 from benchmarks.kernel.contenders import DENSE, KERNELS, OWN
-from benchmarks.kernel.measured_weight import Clock, Setting, State, told
+from benchmarks.kernel.measured_weight import Clock, MeasuredWeight, Setting, told
 
 
 class Refused(Exception):
@@ -36,43 +36,43 @@ class Bench:
             tokens.setdefault((block.bits, block.activations), {}).update(dict.fromkeys(block.tokens))
         wrong: list[str] = []
         for (bits, activations), counts in tokens.items():
-            self._look(State(self.setting, self.clock, Block(layer, bits, tuple(counts), activations)), wrong)
+            self._look(MeasuredWeight(self.setting, self.clock, Block(layer, bits, tuple(counts), activations)), wrong)
         if wrong:
             raise Refused("; ".join(wrong))
 
-    def _look(self, state: State, wrong: list[str]) -> None:
+    def _look(self, weight: MeasuredWeight, wrong: list[str]) -> None:
         """Ours in every case of a block; what is wrong is added to the list."""
-        name = OWN[state.block.activations]
-        for case in state.block.cases:
+        name = OWN[weight.block.activations]
+        for case in weight.block.cases:
             try:
-                state.measure(name, case)
+                weight.measure(name, case)
             except Exception as error:
                 wrong.append(f"{case.label}: {told(error)}")
                 self._settle(name, case, wrong)
 
     def run(self, block: Block) -> None:
-        state = State(self.setting, self.clock, block)
+        weight = MeasuredWeight(self.setting, self.clock, block)
         for case in block.cases:
             for name in self.names:
-                self._one(name, seen(name, case), state)
+                self._one(name, seen(name, case), weight)
 
-    def _one(self, name: str, case: Case, state: State) -> None:
+    def _one(self, name: str, case: Case, weight: MeasuredWeight) -> None:
         """Measure one kernel and say what came of it."""
-        block = state.block
+        block = weight.block
         without = KERNELS[name].why_not(block.bits, self.setting.symmetric, block.activations)
         if without or (name, case) in self.done:
             return
         reason = self.clock.why_not(name)
         if reason:
             self.journal.add("skipped", kernel=name, case=case.label, reason=reason)
-        elif name in state.broken:
-            self.journal.add("failed", kernel=name, case=case.label, reason=state.broken[name])
+        elif name in weight.broken:
+            self.journal.add("failed", kernel=name, case=case.label, reason=weight.broken[name])
         else:
-            self._try(name, case, state)
+            self._try(name, case, weight)
 
-    def _try(self, name: str, case: Case, state: State) -> None:
+    def _try(self, name: str, case: Case, weight: MeasuredWeight) -> None:
         try:
-            fields = state.measure(name, case)
+            fields = weight.measure(name, case)
         except Exception as error:  # of whatever kind; it is quoted, not lost
             if name in OWN.values():
                 raise Refused(f"{case.label}: {told(error)}") from error

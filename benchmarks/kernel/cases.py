@@ -1,4 +1,4 @@
-"""Which products the kernel benchmark measures, in which order, and what each one moves.
+"""Lists the products that the kernel benchmark measures, in their order, and computes what each one moves.
 
 A layer is a weight [rows, columns] = [N, K] of a decoder block of Qwen2-VL or Qwen2.5-VL; a case is its product with
 `tokens` rows of x at one width, with activations of 16 bits or, where int8 tensor cores take over, of 8. Numbers and

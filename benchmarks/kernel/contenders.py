@@ -1,6 +1,6 @@
-"""The kernels that the benchmark compares, each behind the same two steps: pack a weight, multiply with a copy of it.
+"""Lists the kernels that are compared, and packs a weight for each and multiplies with it.
 
-What these steps are is said in `interface.py`; weights are packed by the peer's own functions where it has them.
+Both steps are defined in `interface.py`; weights are packed by the peer's own functions where it has them.
 What a peer needs is imported only inside its function. Peers with activations of 8 bits are in `int8_activations.py`.
 
 Read for this: vLLM 0.26 and 0.32, humming-kernels 0.1.10 and 0.1.19, gemlite 0.6.0.

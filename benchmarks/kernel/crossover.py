@@ -1,4 +1,4 @@
-"""From how many tokens on another way of multiplying is faster than the fused kernel: `tune.py --crossover`.
+"""Finds from how many tokens on another way of multiplying is faster than the fused kernel: `tune.py --crossover`.
 
     16 bits of activations   dequantising, then cuBLAS (`kernels/dequantize.py`)
     8 bits                   int8 tensor cores (`kernels/int8.py`); the fused kernel multiplies integers as floats

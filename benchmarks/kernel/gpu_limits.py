@@ -1,4 +1,4 @@
-"""What a GPU can do at all, by CUDA graph replay (`gpu_timing.py`): bandwidth of a copy, cost of a launch."""
+"""Measures what a GPU can do at all, by CUDA graph replay (`gpu_timing.py`): bandwidth of a copy, cost of a launch."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Measuring on a GPU: time per launch by CUDA graph replay, and the check without which no time counts.
+"""Measures time per launch on a GPU by CUDA graph replay, and checks the result, without which no time counts.
 
 A graph holds many launches, each with the next copy of the weight, so that the copy it reads was pushed out of L2 by
 the others. Replays follow each other without a pause, with an event between them; the median over replays, divided by
@@ -167,7 +167,7 @@ def replay(graph: torch.cuda.CUDAGraph, launches: int, seconds: float = 0.1) -> 
 def _spans(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
     """Microseconds of each of `count` replays in a row.
 
-    One replay before and one behind them keep the GPU busy, so that no span holds the time the host takes to start.
+    One replay before and one after them keep the GPU busy, so that no span holds the time the host takes to start.
     """
     events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
     graph.replay()

@@ -1,4 +1,4 @@
-"""Activations of 8 bits in the kernel benchmark: what products of them get in place of x, their check, and the peers.
+"""Holds what the kernel benchmark needs for activations of 8 bits: what products get as x, their check, and the peers.
 
 Tokens are rounded before any product is timed, ours or a peer's, so that no time holds the rounding; and each gets them
 in the form that it takes, ours as integers in 16 bits, the peers as bytes. The exact product is that of the rounded

@@ -1,4 +1,4 @@
-"""What a kernel is to the benchmark: a function that packs a weight, and what it can take part in.
+"""Defines what a kernel is to the benchmark: a function that packs a weight, and the cases it can take part in.
 
 `pack(weight, dtype)` brings a `QuantizedWeight` on a GPU into the kernel's own packing. The result names the tensors
 that hold the weight, of which the benchmark makes copies, and binds a copy to a product x [M, K] -> [M, N]. Kernels for

@@ -1,6 +1,6 @@
-"""One weight of the kernel benchmark with its packings: each is made, copied, checked and timed here.
+"""Measures all cases of one weight: packs it for each kernel, copies it, checks the results and times them.
 
-With it what all weights share: the machine and format, and the time that is left.
+`Setting` and `Clock` are what all weights share: the machine and format, and the time that is left.
 """
 
 from collections import Counter
@@ -51,7 +51,7 @@ class Clock:
         return None
 
 
-class State:
+class MeasuredWeight:
     """One weight and its packings by kernel, each made once, when it is first needed."""
 
     def __init__(self, setting: Setting, clock: Clock, block: Block) -> None:

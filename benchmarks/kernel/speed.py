@@ -1,4 +1,4 @@
-"""Speed of vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's own kernels and cuBLAS, on one GPU.
+"""Measures vlmq's kernels beside Humming, Marlin, Machete, GemLite, vLLM's own kernels and cuBLAS, on one GPU.
 
     python benchmarks/kernel/speed.py --first-minute       # what the machine can do at all
     python benchmarks/kernel/speed.py --out kernels.jsonl  # everything, in nine minutes at most

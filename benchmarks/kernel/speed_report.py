@@ -1,4 +1,4 @@
-"""The lines of `speed.py` as markdown: the machine, a table for every width, what was left out and why.
+"""Writes the lines of `speed.py` as markdown: the machine, a table for every width, what was left out and why.
 
 A line is a dict with a "kind": machine, speed, absent, failed, skipped or refused. Nothing is measured here.
 """

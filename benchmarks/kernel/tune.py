@@ -1,4 +1,4 @@
-"""Measure plans for layers of true size and write them into a table of `kernels/tuned`, on one GPU.
+"""Measures plans for layers of true size and writes them into a table of `kernels/tuned`, on one GPU.
 
     python benchmarks/kernel/tune.py FOLDER --shapes 7b 72b-gate_up --seconds 540
 

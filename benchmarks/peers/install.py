@@ -1,4 +1,4 @@
-"""Install the peers, each into an environment of its own: `python benchmarks/peers/install.py`.
+"""Installs the peers, each into an environment of its own: `python benchmarks/peers/install.py`.
 
 Their pins clash with vLLM's and with one another's. Versions of everything are in NAME.txt beside this file; refresh
 one with `uv pip freeze`. About 10 GB of disk. GPTQModel builds a C++ extension when it first packs a layer: have a

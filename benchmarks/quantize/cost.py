@@ -1,11 +1,12 @@
-"""Speed and memory of `vlmq quantize` beside llm-compressor and GPTQModel: same model, samples, format and threads.
+"""Measures speed and memory of `vlmq quantize` beside llm-compressor and GPTQModel, on the CPU.
 
     python benchmarks/peers/install.py
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/quantize/cost.py             # the demo model, a 7B layer
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/quantize/cost.py --shape 2b  # peak memory on a whole 2B model
 
-Each tool runs once uncounted, then all of them in turn, --repeats times, on the CPU. This process stays small and
-imports nothing heavy: what `peers/` measures is each child's own. The table is written by `cost_report.py`.
+Model, samples, format and threads are the same for all. Each tool runs once uncounted, then all of them in turn,
+--repeats times. This process stays small and imports nothing heavy: what `benchmarks/peers/` measures is each child's
+own. The table is written by `cost_report.py`.
 """
 
 import argparse
@@ -32,7 +33,7 @@ DEMO = ROOT / "examples/demo_vlm"
 
 @dataclass(frozen=True)
 class Tool:
-    """A runner in `peers/` and what it is told beyond the arguments that all of them get."""
+    """A runner in `benchmarks/peers/` and what it is told beyond the arguments that all of them get."""
 
     runner: str
     options: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The results of `cost.py` as markdown: one table per problem, then versions, settings and the command.
+"""Writes the results of `cost.py` as markdown: one table per problem, then versions, settings and the command.
 
 Ratios are a peer's "quantise" part, which leaves out its loading and saving, over ours, which holds everything after
 the imports. They are therefore on the low side.

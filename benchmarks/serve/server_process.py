@@ -1,4 +1,4 @@
-"""A real `vllm serve` of the serve benchmark for as long as a `with` block lasts, and what its log tells.
+"""Runs a real `vllm serve` for as long as a `with` block lasts, and reads what its log tells.
 
 The memory of weights and the room for a KV cache are what the engine says of itself. On a CPU it says nothing of the
 weights; there the memory that its processes share out among them (proportional set size) is taken.

@@ -1,4 +1,4 @@
-"""Serving at 16, 4, 3 and 2 bits beside vLLM's own 4-bit kernels, on one machine: requests/s, latencies, memory.
+"""Measures serving at 16, 4, 3 and 2 bits beside vLLM's own 4-bit kernels: requests/s, latencies, memory.
 
     # the demo model, on a CPU
     python benchmarks/serve/throughput.py --serve-args="--enforce-eager --max-num-seqs 8" --out demo.jsonl

@@ -1,4 +1,4 @@
-"""The lines of `throughput.py` as markdown: the machine, speed, memory, what was left out and why.
+"""Writes the lines of `throughput.py` as markdown: the machine, speed, memory, what was left out and why.
 
 A line is a dict with a "kind": machine, run, failed or skipped. Figures are medians over the rounds; a ratio is that of
 a variant to the 16-bit model in the same round, and the median of those, so that a machine that becomes slower from

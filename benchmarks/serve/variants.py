@@ -1,4 +1,4 @@
-"""The variants of the serve benchmark, and one of them measured: a server, the load of `vllm bench serve`, figures.
+"""Lists the variants of the serve benchmark and measures one: a server, the load of `vllm bench serve`, figures.
 
 Requests are those of vLLM's own `random-mm`: pictures of random pixels beside random words, the same ones for all
 variants, through the OpenAI API. Answers are as long as asked for. `--num-warmups` sends the first request some times
