@@ -38,7 +38,7 @@ GPU_TESTS := $(patsubst %,tests/kernels/test_%.py,unpack repack gemm dispatch ex
   tests/offline/methods/gptq/test_columns.py
 gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
-	PYTHONPATH=. $(PYTHON) benchmarks/kernel_speed.py --seconds 420 --out kernels.jsonl
+	$(PYTHON) benchmarks/kernel/speed.py --seconds 420 --out kernels.jsonl
 
 lint: install
 	$(BIN)/ruff check

@@ -1,4 +1,4 @@
-"""What a benchmark found so far, kept line by line, so that a run that ends early leaves what it had.
+"""Keeps what a benchmark found so far, line by line, so that a run that ends early leaves what it had.
 
 A line is a dict with a "kind"; which kinds there are is the report's business.
 """

@@ -1,4 +1,4 @@
-"""Models of true widths with random weights, and chats of exact length for them: `python benchmarks/shapes.py 2b OUT`.
+"""Makes models of true widths with random weights, and chats of exact length: `python benchmarks/shapes.py 2b OUT`.
 
 Speed and memory of a quantiser depend on widths and tokens, not on what the weights say. Architecture, tokenizer,
 processor and token ids are the demo model's, the sizes are the published ones. Weights are drawn one shard at a time.

@@ -1,4 +1,4 @@
-"""GPTQModel's GPTQ on a Qwen2-VL model; runs in the environment that install.py makes for it.
+"""Runs GPTQModel's GPTQ on a Qwen2-VL model, in the environment that install.py makes for it.
 
 Everything not named here is its default (act-group-aware order, damping 0.05, min-max grid, rounding where a linear saw
 too few tokens). Its own way from chats to tokens adds the header of one more answer; the samples are handed over as

@@ -1,4 +1,4 @@
-"""Install the peers, each into an environment of its own: `python benchmarks/peers/install.py`.
+"""Installs the peers, each into an environment of its own: `python benchmarks/peers/install.py`.
 
 Their pins clash with vLLM's and with one another's. Versions of everything are in NAME.txt beside this file; refresh
 one with `uv pip freeze`. About 10 GB of disk. GPTQModel builds a C++ extension when it first packs a layer: have a
@@ -18,7 +18,10 @@ PEERS = {  # name of runner, of environment and of the list of versions: what is
     "auto_round": ("auto-round", "torchvision"),
     "llm_compressor_0_12": ("llmcompressor", "torchvision"),  # packs 3 bits as compressed-tensors did before 0.18
 }
-MEASURED = ("llm_compressor", "gptq_model")  # in benchmarks/quantize.py; the others only write files for tests/foreign
+MEASURED = (
+    "llm_compressor",
+    "gptq_model",
+)  # in benchmarks/quantize/cost.py; the others only write files for tests/foreign
 
 
 def environments() -> Path:

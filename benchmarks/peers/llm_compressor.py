@@ -1,4 +1,4 @@
-"""llm-compressor's GPTQ on a Qwen2-VL model; runs in the environment that install.py makes for it.
+"""Runs llm-compressor's GPTQ on a Qwen2-VL model, in the environment that install.py makes for it.
 
 As its own example for this model: weights in the checkpoint's dtype, one decoder layer after the other, vision tower
 and lm_head left alone. Everything else is its default (static act-order, damping 0.01, block 128, min-max grid).

@@ -1,4 +1,4 @@
-"""What the runners of this folder share: their arguments, the samples, a clock, and the JSON line they print.
+"""Holds what the runners of this folder share: their arguments, the samples, a clock, and the JSON line they print.
 
 Every runner is one process: `SCRIPT MODEL DATA OUT --bits 4 --samples 128` quantises MODEL with the chats of DATA into
 OUT and prints one line that begins with MARK. It runs inside the environment of its tool, so this file needs no more

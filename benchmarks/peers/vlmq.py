@@ -1,4 +1,4 @@
-"""`vlmq quantize` with the same clock as its peers: the imports first, then the command itself in this process.
+"""Runs `vlmq quantize` with the same clock as its peers: the imports first, then the command itself in this process.
 
 The command reads, calibrates, solves and writes layer by layer, so "quantise" holds all of it, with load and save.
 """

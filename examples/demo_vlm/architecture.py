@@ -1,4 +1,4 @@
-"""The demo model's sizes, tokenizer and processor: a real Qwen2-VL, small enough for a repository.
+"""Defines the demo model's sizes, tokenizer and processor: a real Qwen2-VL, small enough for a repository.
 
 Where it differs from the published Qwen2-VL models, and why:
 

@@ -1,7 +1,7 @@
-"""Training batches: many questions about one picture in one sequence, none of which sees another.
+"""Makes training batches: many questions about one picture in one sequence, none of which sees another.
 
 A sequence is a shared prefix (chat header and 36 vision tokens) followed by branches, one per question. A branch
-attends to the prefix and to itself, and its positions start right behind the picture: to the model each question is
+attends to the prefix and to itself, and its positions start right after the picture: to the model each question is
 asked alone, while the vision tower runs once for all of them. Asked in turns, later questions could copy from earlier
 answers, and the model would never learn to look.
 """

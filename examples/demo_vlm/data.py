@@ -1,4 +1,4 @@
-"""Draw chats with pictures into a folder, as `vlmq quantize --data` reads them: `python data.py OUT --count 128`."""
+"""Draws chats with pictures into a folder, as `vlmq quantize --data` reads them: `python data.py OUT --count 128`."""
 
 import argparse
 import json

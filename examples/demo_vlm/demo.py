@@ -1,4 +1,4 @@
-"""The whole way on a real model: quantise to 3 bits, verify, serve with vLLM, ask, compare. `make demo` runs it.
+"""Goes the whole way on a real model: quantise to 3 bits, verify, serve with vLLM, ask, compare. `make demo` runs it.
 
 The model is the trained Qwen2-VL in examples/demo_vlm/model; pictures and questions are drawn, those that are asked
 from another seed than those of training and calibration.

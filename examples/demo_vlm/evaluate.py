@@ -1,6 +1,6 @@
-"""Exact-match accuracy on held-out questions, each asked alone: `python evaluate.py MODEL [MODEL ...]`.
+"""Measures exact-match accuracy on held-out questions, each asked alone: `python evaluate.py MODEL [MODEL ...]`.
 
-An answer counts when every token of it, end mark included, is the likeliest one behind the right tokens before it. For
+An answer counts when every token of it, end mark included, is the likeliest one after the right tokens. For
 exact match that is the same as comparing with the greedily generated answer, and needs one forward pass per question.
 """
 

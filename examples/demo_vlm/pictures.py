@@ -1,4 +1,4 @@
-"""Drawn pictures with questions about them: the data that the demo model is trained, calibrated and judged on.
+"""Draws pictures with questions about them: the data that the demo model is trained, calibrated and judged on.
 
 A picture is 168 x 168 RGB, which the Qwen2-VL processor cuts into 12 x 12 patches of 14 pixels and merges into
 6 x 6 = 36 vision tokens; a question with its answer has 8 to 20 text tokens. Four kinds of picture carry seven kinds

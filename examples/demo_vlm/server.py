@@ -1,4 +1,4 @@
-"""A real `vllm serve` for as long as a `with` block lasts, and questions about pictures through the openai client."""
+"""Runs a real `vllm serve` for as long as a `with` block lasts, and asks it about pictures with the openai client."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing on drawn pictures: `python train.py OUT`.
+"""Trains the demo model from nothing on drawn pictures: `python train.py OUT`.
 
 The loss is the answers' cross-entropy plus a helper that is thrown away afterwards: a linear layer that names what lies
 under each vision token. Without the helper the vision tower learns nothing in an hour. Matrices are optimised with

@@ -2,12 +2,12 @@
 
 import pytest
 
-from benchmark_modules import MACHINE, load
-
-kernel_cases, kernel_report, kernel_targets = load("kernel_cases", "kernel_report", "kernel_targets")
-from kernel_cases import (  # noqa: E402
+from benchmark_modules import MACHINE
+from benchmarks.kernel import speed_report
+from benchmarks.kernel.cases import (
     BITS,
     INT8_BITS,
+    INT8_FROM,
     LAYERS,
     TOKENS,
     Block,
@@ -18,10 +18,9 @@ from kernel_cases import (  # noqa: E402
     ordered,
     weight_bytes,
 )
-from kernel_report import report  # noqa: E402
-from kernel_targets import target_of  # noqa: E402
-
-from vlmq_vllm.kernels import dispatch  # noqa: E402
+from benchmarks.kernel.speed_report import report
+from benchmarks.kernel.targets import target_of
+from vlmq_vllm.kernels import dispatch
 
 BY_LABEL = {layer.label: layer for layer in LAYERS}
 
@@ -76,7 +75,7 @@ def test_order():
     assert {(case.layer, case.bits, case.tokens) for case in int8} == {
         (layer, bits, tokens) for layer in LAYERS for bits in (4, 8) for tokens in (128, 256, 1024, 4096)
     }
-    assert kernel_cases.INT8_FROM == dispatch.INT8_FROM
+    assert INT8_FROM == dispatch.INT8_FROM
     assert blocks[0] == Block(BY_LABEL["7b-gate_up"], 4, (1, 8, 16, 64))
     assert {block.layer.label for block in blocks[:6]} == {"7b-gate_up", "7b-down"}
 
@@ -168,7 +167,7 @@ def test_report_of_int8():
     ]
     text = report([{"kind": "machine"} | MACHINE, *found])
     head, *tables = text.split("\n## ")
-    assert kernel_report.INT8_NOTES in head and [table.split("\n")[0] for table in tables] == ["W4", "W8A8", "W4A8"]
+    assert speed_report.INT8_NOTES in head and [table.split("\n")[0] for table in tables] == ["W4", "W8A8", "W4A8"]
     w4, w8a8, w4a8 = (table.splitlines()[2:] for table in tables)
     assert w4[0] == "| layer | M | us | GB/s | share | cuBLAS, us | Marlin, us | target |"
     assert w4[2:4] == [
@@ -184,7 +183,7 @@ def test_report_of_int8():
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| 7b-o | 128 | 11.0 | 2,000 | 50% | 22.0 (2.00 x) | 20.0 (1.82 x) |",
     ]
-    assert kernel_report.INT8_NOTES not in report([{"kind": "machine"} | MACHINE, *found[1:5], found[6]])
+    assert speed_report.INT8_NOTES not in report([{"kind": "machine"} | MACHINE, *found[1:5], found[6]])
 
 
 def test_report_of_first_minute():

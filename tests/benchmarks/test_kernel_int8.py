@@ -7,18 +7,17 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmark_modules import MACHINE, load
+from benchmark_modules import MACHINE
+from benchmarks.journal import Journal
+from benchmarks.kernel import contenders, gpu_timing, int8_activations, speed_report
+from benchmarks.kernel.bench import Bench, Refused
+from benchmarks.kernel.cases import Block, Layer
+from benchmarks.kernel.interface import Kernel, Packed
+from benchmarks.kernel.measured_weight import Clock, Setting
 from kernel_problems import BF16, FP16
 
-gpu_timing, kernel_bench, kernel_peers, kernel_report, kernel_rounded = load(
-    "gpu_timing", "kernel_bench", "kernel_peers", "kernel_report", "kernel_rounded"
-)
-from journal import Journal  # noqa: E402
-from kernel_cases import Block, Layer  # noqa: E402
-from kernel_packing import Kernel, Packed  # noqa: E402
-
 LAYER = Layer("7b", "o", 64, 40)
-SETTING = kernel_bench.Setting("cpu", BF16, 32, True, 1000, 4000.0)
+SETTING = Setting("cpu", BF16, 32, True, 1000, 4000.0)
 
 
 def drawn(bits: int, group: int, dtype=BF16, rows=40, columns=64):
@@ -33,7 +32,7 @@ def rounded_product(x, weight, dtype, factor: float = 1.0) -> torch.Tensor:
 
 def test_tokens_are_drawn_anew_in_place():
     """A captured graph reads the same memory: every form of the tokens is of the new ones."""
-    x = kernel_rounded.Rounded.of(torch.randn(5, 33).to(BF16))
+    x = int8_activations.Rounded.of(torch.randn(5, 33).to(BF16))
     q, octets, scales = before = x.q, x.bytes, x.scales
     old = [tensor.clone() for tensor in before]
     assert x.normal_(generator=torch.Generator().manual_seed(7)) is x
@@ -51,7 +50,7 @@ def test_tokens_are_drawn_anew_in_place():
 def test_check(dtype):
     """The product of the rounded tokens passes; that of the unrounded, a wrong scale of a token, and NaN do not."""
     weight, given = drawn(4, 32, dtype, 300, 200), torch.randn(9, 200).to(dtype)
-    x, oracle = kernel_rounded.Rounded.of(given), kernel_rounded.RoundedOracle(gpu_timing.Oracle(weight))
+    x, oracle = int8_activations.Rounded.of(given), int8_activations.RoundedOracle(gpu_timing.Oracle(weight))
     right = rounded_product(x, weight, dtype)
     assert 0 < oracle.check(x, [right, right.clone()], 1) < gpu_timing.bound(dtype, 200, 1)
     unrounded = (given.double() @ weight.dequantize().double().T).to(dtype)
@@ -83,14 +82,14 @@ def test_peers(name, monkeypatch):
     vllm._custom_ops = ModuleType("vllm._custom_ops")
     vllm._custom_ops.cutlass_scaled_mm = scaled_mm
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    kernel = kernel_peers.KERNELS[name]
+    kernel = contenders.KERNELS[name]
     assert "8" in kernel.why_not(8, True) and kernel.why_not(8, True, 8) is None
     assert "symmetric" in kernel.why_not(8, False, 8) and kernel.why_not(4, True, 8) == "takes 8 bits"
     for rows, columns, tokens in ((40, 64, 17), (33, 71, 24)):
         weight = drawn(8, -1, BF16, rows, columns)
         weight.codes[0], weight.codes[1] = 0, 255
-        x = kernel_rounded.Rounded.of(torch.randn(tokens, columns).to(BF16))
-        oracle = kernel_rounded.RoundedOracle(gpu_timing.Oracle(weight))
+        x = int8_activations.Rounded.of(torch.randn(tokens, columns).to(BF16))
+        oracle = int8_activations.RoundedOracle(gpu_timing.Oracle(weight))
         packed = kernel.pack(weight, BF16)
         outs = [product(x) for product in packed.products(2)]
         assert all(out.dtype == BF16 for out in outs) and packed.nbytes == rows * (columns + 4)
@@ -101,10 +100,10 @@ def test_peers(name, monkeypatch):
 def test_ours(bits, group, symmetric, device):
     """By int8 at 128 tokens, with copies of the weight, past the benchmark's own check."""
     weight = gpu_timing.draw(gpu_timing.WeightFormat(bits, group, symmetric), 40, 64, FP16, device)
-    x = kernel_rounded.Rounded.of(torch.randn(128, 64, device=device).to(FP16))
-    kernel = kernel_peers.KERNELS["vlmq-int8"]
+    x = int8_activations.Rounded.of(torch.randn(128, 64, device=device).to(FP16))
+    kernel = contenders.KERNELS["vlmq-int8"]
     assert kernel.why_absent() is None and kernel.why_not(bits, symmetric, 8) is None and kernel.why_not(bits, True)
-    oracle = kernel_rounded.RoundedOracle(gpu_timing.Oracle(weight))
+    oracle = int8_activations.RoundedOracle(gpu_timing.Oracle(weight))
     oracle.check(x, [product(x) for product in kernel.pack(weight, FP16).products(2)], kernel.roundings)
 
 
@@ -140,11 +139,11 @@ def bench(monkeypatch):
             ("int_mm", rounded, (8,)),
         ):
             bits = (8,) if name == "int_mm" else (4, 8)
-            monkeypatch.setitem(kernel_peers.KERNELS, name, Kernel(name, bits, pack, activations=activations))
-        journal = Journal(None, kernel_report.report)
+            monkeypatch.setitem(contenders.KERNELS, name, Kernel(name, bits, pack, activations=activations))
+        journal = Journal(None, speed_report.report)
         journal.add("machine", **MACHINE)
         names = ["vlmq-int8", "vlmq", "cublas", "marlin", "int_mm"]
-        return kernel_bench.Bench(SETTING, names, journal, kernel_bench.Clock(monotonic() + 60, 60.0)), seen
+        return Bench(SETTING, names, journal, Clock(monotonic() + 60, 60.0)), seen
 
     return make
 
@@ -175,9 +174,9 @@ def test_refused(bench):
     """If ours is wrong, no case begins; the refusal names the width of the activations."""
     made, _ = bench(1.1)
     blocks = [Block(LAYER, 8, (3,), 8), Block(LAYER, 4, (3,))]
-    with pytest.raises(kernel_bench.Refused, match="7b-o W8A8 M=3: Wrong: its relative RMS error") as refusal:
+    with pytest.raises(Refused, match="7b-o W8A8 M=3: Wrong: its relative RMS error") as refusal:
         made.preflight(blocks)
     assert "W4 " not in str(refusal.value)
-    with pytest.raises(kernel_bench.Refused, match="7b-o W8A8 M=3: Wrong"):
+    with pytest.raises(Refused, match="7b-o W8A8 M=3: Wrong"):
         made.run(blocks[0])
     assert len(made.journal.lines) == 1

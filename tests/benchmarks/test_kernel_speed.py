@@ -7,29 +7,29 @@ from time import monotonic
 import pytest
 import torch
 
-from benchmark_modules import MACHINE, load
+from benchmark_modules import MACHINE
+from benchmarks import provenance
+from benchmarks.journal import Journal
+from benchmarks.kernel import contenders, gpu_timing, speed, speed_report
+from benchmarks.kernel.bench import Bench, Refused
+from benchmarks.kernel.cases import BITS, TOKENS, Block, Layer
+from benchmarks.kernel.measured_weight import Clock, Setting
 from kernel_problems import BF16
 
-gpu_timing, kernel_bench, kernel_peers, kernel_cases, kernel_report, kernel_speed = load(
-    "gpu_timing", "kernel_bench", "kernel_peers", "kernel_cases", "kernel_report", "kernel_speed"
-)
-from journal import Journal  # noqa: E402
-from kernel_cases import BITS, TOKENS, Block, Layer  # noqa: E402
-
 SMALL = Block(Layer("7b", "o", 256, 320), 4, (1, 5))
-SETTING = kernel_bench.Setting("cpu", BF16, 128, True, 1000, 4000.0)
+SETTING = Setting("cpu", BF16, 128, True, 1000, 4000.0)
 
 
-def dense_times(factor: float) -> kernel_peers.Kernel:
+def dense_times(factor: float) -> contenders.Kernel:
     """A kernel for the CPU whose result is `factor` times the product."""
 
     def packed(weight, dtype):
         def bind(copy):
             return lambda x: (factor * (x.double() @ copy["weight"].double().T)).to(x.dtype)
 
-        return kernel_peers.Packed({"weight": weight.dequantize(dtype)}, bind)
+        return contenders.Packed({"weight": weight.dequantize(dtype)}, bind)
 
-    return kernel_peers.Kernel("Times", (2, 3, 4), packed)
+    return contenders.Kernel("Times", (2, 3, 4), packed)
 
 
 def unpackable(weight, dtype):
@@ -51,11 +51,11 @@ def bench(monkeypatch, tmp_path):
 
     def make(seconds=60.0, peer_seconds=60.0, setting=SETTING, **others):
         for name, kernel in others.items():
-            monkeypatch.setitem(kernel_peers.KERNELS, name, kernel)
-        journal = Journal(tmp_path / "found.jsonl", kernel_report.report)
+            monkeypatch.setitem(contenders.KERNELS, name, kernel)
+        journal = Journal(tmp_path / "found.jsonl", speed_report.report)
         journal.add("machine", **MACHINE)
-        clock = kernel_bench.Clock(monotonic() + seconds, peer_seconds)
-        return kernel_bench.Bench(setting, list(others), journal, clock)
+        clock = Clock(monotonic() + seconds, peer_seconds)
+        return Bench(setting, list(others), journal, clock)
 
     return make
 
@@ -66,9 +66,9 @@ def kinds(bench) -> list[tuple]:
 
 def test_run(bench):
     """Ours and the dense product get figures, a wrong peer and one that cannot pack are listed with their errors."""
-    broken = kernel_peers.Kernel("Broken", (4,), unpackable)
+    broken = contenders.Kernel("Broken", (4,), unpackable)
     made = bench(vlmq=dense_times(1), cublas=dense_times(1), humming=dense_times(1.1), machete=broken)
-    kernel_speed.compare(made, [SMALL])
+    speed.compare(made, [SMALL])
     per_case = [("speed", "vlmq"), ("speed", "cublas"), ("failed", "humming"), ("failed", "machete")]
     assert kinds(made) == per_case * 2
     mine, dense, wrong, unpacked = made.journal.lines[1:5]
@@ -96,8 +96,8 @@ def test_refused(bench, monkeypatch, capsys):
     made = bench(vlmq=dense_times(1.1), cublas=dense_times(1))
     made.journal.add("speed", kernel="vlmq", microseconds=1.0)
     made.journal.out.with_suffix(".md").write_text("old")
-    monkeypatch.setattr(kernel_speed, "run", lambda args, setting, journal: kernel_speed.compare(made, [SMALL]))
-    reason = kernel_speed.guarded(None, SETTING, made.journal)
+    monkeypatch.setattr(speed, "run", lambda args, setting, journal: speed.compare(made, [SMALL]))
+    reason = speed.guarded(None, SETTING, made.journal)
     assert reason.count("relative RMS error") == 2 and "M=1:" in reason and "M=5:" in reason
     assert kinds(made) == [("refused", "vlmq")]
     assert not made.journal.out.with_suffix(".md").exists() and '"speed"' not in made.journal.out.read_text()
@@ -107,7 +107,7 @@ def test_refused(bench, monkeypatch, capsys):
 def test_refused_later(bench):
     """A case that the first look did not cover."""
     made = bench(vlmq=dense_times(1.1))
-    with pytest.raises(kernel_bench.Refused, match="7b-o W4 M=1: Wrong"):
+    with pytest.raises(Refused, match="7b-o W4 M=1: Wrong"):
         made.run(SMALL)
 
 
@@ -128,8 +128,8 @@ def test_time(bench, monkeypatch):
 
 
 def test_asymmetric(bench):
-    made = bench(setting=kernel_bench.Setting("cpu", BF16, 64, False, 1000, 4000.0), vlmq=dense_times(1))
-    assert kernel_peers.KERNELS["vlmq"].why_not(4, False)
+    made = bench(setting=Setting("cpu", BF16, 64, False, 1000, 4000.0), vlmq=dense_times(1))
+    assert contenders.KERNELS["vlmq"].why_not(4, False)
     made.run(SMALL)
     assert kinds(made) == []  # dense_times says of itself that it takes symmetric weights only
 
@@ -144,8 +144,8 @@ def test_lost(bench, monkeypatch):
             raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(gpu_timing, "settle", settle)
-    monkeypatch.setattr(kernel_speed, "run", lambda args, setting, journal: made.run(SMALL))
-    assert "humming at 7b-o W4 M=1 broke the CUDA context" in kernel_speed.guarded(None, SETTING, made.journal)
+    monkeypatch.setattr(speed, "run", lambda args, setting, journal: made.run(SMALL))
+    assert "humming at 7b-o W4 M=1 broke the CUDA context" in speed.guarded(None, SETTING, made.journal)
     assert kinds(made) == [("speed", "vlmq"), ("failed", "humming")]
     assert made.journal.out.with_suffix(".md").exists()
 
@@ -160,22 +160,25 @@ def test_lost_by_ours(bench, monkeypatch):
             raise RuntimeError("an illegal memory access")
 
     monkeypatch.setattr(gpu_timing, "settle", settle)
-    with pytest.raises(kernel_bench.Refused, match="relative RMS error.*; vlmq at 7b-o W4 M=1 broke the CUDA context"):
+    with pytest.raises(Refused, match="relative RMS error.*; vlmq at 7b-o W4 M=1 broke the CUDA context"):
         made.preflight([SMALL])
 
 
 def test_arguments():
-    args = kernel_speed.parser().parse_args([])
+    args = speed.parser().parse_args([])
     assert (args.bits, args.tokens, args.shapes) == (list(BITS), list(TOKENS), [])
     assert args.peers == ["cublas", "humming", "marlin", "machete", "triton", "gemlite", "cutlass", "int_mm"]
-    assert args.int8_bits == [8, 4] and kernel_speed.parser().parse_args(["--int8-bits"]).int8_bits == []
+    assert args.int8_bits == [8, 4] and speed.parser().parse_args(["--int8-bits"]).int8_bits == []
     assert (args.seconds, args.group_size, args.dtype, args.out) == (540, 128, "bf16", None)
-    args = kernel_speed.parser().parse_args(
-        ["--peers", *["--tokens", "3", "--bits", "2", "3", "--shapes", "7b", "down"]]
-    )
+    args = speed.parser().parse_args(["--peers", *["--tokens", "3", "--bits", "2", "3", "--shapes", "7b", "down"]])
     assert (args.peers, args.tokens, args.bits, args.shapes) == ([], [3], [2, 3], ["7b", "down"])
-    assert kernel_speed.public(["--bits", "4", "--out", "/a/b", "--seed", "1"]) == ["--bits", "4", "--seed", "1"]
-    assert kernel_speed.public(["--out=/a/b"]) == []
+    assert provenance.public(["--bits", "4", "--out", "/a/b", "--seed", "1"], ("--out",)) == [
+        "--bits",
+        "4",
+        "--seed",
+        "1",
+    ]
+    assert provenance.public(["--out=/a/b"], ("--out",)) == []
 
 
 @pytest.mark.parametrize(
@@ -183,20 +186,20 @@ def test_arguments():
 )
 def test_refused_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as end:
-        kernel_speed.parser().parse_args(arguments.split())
+        speed.parser().parse_args(arguments.split())
     assert end.value.code == 2 and arguments.split()[0] in capsys.readouterr().err
 
 
 def test_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["kernel_speed.py"])
+    monkeypatch.setattr(sys, "argv", ["speed.py"])
     with pytest.raises(SystemExit, match="no GPU"):
-        kernel_speed.main()
+        speed.main()
 
 
 def test_ours_absent(monkeypatch):
-    monkeypatch.setitem(kernel_peers.KERNELS, "vlmq", kernel_peers.Kernel("X", (4,), None, ("no_such_kernel",)))
+    monkeypatch.setitem(contenders.KERNELS, "vlmq", contenders.Kernel("X", (4,), None, ("no_such_kernel",)))
     before = dict(os.environ)
-    with pytest.raises(kernel_bench.Refused, match="no_such_kernel"):
-        kernel_speed.present(["vlmq"], Journal(None, kernel_report.report))
+    with pytest.raises(Refused, match="no_such_kernel"):
+        speed.present(["vlmq"], Journal(None, speed_report.report))
     assert dict(os.environ) == before  # the serve benchmark's servers once inherited a quiet log from here

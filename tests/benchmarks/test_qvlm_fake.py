@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlmq_vllm.offline.methods.grid import MSE
-from vlmq_vllm.offline.methods.qvlm.fake import (
+from benchmarks.qvlm_fake.fake import (
     PERCENTILES,
     by_channel,
     by_token,
@@ -14,6 +13,7 @@ from vlmq_vllm.offline.methods.qvlm.fake import (
     row_ranges,
     token_percentiles,
 )
+from vlmq_vllm.offline.methods.grid import MSE
 
 
 @pytest.mark.parametrize("levels", [4, 16, 64, 256])
@@ -88,7 +88,7 @@ def test_percentiles_are_numpys(tokens, channels):
 def test_channels_in_slices_are_channels_at_once(monkeypatch):
     x = torch.randn(10, 9)
     whole = channel_percentiles([x], (0.9,))
-    monkeypatch.setattr("vlmq_vllm.offline.methods.qvlm.fake.COLUMNS", 20)
+    monkeypatch.setattr("benchmarks.qvlm_fake.fake.COLUMNS", 20)
     torch.testing.assert_close(channel_percentiles([x], (0.9,)), whole)
 
 

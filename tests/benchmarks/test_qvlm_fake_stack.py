@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.qvlm_fake.fake import PERCENTILES, fake, row_ranges
+from benchmarks.qvlm_fake.fake_stack import RoundedStack, search_stack
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.methods.qvlm.fake import PERCENTILES, fake, row_ranges
-from vlmq_vllm.offline.methods.qvlm.fake_stack import Rounded, search_stack
 from vlmq_vllm.offline.model.streams import Stream
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def rows(group: list[Stream]) -> np.ndarray:
     return torch.cat([stream.hidden.flatten(0, 1) for stream in group]).numpy()
 
 
-def searched(seed: int, bits: int, per_token: bool, **options) -> Rounded:
+def searched(seed: int, bits: int, per_token: bool, **options) -> RoundedStack:
     torch.manual_seed(seed)
     return search_stack(Stack(Layer), NAMES, bits, per_token, *streams(), CPU, **options)
 

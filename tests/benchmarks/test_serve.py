@@ -11,17 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmark_modules import FOLDER, load
+from benchmark_modules import FOLDER
 from vlmq_vllm.format import WeightFormat
 
 psutil = pytest.importorskip("psutil", reason="comes with vLLM")
-serve, serve_machine, serve_models, serve_report, serve_run, serve_server = load(
-    "serve", "serve_machine", "serve_models", "serve_report", "serve_run", "serve_server"
-)
-from journal import Journal  # noqa: E402
+from benchmarks.journal import Journal  # noqa: E402
+from benchmarks.serve import checkpoints, machine, server_process, throughput, throughput_report, variants  # noqa: E402
 
 FORMAT = WeightFormat(4, 64, True)
-LOAD = serve_run.Load(3, 2, float("inf"), (112, 84), 16, 5, 7)
+LOAD = variants.Load(3, 2, float("inf"), (112, 84), 16, 5, 7)
 
 FAKE = """\
 #!{python}
@@ -49,7 +47,7 @@ def fake(tmp_path, monkeypatch):
     script.write_text(FAKE.format(python=sys.executable))
     script.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    return lambda model, patience=20.0: serve_server.serve(model, [], tmp_path / "log", patience)
+    return lambda model, patience=20.0: server_process.serve(model, [], tmp_path / "log", patience)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
@@ -66,10 +64,10 @@ def test_stopped(fake, error):
 def test_others_of_a_server(fake):
     """This process is neither the server nor a child of the benchmark that has ended: its work is that of others."""
     with fake(Path("good")) as server:
-        before, begun = serve_server.Clock.now(server), time.process_time()
+        before, begun = server_process.Clock.now(server), time.process_time()
         while time.process_time() < begun + 0.5:
             pass
-        after = serve_server.Clock.now(server)
+        after = server_process.Clock.now(server)
     spent = after.others_since(before) * (after.at - before.at)
     assert spent > 0.4  # the system counts in hundredths, of the server's two processes as well
 
@@ -87,13 +85,13 @@ def test_failures_go_on(fake, tmp_path, monkeypatch):
     Which kernel it is stands in vLLM's log, however quiet the user's vLLM is.
     """
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")
-    monkeypatch.setattr(serve_run.Bench, "_load", lambda bench, model, port: {"requests_per_second": 2.0})
-    models = serve_models.Models(tmp_path, tmp_path / "good", None, None, FORMAT)
+    monkeypatch.setattr(variants.Bench, "_load", lambda bench, model, port: {"requests_per_second": 2.0})
+    models = checkpoints.Models(tmp_path, tmp_path / "good", None, None, FORMAT)
     monkeypatch.setattr(models, "folder", lambda bits, stock: tmp_path / ("bad" if bits == 3 else "good"))
-    journal = Journal(tmp_path / "found.jsonl", serve_report.report)
-    journal.add(kind="machine", **serve_machine.machine(tmp_path, None, None, FORMAT, LOAD, False))
-    bench = serve_run.Bench(LOAD, (), tmp_path, 20.0, 20.0)
-    serve.compare(bench, models, ["marlin-w4", "w3", "w2"], 2, journal)
+    journal = Journal(tmp_path / "found.jsonl", throughput_report.report)
+    journal.add(kind="machine", **machine.machine(tmp_path, None, None, FORMAT, LOAD, False))
+    bench = variants.Bench(LOAD, (), tmp_path, 20.0, 20.0)
+    throughput.compare(bench, models, ["marlin-w4", "w3", "w2"], 2, journal)
     kinds = [(line["kind"], line["variant"]) for line in journal.lines[1:]]
     assert kinds == [("failed", "marlin-w4"), ("failed", "w3"), ("run", "w2"), ("run", "w2")]
     assert "another kernel than MarlinLinearKernel: WrongLinearKernel" in journal.lines[1]["reason"]
@@ -111,14 +109,14 @@ def test_server_ends_under_load(fake, tmp_path, monkeypatch):
         time.sleep(0.5)
         raise RuntimeError("3 of 3 requests failed: ClientConnectorError: Cannot connect")
 
-    monkeypatch.setattr(serve_run.Bench, "_load", load)
+    monkeypatch.setattr(variants.Bench, "_load", load)
     (tmp_path / "good").mkdir()
     with pytest.raises(RuntimeError, match="ended under the load: MemoryError: too much"):
-        serve_run.Bench(LOAD, (), tmp_path, 20.0, 20.0).run("bf16", tmp_path / "good")
+        variants.Bench(LOAD, (), tmp_path, 20.0, 20.0).run("bf16", tmp_path / "good")
 
 
 SMALL = ["--serve-args=--enforce-eager --max-model-len 1024 --max-num-seqs 4", "--concurrency", "2"]
-COMMAND = [sys.executable, f"{FOLDER}/serve.py", "--requests", "4", "--output-tokens", "4", *SMALL]
+COMMAND = [sys.executable, f"{FOLDER}/serve/throughput.py", "--requests", "4", "--output-tokens", "4", *SMALL]
 
 
 @pytest.mark.slow

@@ -8,14 +8,13 @@ from time import monotonic
 import pytest
 import torch
 
-from benchmark_modules import load
+from benchmarks.kernel import cases, crossover, gpu_timing, tune
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.kernels import dequantize, gemm, int8, reference, tiles, tuned_tables
 from vlmq_vllm.kernels.hardware import Hardware
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.kernels.tiles import BUCKETS, Plan, Tile
 
-gpu_timing, kernel_cases, crossover, tune = load("gpu_timing", "kernel_cases", "crossover", "tune")
 H200 = Hardware("sm_90", 132, 227 << 10)
 
 
@@ -33,7 +32,7 @@ def tuner(monkeypatch):
 @pytest.mark.parametrize("bucket", BUCKETS)
 def test_candidates(bits, bucket):
     """There are some for every layer, all legal, none twice, and every one is tried with several numbers of parts."""
-    for layer in kernel_cases.LAYERS:
+    for layer in cases.LAYERS:
         geometry = Geometry.of(WeightFormat(bits, 128, True), layer.rows, layer.columns)
         plans = list(tune.candidates(bucket, geometry, H200))
         assert len(plans) >= 6 and len(set(plans)) == len(plans)
@@ -59,7 +58,7 @@ def test_the_fastest_right_plan_is_kept(tuner, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_timing, "settle", lambda: None)
     monkeypatch.setattr(tune, "DTYPE", torch.float16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
-    layer = kernel_cases.Layer("7b", "o", 1024, 64)
+    layer = cases.Layer("7b", "o", 1024, 64)
     tuner.tune(layer, 3)
     [(key, found)] = tuner.table["measured"].items()
     assert key == tuned_tables.key_of(Geometry.of(WeightFormat(3, 32, True), 64, 1024), 8)
@@ -79,7 +78,7 @@ def test_the_fastest_right_plan_is_kept(tuner, monkeypatch, tmp_path):
 def test_what_was_not_all_tried_is_not_kept(tuner, monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "DTYPE", torch.float16)
     tuner.deadline = monotonic()
-    tuner.tune(kernel_cases.Layer("7b", "o", 256, 64), 3)
+    tuner.tune(cases.Layer("7b", "o", 256, 64), 3)
     assert tuner.table["measured"] == {}
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a pretended GPU")
     assert json.loads(tuner.write(tmp_path).read_text()) == tuned_tables.table_of(H200)
@@ -125,7 +124,7 @@ def timed(monkeypatch):
     return times
 
 
-LAYERS = [kernel_cases.Layer("7b", "o", 64, 40), kernel_cases.Layer("7b", "qkv", 96, 20)]
+LAYERS = [cases.Layer("7b", "o", 64, 40), cases.Layer("7b", "qkv", 96, 20)]
 
 
 @pytest.mark.parametrize(("from_8", "from_4", "wanted"), [(5, 9, 7), (9, 9, 9), (3, 99, None)])
@@ -135,7 +134,7 @@ def test_int8_crossover(tuner, timed, capsys, from_8, from_4, wanted):
     for bits, first in ((8, from_8), (4, from_4)):
         timed["fused", bits, True] = lambda m: 1.0
         timed["int8", bits, True] = lambda m, first=first: 0.5 if m >= first else 1.0
-    found = crossover.int8_from(tuner.drawn(LAYERS, kernel_cases.INT8_BITS))
+    found = crossover.int8_from(tuner.drawn(LAYERS, cases.INT8_BITS))
     assert found == wanted and json.dumps(tuner.table) == before and tuner.measured == {}
     told = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in told[:4]] == ["7b-o W8A8", "7b-o W4A8", "7b-qkv W8A8", "7b-qkv W4A8"]

@@ -14,12 +14,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path += [str(HERE.parent / "helpers"), str(ROOT / "benchmarks")]
+sys.path += [str(HERE.parent / "helpers"), str(ROOT)]
 
 from base import build_base  # noqa: E402
 from cases import CASES  # noqa: E402
-from peers.install import environments, install, python_of  # noqa: E402
 
+from benchmarks.peers.install import environments, install, python_of  # noqa: E402
 from foreign_checkpoints import CHECKPOINTS, share, shrink  # noqa: E402
 
 

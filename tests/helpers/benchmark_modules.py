@@ -1,7 +1,5 @@
-"""The modules of `benchmarks/` for tests, and a machine that they might tell of."""
+"""Where the scripts of `benchmarks/` lie, and a machine that their results might tell of."""
 
-import sys
-from importlib import import_module
 from pathlib import Path
 
 FOLDER = str(Path(__file__).absolute().parents[2] / "benchmarks")
@@ -11,7 +9,7 @@ MACHINE = {
     "device": "A card",
     "driver": "580.1",
     "versions": {"torch": "2.11.0", "vllm": "not installed"},
-    "command": "python benchmarks/kernel_speed.py --bits 4",
+    "command": "python benchmarks/kernel/speed.py --bits 4",
     "dtype": "bf16",
     "group_size": 128,
     "symmetric": True,
@@ -19,12 +17,3 @@ MACHINE = {
     "copy": 4000.0,
     "empty": 1.25,
 }
-
-
-def load(*names: str) -> list:
-    """The modules of these names."""
-    sys.path.insert(0, FOLDER)
-    try:
-        return [import_module(name) for name in names]
-    finally:
-        sys.path.remove(FOLDER)

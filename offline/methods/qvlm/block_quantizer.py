@@ -1,14 +1,14 @@
-"""Q-VLM for weights that are served: the walk through a stack of layers, block by block (2410.08119).
+"""Quantises a stack of layers with Q-VLM, block by block (2410.08119).
 
-The layers are parted into blocks by the entropy of their full-precision activations (`entropy.py`, `partition.py`).
-In a block every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors are searched
-together (`blocks.py`, `search.py`) for a small error behind the block's last layer. Weights are rounded to nearest.
+The layers are split into blocks by the entropy of their full-precision activations (`entropy.py`, `blocks.py`). In a
+block every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors are searched
+together (`search.py`) for a small error after the block's last layer. Weights are rounded to nearest.
 
 What the paper leaves open: a "layer" is a layer of the decoder (or a block of the tower), the error that greedy looks
 at is that at the same place for one layer, D is measured once, before anything is quantised.
 
 In memory at a time: a block's layers in float32 and once more with rounded weights, and hidden states of the whole
-data behind each of them. The streams only ever stand between blocks. A block of which some layers were written before
+data after each of them. The streams only ever stand between blocks. A block of which some layers were written before
 a run was stopped is searched once more from its beginning: the search is deterministic and comes to the same.
 """
 
@@ -20,10 +20,9 @@ import torch
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
-from vlmq_vllm.offline.methods.qvlm.blocks import measure, search_block
-from vlmq_vllm.offline.methods.qvlm.partition import DEPTH, find_blocks
+from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH, Hidden, find_blocks, measure_entropies, search_block
 from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, Ranges, find_ranges
-from vlmq_vllm.offline.methods.qvlm.search import Choice
+from vlmq_vllm.offline.methods.qvlm.search import BlockChoice
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
@@ -54,35 +53,34 @@ class BlockWalk:
         grid: GridSearch = MSE,
         depth: int = DEPTH,
         threshold: float | None = None,
-        factors: Sequence[float] = FACTORS,
     ) -> None:
         self.source, self.names, self.format_of, self.device, self.ranks = source, names, format_of, device, ranks
-        self.quantized, self.full, self.grid, self.factors = quantized, full, grid, factors
+        self.quantized, self.full, self.grid = quantized, full, grid
         self.entropies = [0.0] * (len(names) - 1)
         if depth > 1:
-            self.entropies = measure(source, names, full, ENTROPY_BITS, ranks, device)
+            self.entropies = measure_entropies(source, names, full, ENTROPY_BITS, ranks, device)
         self.blocks = find_blocks(self.entropies, depth, threshold)
-        self.choices: dict[int, Choice] = {}
-        self.behind = 0  # layers that the streams have passed
+        self.choices: dict[int, BlockChoice] = {}
+        self.passed = 0  # layers that the streams have passed
         self.results: dict[int, tuple[Tensors, list[Row]]] = {}
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[Tensors, list[Row]]:
         """Layer `index`, quantised with its whole block: tensors by their names in the files, and report rows.
 
-        last: nothing comes behind it, so that the streams need not move on.
+        last: nothing comes after it, so that the streams need not move on.
         """
-        if index >= self.behind:
+        if index >= self.passed:
             block = self._block(index)
             self._solve(block, index, last or block.stop == len(self.names))
         return self.results.pop(index)
 
     @torch.no_grad()
     def replay(self, name: str, index: int) -> None:
-        """Layer `index` has been quantised before. Behind a block's last layer the streams move past the block."""
+        """Layer `index` has been quantised before. After a block's last layer the streams move past the block."""
         self.results.pop(index, None)
         block = self._block(index)
-        if index < block.stop - 1 or self.behind >= block.stop:
+        if index < block.stop - 1 or self.passed >= block.stop:
             return
         for k in block:
             layer = self.source.materialise(self.names[k], self.device)
@@ -94,7 +92,7 @@ class BlockWalk:
             for stream in self.quantized:
                 stream.hidden = stream.run(layer, k)
             self.source.release(self.names[k])
-        self.behind = block.stop
+        self.passed = block.stop
 
     def _block(self, index: int) -> range:
         return next(block for block in self.blocks if index in block)
@@ -107,23 +105,23 @@ class BlockWalk:
     def _solve(self, block: range, first: int, last: bool) -> None:
         """Search a block and keep the results of its layers from `first` on, as those before it have been written; the
         streams move past it."""
-        layers = [_ServedLayer(self, k) for k in block]
+        layers = [_SearchedLayer(self, k) for k in block]
         start = [stream.hidden for stream in self.quantized]
-        choice = search_block(layers, start, len(self.factors), self.ranks, self.device)
+        choice = search_block(layers, start, len(FACTORS), self.ranks, self.device)
         self.choices[block.start] = choice
         for layer, number in zip(layers, choice.joint, strict=True):
             if layer.index >= first:
-                self.results[layer.index] = layer.result(self.factors[number])
+                self.results[layer.index] = layer.result(FACTORS[number])
             if not last:
                 layer.hold(number)
                 start = layer.run(start)
             self.source.release(layer.name)
         for stream, hidden in zip(self.quantized, start, strict=True):
             stream.hidden = hidden
-        self.behind = block.stop
+        self.passed = block.stop
 
 
-class _ServedLayer:
+class _SearchedLayer:
     """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
 
     def __init__(self, walk: BlockWalk, index: int) -> None:
@@ -133,21 +131,21 @@ class _ServedLayer:
         self.held: int | None = None
         self.ranges: dict[str, Ranges] = {}
 
-    def targets(self) -> list[torch.Tensor]:
-        """What the full-precision layer passes on, per batch; the full-precision stream moves behind it."""
+    def targets(self) -> Hidden:
+        """The full-precision layer's output, per batch; the full-precision streams move past it."""
         for stream in self.walk.full:
             stream.hidden = stream.run(self.module, self.index)
         return [stream.hidden for stream in self.walk.full]
 
-    def hold(self, choice: int) -> None:
+    def hold(self, candidate: int) -> None:
         """Put the weights in place as they would be served."""
-        if choice != self.held:
-            for linear, weight in self._rounded(self.walk.factors[choice]).items():
+        if candidate != self.held:
+            for linear, weight in self._rounded(FACTORS[candidate]).items():
                 put(self.module, linear, weight.served())
-            self.held = choice
+            self.held = candidate
 
-    def run(self, state: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The hidden states behind the layer for those in front of it."""
+    def run(self, state: Hidden) -> Hidden:
+        """The layer's output for the input `state`, per batch."""
         pairs = zip(self.walk.quantized, state, strict=True)
         return [replace(stream, hidden=hidden).run(self.module, self.index) for stream, hidden in pairs]
 

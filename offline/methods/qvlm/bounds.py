@@ -1,18 +1,17 @@
-"""The vision encoder's clipping bounds, learnt: Q-VLM's visual encoder optimisation (2410.08119, equations 8 to 10).
+"""Learns the clipping bounds of the vision encoder: Q-VLM's visual encoder optimisation (2410.08119, eq. 8 to 10).
 
-Weights stay as they are; factors on the bounds of their ranges (and, where activations are rounded, on those of the
-activations) are found by Adam, with the rounding's gradient straight through, for a small
+Weights stay as they are; factors on the bounds of their ranges are found by Adam, with the rounding's gradient straight
+through, for a small
 
     L = L_reg + l1 L_ent + l2 (L_v + eta E),
 
 L_reg: the answer's cross-entropy in nats; L_ent and E: `decoder.py`; L_v = || x^0 - x_r^0 || / || x_r^0 ||, the error
-of the encoder's output. Everything is measured at the decoder's input x^0, behind the connector; the text's embeddings
+of the encoder's output. Everything is measured at the decoder's input x^0, after the connector; the text's embeddings
 there are equal in both and add nothing.
 
-What the paper leaves open: l1, l2 and eta, the optimiser and its rate (`Recipe`: guesses that were not tuned); the
-ranges that are varied: those of every group of weights, and for activations one factor on the lower and one on the
-upper bound of all tokens of a linear's input. One step per batch, in order, as the caller made them (the paper: 8
-pairs of 64, 10 epochs). Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
+What the paper leaves open: l1, l2 and eta, the optimiser and its rate (`Hyperparameters`: guesses that were not tuned);
+the ranges that are varied: those of every group of weights. One step per batch, in order, as the caller made them (the
+paper: 8 pairs of 64, 10 epochs). Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
 
 What it costs: every step reads the whole decoder from its files five times (twice for L_reg, three times for L_ent and
 E), and L_ent's ranges take once more per batch; each time a batch passes through it, there or back. That is 5 epochs
@@ -22,7 +21,8 @@ E), and L_ent's ranges take once more per batch; each time a batch passes throug
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -30,12 +30,11 @@ from torch.nn import functional as F
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.answer_labels import count_labels
 from vlmq_vllm.offline.data.inputs import has_vision
-from vlmq_vllm.offline.methods.qvlm.decoder import ranges_of, states, steer
-from vlmq_vllm.offline.methods.qvlm.fake import Range, Rounder, by_token, fake
+from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges
 from vlmq_vllm.offline.methods.saliency import answer_loss
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, catch
+from vlmq_vllm.offline.model.streams import catch
 
 LEAST = 0.05  # of a factor; at 0 a range would be empty
 UNTAUGHT = (
@@ -43,12 +42,10 @@ UNTAUGHT = (
     "add such samples"
 )
 
-Answers = Callable[[Source, list[Stream], list[torch.Tensor], torch.device], tuple[float, list[torch.Tensor]]]
-
 
 @dataclass(frozen=True)
-class Recipe:
-    """Hyperparameters: l1, l2 and eta of the objective, Adam's rate, epochs, and the bits of the entropy's grid."""
+class Hyperparameters:
+    """l1 (`entropy`), l2 (`error`) and eta of the objective, Adam's rate, epochs, and bits of the entropy's grid."""
 
     entropy: float = 0.1
     error: float = 1.0
@@ -58,7 +55,7 @@ class Recipe:
     bits: int = 4
 
 
-DEFAULT = Recipe()
+DEFAULT = Hyperparameters()
 
 
 @dataclass(frozen=True)
@@ -75,11 +72,14 @@ class Loss:
 @dataclass(frozen=True)
 class Clipped:
     """A linear whose bounds are learnt. factors: leaf tensors, 1 at the start. weight: the rounded weight [O, I] as a
-    function of them. inputs: how its input is rounded, None for not at all."""
+    function of them."""
 
     factors: list[torch.Tensor]
     weight: Callable[[], torch.Tensor]
-    inputs: Rounder | None = field(default=None)
+
+    def output(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Of the rounded linear, [..., O] for x [..., I]."""
+        return F.linear(x, self.weight(), bias)
 
 
 def clip_groups(weight: torch.Tensor, ranges: Ranges) -> Clipped:
@@ -97,28 +97,12 @@ def clip_groups(weight: torch.Tensor, ranges: Ranges) -> Clipped:
     return Clipped([factor], rounded)
 
 
-def clip_rows(weight: torch.Tensor, bounds: Range, bits: int, share: float) -> Clipped:
-    """Factors [2, O, 1] on the bounds of a weight's rows, and [2] on those of its input's tokens (`by_token`)."""
-    rows = torch.ones(2, len(weight), 1, device=weight.device).requires_grad_()
-    tokens = torch.ones(2, device=weight.device).requires_grad_()
-    low, high = bounds
-
-    def rounded() -> torch.Tensor:
-        return fake(weight, low * rows[0], high * rows[1], 1 << bits)
-
-    return Clipped([rows, tokens], rounded, by_token(share, 1 << bits, tokens))
-
-
 @contextmanager
 def clipping(model: torch.nn.Module, clipped: dict[str, Clipped]) -> Iterator[None]:
     """The model with these linears rounded for a while, differentiably."""
-
-    def forward(linear: torch.nn.Linear, own: Clipped) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: F.linear(own.inputs(x) if own.inputs else x, own.weight(), linear.bias)
-
     linears = [model.get_submodule(name) for name in clipped]
     for linear, own in zip(linears, clipped.values(), strict=True):
-        linear.forward = forward(linear, own)
+        linear.forward = partial(own.output, bias=linear.bias)
     try:
         yield
     finally:
@@ -131,14 +115,13 @@ def teaches(batch: dict, label: torch.Tensor) -> bool:
     return has_vision(batch) and count_labels([label]) > 0
 
 
-def tune(
+def learn_bounds(
     source: Source,
     batches: list[dict],
     labels: list[torch.Tensor],
     clipped: dict[str, Clipped],
     device: torch.device,
-    recipe: Recipe = DEFAULT,
-    backward: Answers = answer_loss.backward,
+    hyper: Hyperparameters = DEFAULT,
 ) -> list[Loss]:
     """Learn the factors of `clipped` (by in-memory name), in place; the losses of each epoch.
 
@@ -149,18 +132,18 @@ def tune(
     if not pairs:
         raise QuantizeError(UNTAUGHT)
     factors = [factor for own in clipped.values() for factor in own.factors]
-    adam = torch.optim.Adam(factors, recipe.rate)
+    adam = torch.optim.Adam(factors, hyper.rate)
     history = []
     with source.front(device):
         ends: list[tuple[torch.Tensor, torch.Tensor]] = []
         ranges = ranges_of(_full(source, pairs, device, ends))
-        for _ in range(recipe.epochs):
+        for _ in range(hyper.epochs):
             losses = []
             for (batch, label), aims in zip(pairs, ends, strict=True):
                 adam.zero_grad()
                 with clipping(source.model, clipped), torch.enable_grad():
                     stream = catch(source, source.family.layers, batch, device)
-                losses.append(_descend(source, stream, label, aims, ranges, device, recipe, backward))
+                losses.append(_descend(source, stream, label, aims, ranges, device, hyper))
                 adam.step()
                 for factor in factors:
                     factor.data.clamp_(min=LEAST)
@@ -177,21 +160,21 @@ def _full(source, pairs, device, ends) -> Iterator[list[torch.Tensor]]:
         yield found
 
 
-def _descend(source, stream, label, aims, ranges, device, recipe, backward) -> Loss:
+def _descend(source, stream, label, aims, ranges, device, hyper) -> Loss:
     """The loss of one batch; its gradients go to the factors."""
     entered, left = aims
     hidden = stream.hidden
     cut = replace(stream, hidden=hidden.detach(), terms={k: term.detach() for k, term in stream.terms.items()})
-    reg, (gradient,) = backward(source, [cut], [label], device)
-    steered = steer(source, cut, left, ranges, recipe.bits, device)
-    gradient = gradient + recipe.entropy * steered.entropy_gradient
-    gradient = gradient + recipe.error * recipe.eta * steered.error_gradient
+    reg, (gradient,) = answer_loss.backward(source, [cut], [label], device)
+    effect = effect_of(source, cut, left, ranges, hyper.bits, device)
+    gradient = gradient + hyper.entropy * effect.entropy_gradient
+    gradient = gradient + hyper.error * hyper.eta * effect.error_gradient
     with torch.enable_grad():
         encoder = (hidden - entered).norm() / entered.norm()
-        (recipe.error * encoder + (hidden * gradient).sum()).backward()
-    value, error = encoder.item(), steered.error
-    total = reg + recipe.entropy * steered.entropy + recipe.error * (value + recipe.eta * error)
-    return Loss(total, reg, steered.entropy, value, error)
+        (hyper.error * encoder + (hidden * gradient).sum()).backward()
+    value, error = encoder.item(), effect.error
+    total = reg + hyper.entropy * effect.entropy + hyper.error * (value + hyper.eta * error)
+    return Loss(total, reg, effect.entropy, value, error)
 
 
 def _mean(losses: list[Loss]) -> Loss:

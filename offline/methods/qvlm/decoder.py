@@ -1,7 +1,7 @@
-"""What an error in the vision encoder does in the decoder: two terms of Q-VLM's objective and their gradients.
+"""Measures what an error of the vision encoder does in the decoder: two terms of Q-VLM's objective, with gradients.
 
-For a batch that enters the full-precision decoder behind a rounded encoder, hidden states x^0 (the decoder's input) to
-x^n (behind its last layer), and the same states x_r behind the full-precision encoder (2410.08119, equations 8 and 9):
+A batch enters the full-precision decoder after a rounded encoder, with hidden states x^0 (the decoder's input) to x^n
+(after its last layer); x_r are the same states after the full-precision encoder (2410.08119, equations 8 and 9):
 
     E = || x^n - x_r^n || / || x_r^n ||                                         the second half of L_err
     L_ent = sum_k j_k H(x^(k+1) | x^k),   j_k = || dE / dx^k || / sum_l || dE / dx^l ||
@@ -22,8 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vlmq_vllm.offline.methods.qvlm.entropy import channel_ranges, conditional_entropy, joint, sampled
-from vlmq_vllm.offline.methods.qvlm.fake import Range
+from vlmq_vllm.offline.methods.qvlm.entropy import Range, channel_ranges, conditional_entropy, joint_table, sampled
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 
@@ -31,7 +30,7 @@ BATCH_ELEMENTS = 1 << 18  # of each layer and batch that the entropy looks at
 
 
 @dataclass(frozen=True)
-class Steered:
+class Effect:
     """E and L_ent of a batch, and their gradients at the decoder's input, like `stream.hidden`."""
 
     error: float
@@ -64,9 +63,9 @@ def ranges_of(batches: Iterable[list[torch.Tensor]]) -> list[Range]:
     return found
 
 
-def steer(
+def effect_of(
     source: Source, stream: Stream, target: torch.Tensor, ranges: list[Range], bits: int, device: torch.device
-) -> Steered:
+) -> Effect:
     """The two terms for a stream in front of the decoder. target: x_r^n; ranges: of x_r^0 to x_r^n."""
     found = states(source, stream, device)
     end = found[-1].requires_grad_()
@@ -78,7 +77,7 @@ def steer(
     shares = norms / norms.sum().clamp_min(torch.finfo(norms.dtype).tiny)
     entropy, own = _entropies(found, ranges, bits, shares)
     by_entropy = _back(source, stream, found, own, device)
-    return Steered(error.item(), entropy, by_error[0], by_entropy[0])
+    return Effect(error.item(), entropy, by_error[0], by_entropy[0])
 
 
 def _entropies(
@@ -90,7 +89,7 @@ def _entropies(
         pair = [x.detach().requires_grad_() for x in found[k : k + 2]]
         with torch.enable_grad():
             seen = (sampled([x], BATCH_ELEMENTS)[0] for x in pair)
-            table = joint(*seen, ranges[k], ranges[k + 1], 1 << bits)
+            table = joint_table(*seen, ranges[k], ranges[k + 1], 1 << bits)
             value = share * conditional_entropy(table)
         for place, gradient in zip((k, k + 1), torch.autograd.grad(value, pair), strict=True):
             gradients[place] += gradient

@@ -1,4 +1,4 @@
-"""The entropy of a layer's activations given those of the layer before (Q-VLM, 2410.08119, equations 4 to 6).
+"""Computes the entropy of a layer's activations given those of the layer before (Q-VLM, 2410.08119, equations 4 to 6).
 
 X^(k) [N, C] is what layer k reads. Every element x is assigned softly to the M = 2^bits points q_m of its grid (eq. 5),
 
@@ -12,7 +12,7 @@ What the paper leaves open, and one contradiction:
 
 * the paper calls D the dependency between the layers, but a conditional entropy is the opposite: 0 where x^(k+1)
   follows from x^(k), and large, up to log M, where knowing x^(k) tells nothing. D is as printed, and so is the rule
-  that joins layers whose D is large (`partition.py`); only the name is not taken over;
+  that joins layers whose D is large (`blocks.py`); only the name is not taken over;
 * the unit of x: here one grid step, so that Delta is 1; in any other unit the softness would depend on the scale;
 * the grid: M points over the range of the element's channel, as its language model's activations are quantised;
 * the joint distribution: given the values, the two assignments are independent; all channels share one table;
@@ -27,8 +27,8 @@ from collections.abc import Sequence
 import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.qvlm.fake import Range
 
+Range = tuple[torch.Tensor, torch.Tensor]  # least and greatest values
 ELEMENTS = 1 << 20  # of each layer that are looked at, on each process
 CHUNK = 1 << 22  # of soft assignments at once
 GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, however many are taken
@@ -48,14 +48,16 @@ def soft_codes(x: torch.Tensor, bounds: Range, levels: int) -> torch.Tensor:
     return torch.softmax(-distance.square(), -1)
 
 
-def joint(ahead: torch.Tensor, behind: torch.Tensor, bounds: Range, bounds_behind: Range, levels: int) -> torch.Tensor:
+def joint_table(
+    before: torch.Tensor, after: torch.Tensor, bounds: Range, bounds_after: Range, levels: int
+) -> torch.Tensor:
     """Sum over the elements of x^(k) and x^(k+1) [N, C] of the outer products of their assignments, [M, M];
     differentiable."""
-    size = max(1, CHUNK // (ahead.shape[-1] * levels))
-    total = ahead.new_zeros(levels, levels)
-    for a, b in zip(ahead.split(size), behind.split(size), strict=True):
+    size = max(1, CHUNK // (before.shape[-1] * levels))
+    total = before.new_zeros(levels, levels)
+    for a, b in zip(before.split(size), after.split(size), strict=True):
         first = soft_codes(a, bounds, levels).flatten(0, -2)
-        total = total + first.T @ soft_codes(b, bounds_behind, levels).flatten(0, -2)
+        total = total + first.T @ soft_codes(b, bounds_after, levels).flatten(0, -2)
     return total
 
 
@@ -87,8 +89,8 @@ def _places(tokens: int, stride: int) -> torch.Tensor:
 
 @torch.no_grad()
 def neighbour_entropy(
-    ahead: Sequence[torch.Tensor],
-    behind: Sequence[torch.Tensor],
+    before: Sequence[torch.Tensor],
+    after: Sequence[torch.Tensor],
     bits: int,
     ranks: Ranks,
     device: torch.device,
@@ -99,8 +101,8 @@ def neighbour_entropy(
     Only the tables of the processes are exchanged; each takes the ranges of its own batches.
     """
     table = torch.zeros(1 << bits, 1 << bits, dtype=torch.float64, device=device)
-    if ahead:
-        bounds = channel_ranges(ahead), channel_ranges(behind)
-        for a, b in zip(sampled(ahead, elements), sampled(behind, elements), strict=True):
-            table += joint(a, b, *bounds, 1 << bits).double()
+    if before:
+        bounds = channel_ranges(before), channel_ranges(after)
+        for a, b in zip(sampled(before, elements), sampled(after, elements), strict=True):
+            table += joint_table(a, b, *bounds, 1 << bits).double()
     return float(conditional_entropy(ranks.add(table)))

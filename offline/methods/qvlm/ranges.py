@@ -1,4 +1,4 @@
-"""A weight's clipping ranges and a factor on them: the rounding functions that Q-VLM chooses, as served weights.
+"""Rounds a weight on clipping ranges that a factor widens or narrows: what Q-VLM searches and learns for weights.
 
 The ranges that the search starts from minimise an L_p distance, as the paper's do (2410.08119, section 4.1; p is not
 given there, `methods/grid.py` has 2.4). A factor multiplies the range of every group, which multiplies the scale and

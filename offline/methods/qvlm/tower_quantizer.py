@@ -1,4 +1,4 @@
-"""The vision tower's walk with Q-VLM: its weights' clipping bounds are learnt together (`bounds.py`), then written.
+"""Quantises the vision tower with Q-VLM: learns the clipping bounds of all its weights together (`bounds.py`).
 
 All blocks are learnt at once from the full-precision model, before the first is written, and the learning is
 deterministic: a run that goes on where it was stopped learns the same bounds again.
@@ -12,7 +12,15 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
-from vlmq_vllm.offline.methods.qvlm.bounds import DEFAULT, UNTAUGHT, Clipped, Recipe, clip_groups, teaches, tune
+from vlmq_vllm.offline.methods.qvlm.bounds import (
+    DEFAULT,
+    UNTAUGHT,
+    Clipped,
+    Hyperparameters,
+    clip_groups,
+    learn_bounds,
+    teaches,
+)
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges, find_ranges
 from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
@@ -22,7 +30,7 @@ from vlmq_vllm.offline.run.layer_quantizer import Row
 class TowerWalk:
     """A tower whose blocks have the in-memory names `names`; `losses` are those of each epoch.
 
-    format_of: as in BlockWalk. batches, labels: as in `vision.tune`; of several processes the first that has pictures
+    format_of: as in BlockWalk. batches, labels: as in `learn_bounds`; of several processes the first that has pictures
     learns, from its own share, and the others take over what it found.
     """
 
@@ -36,7 +44,7 @@ class TowerWalk:
         batches: list[dict],
         labels: list[torch.Tensor],
         grid: GridSearch = MSE,
-        recipe: Recipe = DEFAULT,
+        hyper: Hyperparameters = DEFAULT,
     ) -> None:
         self.source, self.device = source, device
         self.ranges: dict[str, Ranges] = {}
@@ -53,7 +61,7 @@ class TowerWalk:
         learner = ranks.first(ranks.rank if able else None)
         if learner is None:
             raise QuantizeError(UNTAUGHT)
-        self.losses = tune(source, batches, labels, clipped, device, recipe) if ranks.rank == learner else []
+        self.losses = learn_bounds(source, batches, labels, clipped, device, hyper) if ranks.rank == learner else []
         self.factors = {name: own.factors[0].detach() for name, own in clipped.items()}
         for factor in self.factors.values():
             ranks.broadcast(factor, learner)

@@ -1,8 +1,8 @@
 """Memory of Q-VLM: blocks of decoder layers that are searched together, and the tower's bounds that are learnt."""
 
 from vlmq_vllm.offline.methods.qvlm.block_quantizer import ENTROPY_BITS
+from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH
 from vlmq_vllm.offline.methods.qvlm.entropy import CHUNK
-from vlmq_vllm.offline.methods.qvlm.partition import DEPTH
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.plan.memory.front import front
 from vlmq_vllm.offline.plan.memory.load import FLOAT, Load
@@ -10,9 +10,9 @@ from vlmq_vllm.offline.plan.memory.phase import Layer, Phase
 from vlmq_vllm.offline.plan.memory.solving import ROUNDING
 from vlmq_vllm.offline.plan.memory.streams import Streams
 
-ASSIGNED = 5  # tensors of soft assignments at once, counted in `entropy.joint`
-ROUNDED = 4  # tensors of a weight's size in the graph of `vision.clip_groups`
-STEERED = 4  # hidden states and gradients at every layer of a batch in `decoder.steer`
+ASSIGNED = 5  # tensors of soft assignments at once, counted in `entropy.joint_table`
+ROUNDED = 4  # tensors of a weight's size in the graph of `bounds.clip_groups`
+STEERED = 4  # hidden states and gradients at every layer of a batch in `decoder.effect_of`
 
 
 def searching_blocks(source: Source, layer: Layer, load: Load, streams: Streams) -> list[Phase]:

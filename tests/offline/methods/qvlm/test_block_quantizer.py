@@ -62,8 +62,8 @@ def served(tensors: dict[str, torch.Tensor], format=FORMAT):
 
 
 @torch.no_grad()
-def error_behind(walk: BlockWalk, streams, tensors, last: int) -> float:
-    """Mean squared error behind layer `last` with the written weights, run anew from the streams."""
+def error_after(walk: BlockWalk, streams, tensors, last: int) -> float:
+    """Mean squared error after layer `last` with the written weights, run anew from the streams."""
     source, read = walk.source, served(tensors)
     quantized, full = [[replace(stream) for stream in streams] for _ in range(2)]
     for k in range(last + 1):
@@ -87,8 +87,8 @@ def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_wri
     choice = walk.choices[0]
     assert choice.error < choice.greedy_error and choice.joint != choice.greedy
     # the same sums in the same order on the same weights, but for the place where they are rounded
-    assert error_behind(walk, streams, tensors, 2) == pytest.approx(choice.error, rel=1e-6)
-    assert error_behind(walk, streams, tensors, 3) == pytest.approx(walk.choices[3].error, rel=1e-6)
+    assert error_after(walk, streams, tensors, 2) == pytest.approx(choice.error, rel=1e-6)
+    assert error_after(walk, streams, tensors, 3) == pytest.approx(walk.choices[3].error, rel=1e-6)
 
 
 def test_blocks_of_one_layer_are_greedy(begin):
@@ -107,7 +107,7 @@ def test_blocks_of_one_layer_are_greedy(begin):
 
 @pytest.mark.parametrize("written", [1, 2, 3])
 def test_a_walk_that_goes_on_writes_the_same(begin, written):
-    """Behind one and two layers of the first block, and behind the whole of it."""
+    """After one and two layers of the first block, and after the whole of it."""
     expected = walked(begin())
     walk = begin()
     done = {name: t for found in expected[:written] for name, t in found.items()}

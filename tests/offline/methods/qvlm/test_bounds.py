@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks.qvlm_fake.clipped_inputs import clip_rows
+from benchmarks.qvlm_fake.fake import fake, row_ranges
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.data.batches import batched
@@ -13,12 +15,12 @@ from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
-from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Recipe, clip_groups, clip_rows, clipping, tune
-from vlmq_vllm.offline.methods.qvlm.decoder import ranges_of, states, steer
-from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint
-from vlmq_vllm.offline.methods.qvlm.fake import fake, row_ranges
+from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Hyperparameters, clip_groups, clipping, learn_bounds
+from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
+from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint_table
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
 from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerWalk
+from vlmq_vllm.offline.methods.saliency import answer_loss
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
@@ -54,7 +56,7 @@ def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
     full = states(source, stream, CPU)
     ranges = ranges_of([full])
     moved = replace(stream, hidden=stream.hidden + 0.05 * torch.randn_like(stream.hidden))
-    found = steer(source, moved, full[-1], ranges, 4, CPU)
+    found = effect_of(source, moved, full[-1], ranges, 4, CPU)
 
     layers = [source.materialise(f"{source.family.layers}.{i}", CPU) for i in range(4)]
     places = [moved.hidden.clone().requires_grad_()]
@@ -64,7 +66,7 @@ def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
     by_error = torch.autograd.grad(error, places[:-1], retain_graph=True)
     norms = torch.stack([gradient.norm() for gradient in by_error])
     entropy = sum(
-        share * conditional_entropy(joint(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
+        share * conditional_entropy(joint_table(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
         for k, share in enumerate(norms / norms.sum())
     )
     (by_entropy,) = torch.autograd.grad(entropy, places[0])
@@ -147,7 +149,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_whole_objective(source, data):
     norms = torch.stack([gradient.norm() for gradient in by_error])
     ranges = ranges_of([full])
     entropy = sum(
-        share * conditional_entropy(joint(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
+        share * conditional_entropy(joint_table(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
         for k, share in enumerate(norms / norms.sum())
     )
     answer = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), label[:, 1:].flatten(), ignore_index=-100)
@@ -157,7 +159,9 @@ def test_the_gradient_of_a_batch_is_that_of_the_whole_objective(source, data):
     for own in parts.values():  # each is far more than the tolerance below
         assert norm(own) > 0.1 * norm(expected)
 
-    (loss,) = tune(source, [batch], [label], clipped, CPU, Recipe(entropy=3.0, error=0.7, eta=1.9, epochs=1))
+    (loss,) = learn_bounds(
+        source, [batch], [label], clipped, CPU, Hyperparameters(entropy=3.0, error=0.7, eta=1.9, epochs=1)
+    )
     found = [loss.total, loss.answer, loss.entropy, loss.encoder, loss.decoder]
     wanted = [value.item() for value in (sum(terms.values()), answer, entropy, encoder, decoder)]
     assert found == pytest.approx(wanted, rel=1e-4)
@@ -174,7 +178,7 @@ def test_learning_lowers_the_loss_and_its_terms(source, data, monkeypatch):
         return materialise(name, *args, **options)
 
     monkeypatch.setattr(source, "materialise", counted)
-    losses = tune(source, *data, clipped, CPU, Recipe(epochs=4, rate=0.01))
+    losses = learn_bounds(source, *data, clipped, CPU, Hyperparameters(epochs=4, rate=0.01))
     # what the docstring says of the cost
     assert all(read.count(f"{source.family.layers}.{i}") == (5 * 4 + 1) * len(data[0]) for i in range(4))
     assert len(losses) == 4 and losses[-1].total < 0.95 * losses[0].total
@@ -182,7 +186,7 @@ def test_learning_lowers_the_loss_and_its_terms(source, data, monkeypatch):
     assert all((own.factors[0] - 1).abs().max().item() > 0.01 for own in clipped.values())
 
 
-def test_the_answers_gradient_is_what_the_given_function_says(source, data):
+def test_the_answers_gradient_is_what_the_given_function_says(source, data, monkeypatch):
     """With nothing but L_reg, a gradient of zero moves nothing; the streams handed over are those in front of the
     decoder, and cut off from the encoder."""
     weight = source.parameter(f"{names(source)[0]}.mlp.fc1.weight").float()
@@ -192,9 +196,10 @@ def test_the_answers_gradient_is_what_the_given_function_says(source, data):
         seen.append((streams[0].hidden.shape[:2], labels[0].shape, streams[0].hidden.requires_grad))
         return 0.25, [torch.zeros_like(streams[0].hidden)]
 
+    monkeypatch.setattr(answer_loss, "backward", backward)
     own = clip_groups(weight, find_ranges(weight, FORMAT, torch.bfloat16))
-    recipe = Recipe(entropy=0.0, error=0.0, epochs=2)
-    losses = tune(source, *data, {f"{names(source)[0]}.mlp.fc1": own}, CPU, recipe, backward)
+    hyper = Hyperparameters(entropy=0.0, error=0.0, epochs=2)
+    losses = learn_bounds(source, *data, {f"{names(source)[0]}.mlp.fc1": own}, CPU, hyper)
     assert torch.equal(own.factors[0], torch.ones_like(own.factors[0]))
     assert [loss.total for loss in losses] == [0.25, 0.25]
     assert seen == 2 * [(label.shape, label.shape, False) for label in data[1]]
@@ -208,7 +213,7 @@ def test_bounds_of_weights_and_tokens_learn_together(source, data):
             clipped[f"{name}.{linear}"] = own = clip_rows(weight.detach(), row_ranges(weight, 16), 4, 1.0)
             torch.testing.assert_close(own.weight(), fake(weight, *row_ranges(weight, 16), 16))
         source.release(name)
-    losses = tune(source, *data, clipped, CPU, Recipe(epochs=3, rate=0.01))
+    losses = learn_bounds(source, *data, clipped, CPU, Hyperparameters(epochs=3, rate=0.01))
     assert losses[-1].total < losses[0].total
     assert all((factor != 1).all() for own in clipped.values() for factor in own.factors[1:])
 
@@ -220,14 +225,21 @@ def test_a_batch_without_a_picture_teaches_nothing(source, data):
     silent = [torch.full_like(label, -100) for label in labels]
     for untaught in (([blank], [torch.zeros(1, 3)]), (batches, silent)):
         with pytest.raises(QuantizeError, match="both a picture and an answer"):
-            tune(source, *untaught, {}, CPU)
+            learn_bounds(source, *untaught, {}, CPU)
     own = {"a": Clipped([torch.ones(1).requires_grad_()], torch.empty)}
-    assert tune(source, [blank, batches[0]], [torch.zeros(1, 3), labels[0]], own, CPU, Recipe(epochs=0)) == []
+    assert (
+        learn_bounds(source, [blank, batches[0]], [torch.zeros(1, 3), labels[0]], own, CPU, Hyperparameters(epochs=0))
+        == []
+    )
 
 
 def test_a_towers_walk_writes_what_was_learnt(source, data):
-    walk = TowerWalk(source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, recipe=Recipe(epochs=1))
-    again = TowerWalk(source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, recipe=Recipe(epochs=1))
+    walk = TowerWalk(
+        source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
+    )
+    again = TowerWalk(
+        source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
+    )
     for index, name in enumerate(names(source)):
         tensors, rows = walk.layer(name, index)
         other, _ = again.layer(name, index)

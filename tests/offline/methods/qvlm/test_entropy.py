@@ -6,15 +6,15 @@ import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.qvlm.blocks import find_blocks
 from vlmq_vllm.offline.methods.qvlm.entropy import (
     channel_ranges,
     conditional_entropy,
-    joint,
+    joint_table,
     neighbour_entropy,
     sampled,
     soft_codes,
 )
-from vlmq_vllm.offline.methods.qvlm.partition import find_blocks
 
 CPU = torch.device("cpu")
 
@@ -26,13 +26,13 @@ def assigned(value: float, low: float, high: float, levels: int) -> np.ndarray:
     return weights / weights.sum()
 
 
-def reference(ahead: np.ndarray, behind: np.ndarray, levels: int) -> float:
+def reference(before: np.ndarray, after: np.ndarray, levels: int) -> float:
     """Equation 4, element by element."""
     table = np.zeros((levels, levels))
-    for n in range(len(ahead)):
-        for c in range(ahead.shape[1]):
-            first = assigned(ahead[n, c], ahead[:, c].min(), ahead[:, c].max(), levels)
-            second = assigned(behind[n, c], behind[:, c].min(), behind[:, c].max(), levels)
+    for n in range(len(before)):
+        for c in range(before.shape[1]):
+            first = assigned(before[n, c], before[:, c].min(), before[:, c].max(), levels)
+            second = assigned(after[n, c], after[:, c].min(), after[:, c].max(), levels)
             table += np.outer(first, second)
     table /= table.sum()
     return -(table * np.log(table / table.sum(1, keepdims=True))).sum()
@@ -41,25 +41,25 @@ def reference(ahead: np.ndarray, behind: np.ndarray, levels: int) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 1), (7, 3), (33, 5)])
 def test_entropy_is_that_of_loops_in_numpy(bits, tokens, channels):
-    ahead = torch.randn(tokens + 1, channels)
-    behind = ahead.roll(1, 0) * 3 + torch.randn(tokens + 1, channels)
-    expected = reference(ahead.double().numpy(), behind.double().numpy(), 1 << bits)
-    found = neighbour_entropy([ahead], [behind], bits, Ranks(CPU), CPU)
+    before = torch.randn(tokens + 1, channels)
+    after = before.roll(1, 0) * 3 + torch.randn(tokens + 1, channels)
+    expected = reference(before.double().numpy(), after.double().numpy(), 1 << bits)
+    found = neighbour_entropy([before], [after], bits, Ranks(CPU), CPU)
     assert found == pytest.approx(expected, abs=1e-5)  # float32 against float64; entropies are of order 1
 
 
 def test_batches_of_any_cut_give_the_same_table():
-    ahead, behind = torch.randn(2, 12, 5).unbind(0)
-    whole = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU)
+    before, after = torch.randn(2, 12, 5).unbind(0)
+    whole = neighbour_entropy([before], [after], 4, Ranks(CPU), CPU)
     parts = [3, 1, 8]
-    shaped = [[part[None] for part in x.split(parts)] for x in (ahead, behind)]
+    shaped = [[part[None] for part in x.split(parts)] for x in (before, after)]
     assert neighbour_entropy(*shaped, 4, Ranks(CPU), CPU) == pytest.approx(whole, abs=1e-6)
 
 
 def test_entropy_does_not_depend_on_scale_and_offset():
-    ahead, behind = torch.randn(2, 40, 3).unbind(0)
-    one = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU)
-    other = neighbour_entropy([ahead * 1000 + 5], [behind * 0.01 - 3], 4, Ranks(CPU), CPU)
+    before, after = torch.randn(2, 40, 3).unbind(0)
+    one = neighbour_entropy([before], [after], 4, Ranks(CPU), CPU)
+    other = neighbour_entropy([before * 1000 + 5], [after * 0.01 - 3], 4, Ranks(CPU), CPU)
     assert other == pytest.approx(one, abs=1e-3)  # the offsets cost float32 two to three digits
 
 
@@ -87,14 +87,14 @@ def test_conditional_entropy_of_tables_with_a_known_one():
 @pytest.mark.parametrize("sizes", [[20] * 100, [1, 33, 20, 7, 19] * 25])
 def test_a_subsample_of_many_short_batches_is_that_of_all_their_tokens_at_once(sizes, elements):
     """Batches are one sample each, and shorter than the stride, of which the first token is the same everywhere."""
-    ahead = torch.randn(sum(sizes), 4)
-    behind = ahead.roll(1, 1) + 0.3 * torch.randn(sum(sizes), 4)
+    before = torch.randn(sum(sizes), 4)
+    after = before.roll(1, 1) + 0.3 * torch.randn(sum(sizes), 4)
     firsts = [sum(sizes[:i]) for i in range(len(sizes))]
-    ahead[firsts], behind[firsts] = torch.tensor([9.0, -9.0, 9.0, -9.0]), torch.tensor([-9.0, 9.0, 9.0, -9.0])
-    whole = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU, elements)
-    batches = [[part[None] for part in x.split(sizes)] for x in (ahead, behind)]
+    before[firsts], after[firsts] = torch.tensor([9.0, -9.0, 9.0, -9.0]), torch.tensor([-9.0, 9.0, 9.0, -9.0])
+    whole = neighbour_entropy([before], [after], 4, Ranks(CPU), CPU, elements)
+    batches = [[part[None] for part in x.split(sizes)] for x in (before, after)]
     assert neighbour_entropy(*batches, 4, Ranks(CPU), CPU, elements) == pytest.approx(whole, abs=1e-6)
-    full = neighbour_entropy([ahead], [behind], 4, Ranks(CPU), CPU)
+    full = neighbour_entropy([before], [after], 4, Ranks(CPU), CPU)
     # of 250 tokens a table of 16 x 16 is known to a few percent; first tokens alone have an entropy of about 0
     assert full > 0.5 and whole == pytest.approx(full, rel=0.1)
 
@@ -133,7 +133,7 @@ def test_the_table_is_differentiable_in_both():
     a, b = torch.randn(2, 6, 3, dtype=torch.float64).unbind(0)
     ranges = channel_ranges([a]), channel_ranges([b])
     assert torch.autograd.gradcheck(
-        lambda a, b: conditional_entropy(joint(a, b, *ranges, 4)), (a.requires_grad_(), b.requires_grad_())
+        lambda a, b: conditional_entropy(joint_table(a, b, *ranges, 4)), (a.requires_grad_(), b.requires_grad_())
     )
 
 

@@ -13,7 +13,7 @@ from vlmq_vllm.offline.methods.qvlm.search import search
 
 
 def multiplied(factors: list[list[float]]):
-    """Layers that multiply a number; what is wanted behind each is 1. (step, error) as search asks for them."""
+    """Layers that multiply a number; what is wanted after each is 1. (step, error) as search asks for them."""
     return (lambda k, c, state: state * factors[k][c]), (lambda k, state: (state - 1) ** 2)
 
 
