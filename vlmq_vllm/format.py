@@ -59,14 +59,17 @@ class WeightFormat:
         """The zero point of a symmetric weight, 2^(bits - 1)."""
         return 1 << (self.bits - 1)
 
+    def width(self, columns: int) -> int:
+        """Columns that share a scale in a row of `columns`: `group_size`, which may be more, or all of them for -1."""
+        return columns if self.group_size == -1 else self.group_size
+
     def groups(self, columns: int) -> int:
         """Number of groups in a row of `columns`."""
-        return 1 if self.group_size == -1 else -(-columns // self.group_size)
+        return -(-columns // self.width(columns))
 
     def group_of(self, columns: int, device: torch.device | str | None = None) -> torch.Tensor:
         """Group of each column, [columns] int64."""
-        width = columns if self.group_size == -1 else self.group_size
-        return torch.arange(columns, device=device) // width
+        return torch.arange(columns, device=device) // self.width(columns)
 
     def part(self, total: int, columns: int) -> "WeightFormat | None":
         """The format of a part when rows of `total` columns are cut after every `columns`; None when they cannot be.

@@ -4,6 +4,7 @@ Nothing here reads more weights than is asked for, or needs vLLM. A broken file 
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from vlmq_vllm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # of a value, by dtype; others have 1
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class TensorInfo:
     file: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in its file."""
+        return math.prod(self.shape) * BYTES.get(self.dtype, 1)
 
 
 def read_config(folder: Path) -> dict:

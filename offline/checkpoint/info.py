@@ -15,7 +15,6 @@ from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, WeightFormat
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.checkpoint.writer import REPORT
-from vlmq_vllm.offline.model.targets import BYTES
 
 COMPONENTS = {"connector": r"merger|projector|connector", "vision": r"visual\.|vision", "lm_head": r"lm_head"}
 
@@ -68,7 +67,7 @@ def info(folder: Path) -> Info:
     packed = sum(_stored_bits(name, headers) for name in modules)
     kept = {name: tensor for name, tensor in headers.items() if name.rpartition(".")[2] not in PARTS}
     parameters = quantized + sum(math.prod(tensor.shape) for tensor in kept.values())
-    total = packed + sum(8 * _bytes(tensor) for tensor in kept.values())
+    total = packed + sum(8 * tensor.nbytes for tensor in kept.values())
     return Info(
         folder=folder,
         model_type=config.get("model_type"),
@@ -107,11 +106,7 @@ def _kinds(modules: dict[str, ModuleInfo], headers: dict[str, TensorInfo]) -> li
 def _stored_bits(module: str, headers: dict[str, TensorInfo]) -> int:
     """Bits of a quantised module's codes, scales and zero points."""
     parts = (headers.get(f"{module}.{part}") for part in PARTS if part != "weight_shape")
-    return sum(8 * _bytes(tensor) for tensor in parts if tensor)
-
-
-def _bytes(tensor: TensorInfo) -> int:
-    return math.prod(tensor.shape) * BYTES.get(tensor.dtype, 1)
+    return sum(8 * tensor.nbytes for tensor in parts if tensor)
 
 
 def _samples(path: Path) -> int | None:

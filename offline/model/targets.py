@@ -21,7 +21,6 @@ from vlmq_vllm.unserved import why_unserved
 
 SHARD = 512 << 20  # bytes of unquantised tensors per file, more only for a tensor that is larger itself
 ORDER = ("vision", "connector", "language")  # in which components are quantised
-BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
 
 
 @dataclass(frozen=True)
@@ -136,8 +135,7 @@ def _taken(source: Source, targets: list[Target]) -> set[str]:
 
 def stored_bytes(source: Source, name: str) -> int:
     """Size of a tensor in the source's files."""
-    info = source.headers[name]
-    return math.prod(info.shape) * BYTES.get(info.dtype, 1)
+    return source.headers[name].nbytes
 
 
 def _blocks_used(config: dict, count: int) -> int:

@@ -87,6 +87,16 @@ def test_codes_that_are_too_wide_are_not_packed():
                 QuantizedWeight(WeightFormat(bits, -1, True), codes + 1, scale, None).tensors()
 
 
+@pytest.mark.parametrize(
+    ("group_size", "columns", "width", "groups"),
+    [(32, 96, 32, 3), (32, 100, 32, 4), (128, 96, 128, 1), (-1, 96, 96, 1), (-1, 77, 77, 1)],
+)
+def test_columns_that_share_a_scale(group_size, columns, width, groups):
+    format = WeightFormat(4, group_size, True)
+    assert (format.width(columns), format.groups(columns)) == (width, groups)
+    assert format.group_of(columns).tolist() == [i // width for i in range(columns)]
+
+
 def test_bits_per_weight_counts_scales_and_zero_points():
     assert WeightFormat(3, 128, True).bits_per_weight(4096, 4096) == 3 + 16 / 128
     assert WeightFormat(2, 64, False).bits_per_weight(4096, 4096) == 2 + (16 + 2) / 64

@@ -56,7 +56,7 @@ def isa(dtype: torch.dtype) -> str:
 def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
     """The tensors above for weights [N_i, K] that lie below each other."""
     columns = weights[0].codes.shape[1]
-    group = _common_group([weight.format.group_size for weight in weights], columns)
+    group = _common_group([weight.format.width(columns) for weight in weights], columns)
     padded = -(-columns // math.lcm(group, STEP)) * math.lcm(group, STEP)
     first = torch.arange(padded // group).mul(group).clamp(max=columns - 1)  # a column of every group
     symmetric = all(weight.format.symmetric for weight in weights)
@@ -102,9 +102,9 @@ def _has_kernel() -> bool:
     return hasattr(torch.ops._C, "cpu_gemm_wna16")
 
 
-def _common_group(sizes: list[int], columns: int) -> int:
-    """The finest group; one per row (-1, or wider than it) is as wide as the row filled up to the kernel's step."""
-    grouped = [size for size in sizes if 0 < size < columns]
+def _common_group(widths: list[int], columns: int) -> int:
+    """The finest group; where all have one per row, it is as wide as the row filled up to the kernel's step."""
+    grouped = [width for width in widths if width < columns]
     return math.gcd(*grouped) if grouped else -(-columns // STEP) * STEP
 
 

@@ -107,7 +107,6 @@ class Segment:
             return slice(start, stop)
         if part == "weight_packed":
             return slice(start * self.stored.bits // WORD, -(-stop * self.stored.bits // WORD))
-        if self.stored.group_size == -1:
-            return slice(0, 1)
-        firsts = start + torch.arange(self.format.groups(stop - start)) * self.format.group_size
-        return firsts // self.stored.group_size
+        columns = stop - start
+        firsts = start + torch.arange(self.format.groups(columns)) * self.format.width(columns)
+        return firsts // self.stored.width(self.disk[1])
