@@ -1,15 +1,14 @@
-"""The calibration samples of a run as batches, with what is known of their tokens."""
+"""Draws the calibration samples of a run, as batches with what is known of their tokens."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from vlmq_vllm.offline.data.answer_labels import answer_labels
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
-from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.token_kinds import answer_labels, token_kinds, vision_ids
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.model.source import Source

@@ -1,4 +1,4 @@
-"""What a run says while it works: a bar on a terminal, plain lines everywhere else. Standard error only."""
+"""Says what a run does: a bar on a terminal, plain lines everywhere else. Standard error only."""
 
 import logging
 from collections import Counter
@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 
 if TYPE_CHECKING:
     from vlmq_vllm.offline.data.inputs import Intake
-    from vlmq_vllm.offline.run.layer_quantizer import Row
+    from vlmq_vllm.offline.methods.solution import Row
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Progress:
             if row.damp is not None and row.damp > damp:
                 log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
             if row.loss is not None and row.damp is None:
-                log.warning("%s was rounded to nearest: its second moments stayed singular under damping", row.module)
+                log.warning("%s was rounded to nearest: its Hessian stayed singular under damping", row.module)
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, soft_wrap=True)

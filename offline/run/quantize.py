@@ -1,7 +1,7 @@
-"""A quantisation run from beginning to end: prepare samples, walk through the stacks, write each unit, finish.
+"""Runs a quantisation from beginning to end: reads samples, quantises one unit after the other, writes each, finishes.
 
 A run that was stopped goes on where it was (`resume`): finished units are read back from their files, and the streams
-move behind them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
+move past them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from vlmq_vllm.offline.data.read import check_exists
 from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.solution import Row
+from vlmq_vllm.offline.model.capture import check_replay
 from vlmq_vllm.offline.model.source import Source, find
-from vlmq_vllm.offline.model.streams import check_replay
 from vlmq_vllm.offline.model.targets import ORDER, Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
-from vlmq_vllm.offline.run.begin import AnyWalk, Walks
-from vlmq_vllm.offline.run.layer_quantizer import Row
+from vlmq_vllm.offline.run.begin import Quantizer, Quantizers
 from vlmq_vllm.offline.run.resume import identity, reader, unit_reader
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -72,7 +72,7 @@ class _Run:
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
         if self.settings.row.calibrated:
             self.samples = read_samples(data, self.source, self.settings, self.ranks, self.progress)
-        self.walks = Walks(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
+        self.quantizers = Quantizers(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
         keys = [*(unit.key for unit in self.units), *self.rest]
         if self.ranks.rank > 0:
             self.ranks.wait()  # for the writer
@@ -102,36 +102,36 @@ class _Run:
         for component in ORDER:
             units = [unit for unit in self.units if unit.component == component]
             if not all(parts.done(unit.key) for unit in units):
-                for walk, unit in self._walks(component, units):
+                for quantizer, unit in self._quantizers(component, units):
                     last = component == "connector" or unit.module == units[-1].module
-                    self._unit(unit, walk, parts, writer, last)
-                    del walk  # its streams go before the next walk's are caught
+                    self._unit(unit, quantizer, parts, writer, last)
+                    del quantizer  # its streams go before the next one's are caught
 
     def _check_replay(self) -> None:
         if self.samples.probe is not None:
             check_replay(self.source, self.samples.probe, self.device)
 
-    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[AnyWalk, Unit]]:
-        """Each unit of a component with the walk that stands in front of it."""
+    def _quantizers(self, component: str, units: list[Unit]) -> Iterator[tuple[Quantizer, Unit]]:
+        """Each unit of a component with what quantises it, and its streams before it."""
         moved = component != "vision" and any(unit.component != "language" for unit in self.units)
         if component == "connector":  # not a stack: every one gets its inputs from the tower
             for unit in units:
-                yield self.walks.begin(component, unit.module, [unit], moved), replace(unit, index=0)
+                yield self.quantizers.begin(component, unit.module, [unit], moved), replace(unit, index=0)
             return
         stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}[component]
-        walk = self.walks.begin(component, stack, units, moved)
+        quantizer = self.quantizers.begin(component, stack, units, moved)
         if component == "language":
             self.samples.batches = []
         for unit in self.progress.track(units, f"quantising {component}"):
-            yield walk, unit
+            yield quantizer, unit
 
-    def _unit(self, unit: Unit, walk: AnyWalk, parts: Parts, writer: Writer | None, last: bool) -> None:
+    def _unit(self, unit: Unit, quantizer: Quantizer, parts: Parts, writer: Writer | None, last: bool) -> None:
         if parts.done(unit.key):
-            walk.replay(unit.module, unit.index)
+            quantizer.replay(unit.module, unit.index)
             return
         if self.ranks.any(self.stop()):
             raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
-        tensors, rows = walk.layer(unit.module, unit.index, last)
+        tensors, rows = quantizer.layer(unit.module, unit.index, last)
         if writer:
             kept = {name: self.source.read(name) for name in self.kept[unit.key]}
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])

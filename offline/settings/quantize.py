@@ -1,4 +1,4 @@
-"""Everything that decides the numbers of a quantisation run, checked before any work.
+"""The settings of `vlmq quantize`: all that decides the numbers of a run, checked before any work.
 
 Loads no torch, for `vlmq --help` reads the settings: the weight format, which does, is imported where it is made.
 """

@@ -1,4 +1,4 @@
-"""Recipes: YAML files of settings, and what the command line adds to them."""
+"""Reads recipes, which are YAML files of settings, and adds what the command line says."""
 
 from pathlib import Path
 from typing import Any, get_args

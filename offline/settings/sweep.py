@@ -1,4 +1,4 @@
-"""What a study may be asked for, checked before anything is read."""
+"""The settings of `vlmq sweep`, checked before anything is read."""
 
 from dataclasses import dataclass
 

@@ -16,8 +16,8 @@ STEERED = 4  # hidden states and gradients at every layer of a batch in `decoder
 
 
 def searching_blocks(source: Source, layer: Layer, load: Load, streams: Streams) -> list[Phase]:
-    """`BlockWalk`: entropies from one pass over full-precision streams, then the search of a block. The batches are
-    dropped between the two."""
+    """`BlockQuantizer`: entropies from one pass over full-precision streams, then the search of a block. The batches
+    are dropped between the two."""
     depth, states = min(DEPTH, len(source.layers())), streams.states
     pixels = {"pixels of batches": load.total * load.pixels}
     kept = {"what streams keep": streams.beside}
@@ -43,7 +43,7 @@ def searching_blocks(source: Source, layer: Layer, load: Load, streams: Streams)
 
 
 def learning_bounds(source: Source, layer: Layer, decoder: Layer, blocks: int, load: Load, exact: bool) -> list[Phase]:
-    """`TowerWalk`: the decoder's states of all batches, for their ranges, then gradients batch by batch.
+    """`TowerQuantizer`: the decoder's states of all batches, for their ranges, then gradients batch by batch.
 
     layer: of the tower, of which `blocks` are learnt at once. decoder: a layer of it.
     """
