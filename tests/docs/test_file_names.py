@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# A Python file, a file of another kind with its folder, or a folder: `format.py`, `tests/foreign/README.md`, `kernels/`.
+# A Python file, another file with its folder, or a folder: `format.py`, `tests/foreign/README.md`, `kernels/`.
 NAMED = re.compile(
     r"`([\w.][\w./-]*\.py"
     r"|[\w.-]+/[\w./-]*\.(?:md|txt|json|jsonl|toml|yml)"
