@@ -16,7 +16,7 @@ import typer
 from vlmq_vllm.offline.commands.app import app
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.methods import ALPHA, METHODS, TOKEN_WEIGHTS, defaults_of, unread
-from vlmq_vllm.offline.settings.option import Option, options_of
+from vlmq_vllm.offline.settings.option import options_of
 from vlmq_vllm.offline.settings.quantize import BITS, Settings
 from vlmq_vllm.offline.settings.sweep import StudySettings
 
@@ -55,9 +55,9 @@ def settings() -> str:
 
 {MADE}
 
-A recipe (`--recipe FILE.yaml`) holds the settings of `vlmq quantize` by their names. Options of the command line win over
-the recipe. The recipe of a run lies beside its weights, as `vlmq_recipe.yaml`. In Python settings are arguments of the
-classes below. An unknown key and a value that cannot be are refused.
+A recipe (`--recipe FILE.yaml`) holds the settings of `vlmq quantize` by their names. Options of the command line win
+over the recipe. The recipe of a run lies beside its weights, as `vlmq_recipe.yaml`. In Python settings are arguments of
+the classes below. An unknown key and a value that cannot be are refused.
 
 ## vlmq quantize, vlmq plan
 
