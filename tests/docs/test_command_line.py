@@ -6,6 +6,7 @@ import reference_pages
 import write_pages
 
 COMMANDS = dict(reference_pages.commands())
+PAGE = reference_pages.command_line()
 PARAMETERS = [(name, option) for name, command in COMMANDS.items() for option in reference_pages.parameters_of(command)]
 
 
@@ -21,13 +22,13 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_are_described(name):
-    assert COMMANDS[name].help and f"\n## {name}\n" in reference_pages.command_line()
+    assert COMMANDS[name].help and f"\n## {name}\n" in PAGE
 
 
 @pytest.mark.parametrize(("name", "option"), PARAMETERS, ids=lambda part: getattr(part, "name", part))
 def test_options_are_described(name, option):
     """In their help and in the page."""
-    section = reference_pages.command_line().split(f"\n## {name}\n")[1].split("\n## ")[0]
+    section = PAGE.split(f"\n## {name}\n")[1].split("\n## ")[0]
     shown = option.opts if option.param_type_name == "option" else [reference_pages.metavar(option)]
     assert len((option.help or "").split()) > 1, f"{name} {option.opts[0]} has no help"
     assert all(f"`{spelling}`" in section for spelling in shown)
