@@ -4,6 +4,8 @@ A run that was stopped goes on where it was (`resume`): finished units are read 
 move past them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ from vlmq_vllm.offline.model.targets import ORDER, Unit, expected_bytes, find_ke
 from vlmq_vllm.offline.run.begin import Quantizer, Quantizers
 from vlmq_vllm.offline.run.resume import identity, reader, unit_reader
 from vlmq_vllm.offline.settings.quantize import Settings
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -136,7 +140,8 @@ class _Run:
             kept = {name: self.source.read(name) for name in self.kept[unit.key]}
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
-        self.progress.layer(unit.module, rows, self.settings.damp)
+        self.progress.say(_told(unit.module, rows))
+        _warn(rows, self.settings.damp)
 
     def _header(self) -> dict:
         """The quantization_config of config.json."""
@@ -144,3 +149,21 @@ class _Run:
         overrides = {target.module: target.format for target in self.targets if target.format != default}
         tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
         return QuantizationSpec(default, overrides, self.settings.activation_bits).to_dict(tool)
+
+
+def _told(name: str, rows: list[Row]) -> str:
+    """One finished layer."""
+    losses = [row.loss for row in rows if row.loss is not None]
+    summed = f", loss {sum(losses):.3g}" if losses else ""
+    tokens = Counter(row.tokens for row in rows if row.tokens != "equal")
+    noted = "".join(f", {count} with {what}" for what, count in tokens.items())
+    return f"{name}: {len(rows)} linears{summed}{noted}"
+
+
+def _warn(rows: list[Row], damp: float) -> None:
+    """Name, on every console, linears that needed more than `damp` or were not solved."""
+    for row in rows:
+        if row.damp is not None and row.damp > damp:
+            log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
+        if row.loss is not None and row.damp is None:
+            log.warning("%s was rounded to nearest: its Hessian stayed singular under damping", row.module)
