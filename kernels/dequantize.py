@@ -1,9 +1,9 @@
-"""x W^T + bias where tokens are many: the weight is widened piece by piece and multiplied by cuBLAS.
+"""Multiplies many tokens: dequantises the weight piece by piece and multiplies each piece by cuBLAS.
 
 Above some hundreds of tokens a product is bound by arithmetic, and a library's kernel is worth the writing and reading
-of the widened weight, all the more when a piece stays in the second-level cache between the two. A piece has as many
-rows as give every multiprocessor work, or more. Each weight is rounded once to x's dtype, as in an unquantised model.
-The transpose W^T is written, as the words lie: rows of the weight side by side.
+of the dequantised weight, all the more when a piece stays in the second-level cache between the two. A piece has as
+many rows as give every multiprocessor work, or more. Each weight is rounded once to x's dtype, as in an unquantised
+model. The transpose W^T is written, as the words lie: rows of the weight side by side.
 """
 
 import torch

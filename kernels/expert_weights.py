@@ -1,4 +1,4 @@
-"""Weights of a mixture of experts in the runtime layout: one after the other, each as `layout.RuntimeWeight` says."""
+"""The weights of all experts of a layer, stacked in the runtime layout: each expert's are a `layout.RuntimeWeight`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,9 +1,9 @@
-"""x W^T + bias by one launch: the kernel for every width and every number of tokens up to the crossover.
+"""The fused kernel: multiplies tokens with a packed weight, x W^T + bias, in one launch.
 
-A program computes a tile of `k_loop.py`, over all of K or over one of `splits` parts of it, which meet in `split_k.py`.
-What is launched for how many tokens is decided in `tiles.py`, buffers come from `workspace.py`, the choice between this
-and dequantising is made in `dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before
-this module's import.
+It serves every width, and every number of tokens up to the crossover. A program computes a tile of `k_loop.py`, over
+all of K or over one of `splits` parts of it, which meet in `split_k.py`. What is launched for how many tokens is
+decided in `tiles.py`, buffers come from `workspace.py`, the choice between this and dequantising is made in
+`dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What a launch must know of the GPU it goes to."""
+"""The properties of a GPU that launches depend on."""
 
 from dataclasses import dataclass
 from functools import cache

@@ -1,6 +1,7 @@
-"""s (q W^T) + bias by int8 tensor cores, where tokens are many: activations q and codes of the weight as bytes.
+"""Multiplies many tokens of 8-bit activations by int8 tensor cores: s (q W^T) + bias.
 
-With q [M, K] integers in [-127, 127], s [M] a float32 for every token, and W = scale * (u - zero) in codes u of b bits:
+Activations q and the codes of the weight are bytes. With q [M, K] integers in [-127, 127], s [M] a float32 for every
+token, and W = scale * (u - zero) in codes u of b bits:
 
     out[m, n] = s[m] * sum over groups scale[g, n] * D[m, n, g] + bias[n]
     D[m, n, g] = sum over k in g of q[m, k] * c[n, k] + (2^(b-1) - zero[g, n]) * sum over k in g of q[m, k]

@@ -1,4 +1,4 @@
-"""The plain-torch twin of the kernels: the oracle of their tests and what runs on a CPU.
+"""The kernels' twin in plain torch: what their tests compare with, and what runs on a CPU.
 
 It writes and reads the runtime layout (`layout.py`), widens the whole weight to float32 in every call and leaves speed
 to the Triton kernels. Any device, float32 sums, no Triton.

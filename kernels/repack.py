@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the runtime layout, on the device where they lie.
+"""Converts a checkpoint's tensors to the runtime layout, on the device where they lie.
 
 vLLM first cuts and loads a layer's tensors as the checkpoint stores them (`vlmq_vllm/format.py`); then they are brought
 into the layout of `layout.py`, all parts of a fused layer that have one format into one weight. On a GPU a kernel

@@ -1,7 +1,8 @@
-"""Programs that compute one tile from different parts of K: each leaves its sums, and the last to arrive adds them.
+"""Split-K: store partial sums; the last program adds them in order and returns (sum, True).
 
-One launch, no atomic addition of floats, and parts are added in their order whoever is last. The tile's counter is set
-back to 0 for the next launch. Nobody waits, so any number of programs may share a GPU of any size.
+Programs compute one tile from different parts of K, in one launch. There is no atomic addition of floats, and parts are
+added in their order whoever is last. The tile's counter is set back to 0 for the next launch. Nobody waits, so any
+number of programs may share a GPU of any size.
 """
 
 import triton

@@ -1,8 +1,8 @@
-"""Which tile and how many parts a launch takes: from the tables (`tuned_tables.py`), else a small model; never tried
-out.
+"""Chooses a launch's tile and its number of parts of K, from the tables (`tuned_tables.py`) or by a small model.
 
-The table gives the tile of a bucket of tokens, and plans that were measured for single shapes. How many parts K is
-divided into follows from the waves that the programs make, unless measured. `why_not` says what can be launched at all.
+Nothing is tried out at run time. The table gives the tile of a bucket of tokens, and plans that were measured for
+single shapes. How many parts K is divided into follows from the waves that the programs make, unless measured.
+`why_not` says what can be launched at all.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""What a vlmq checkpoint on disk says: its quantization_config, its safetensors headers, and that the two agree.
+"""Reads a vlmq checkpoint's quantization_config and safetensors headers, and checks that the two agree.
 
 The tensors are the truth: a module is quantised if and only if it owns `<module>.weight_packed`. The config names the
 format of each; width and shapes are checked against the headers before anything is allocated, and a disagreement is a

@@ -1,4 +1,4 @@
-"""The exceptions that a user's mistake ends in: one line that says what was found and what to do. Loads nothing."""
+"""Exceptions that end a command: one line that says what was found and what to do. Imports nothing."""
 
 
 class CheckpointError(ValueError):

@@ -1,4 +1,4 @@
-"""The files of a model in Hugging Face's layout: config.json, and the safetensors files with their headers.
+"""Reads config.json and the safetensors headers of a model folder in Hugging Face's layout.
 
 Nothing here reads more weights than is asked for, or needs vLLM. A broken file is a CheckpointError that names it.
 """

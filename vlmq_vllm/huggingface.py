@@ -1,4 +1,4 @@
-"""transformers' side: `from_pretrained` of a vlmq checkpoint gives its weights in 16 bits instead of random ones.
+"""Lets transformers load a vlmq checkpoint: `from_pretrained` gives a model with the dequantised weights.
 
 Packed weights are unpacked one after the other while transformers loads, on the device that each belongs to, with the
 numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype: it takes that memory and is saved as

@@ -1,7 +1,7 @@
-"""Runs a function when a module has been imported by someone else, without importing it: `import vlmq_vllm` must stay
-cheap, and yet transformers has to know vlmq by the time it reads a config.json.
+"""Runs a function once another module has been imported, without importing that module.
 
-Only the standard library is used here, and nothing of the import is changed but what happens after it.
+`import vlmq_vllm` must stay cheap, and yet transformers has to know vlmq by the time it reads a config.json. Only the
+standard library is used here, and nothing of the import is changed but what happens after it.
 """
 
 import logging

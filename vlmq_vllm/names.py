@@ -1,4 +1,4 @@
-"""Which modules of a checkpoint a vLLM layer is made of.
+"""Finds, by name, the modules of a checkpoint that a vLLM layer is made of.
 
 Three name spaces meet here. A checkpoint says `model.layers.0.self_attn.q_proj`; vLLM builds that weight as part of a
 fused layer with the prefix `language_model.model.layers.0.self_attn.qkv_proj`; between them lie the mappers with which

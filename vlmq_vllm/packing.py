@@ -1,4 +1,4 @@
-"""How a checkpoint's tensors become those of `format.py`: the packing of a checkpoint.
+"""A checkpoint's packing: turns the tensors in its files into those of `format.py`.
 
 Our own checkpoints need nothing done. Those of other quantisers (`foreign/`) have other names and layouts, and their
 packing knows them; it is plain data that goes to vLLM's workers with the configuration. Layers hold parameters under

@@ -1,4 +1,4 @@
-"""Linears that vLLM builds without a quantisation config, by family: a packed weight would find no place there."""
+"""Says which linear layers vLLM builds without a quantisation config, by model family: they cannot be quantised."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,6 @@
-"""compressed-tensors' `pack-quantized`, as llm-compressor writes it: integers of 2, 3, 4 and 8 bits with 16-bit inputs.
+"""Reads compressed-tensors' `pack-quantized` checkpoints, as llm-compressor writes them.
+
+They hold integers of 2, 3, 4 and 8 bits and are served with 16-bit inputs.
 
 Names and meaning are ours (`format.py`): codes with an offset of 2^(bits - 1), packed along I, zero points along O.
 Since compressed-tensors 0.18 the bytes are, too. Before that a word held whole codes only, ten of 3 bits with two bits

@@ -1,4 +1,4 @@
-"""GPTQ's files, as GPTQModel and its forerunners write them, and AutoRound in its `auto_gptq` packing.
+"""Reads checkpoints in GPTQ's format, as GPTQModel and its forerunners write them, and AutoRound by `auto_gptq`.
 
 A linear layer [O, I] is stored along I first, every tensor turned over against ours:
 

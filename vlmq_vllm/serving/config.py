@@ -1,4 +1,4 @@
-"""VLMQConfig: what `--quantization vlmq` means to vLLM, and which of a model's layers are quantised.
+"""VLMQConfig, which vLLM asks under `--quantization vlmq` how each of a model's layers is quantised.
 
 The front end parses config.json and reads the safetensors headers once into a plain table module name -> ModuleInfo,
 which is pickled to the workers. A worker then asks for every layer it builds; the table alone decides, through the

@@ -1,6 +1,6 @@
-"""The parameters into which vLLM's loaders put a layer's tensors, and what has arrived of them.
+"""Holds a layer's tensors while vLLM loads them, and checks that all have arrived.
 
-While weights arrive, all segments of a layer (`segments.py`) lie one behind the other in flat parameters that bear the
+While weights arrive, all segments of a layer (`segments.py`) lie one after the other in flat parameters that bear the
 names of the checkpoint's tensors, one element order per name, so that vLLM's loaders find them and shards may differ
 in width. In a checkpoint of our own, with a prefix for experts:
 

@@ -1,4 +1,4 @@
-"""What a loaded mixture of experts runs: one product for gate and up, one for down, each for all experts of a rank.
+"""Runs a loaded mixture of experts: one product for gate and up, one for down, each for all experts of a rank.
 
     triton  the grouped kernel of `kernels/`                         tensors packed, scales, zeros  [E, ...]
     int4    expert by expert through vLLM's CPU kernel (`cpu.py`)    tensors packed, scales, zeros  [E, ...]

@@ -1,4 +1,4 @@
-"""What a loaded layer runs: a list of launches, each a matrix product that gives a slice of the layer's outputs.
+"""Runs a loaded linear layer as a list of launches, each a matrix product that gives a slice of the layer's outputs.
 
     triton  neighbouring segments through `kernels/`              tensors packed0, scales0, zeros0, packed1, ...
     int4    neighbouring segments widened for vLLM's CPU kernel   tensors packed, scales, zeros (`cpu.py`)

@@ -1,4 +1,4 @@
-"""The linear method of vlmq: how a vLLM layer receives, checks and applies its quantised weights.
+"""VLMQLinearMethod: receives, checks and applies the quantised weights of a linear layer of vLLM.
 
 Tensors arrive in a container (`container.py`). After loading they are turned into what the launches (`launch.py`) read,
 parameters `vlmq_<launch>_<tensor>`. ParallelLMHead has the attributes of a linear layer and is served by the same

@@ -1,4 +1,4 @@
-"""The method of vlmq for mixtures of experts: how vLLM's RoutedExperts receives and applies quantised experts.
+"""VLMQMoEMethod: receives, checks and applies the quantised experts of a vLLM layer (RoutedExperts).
 
 Every expert has three weights, gate_proj and up_proj [I, H] and down_proj [H, I], that the checkpoint holds one by one;
 vLLM calls the first two w13 and the last one w2. They arrive in two containers (`container.py`), expert by expert, and

@@ -1,4 +1,4 @@
-"""Which rows and columns of each tensor in the files a rank holds of a vLLM layer, and which cuts cannot be served."""
+"""Finds the rows and columns of each tensor in the files that a rank holds, and refuses cuts that cannot be served."""
 
 from collections.abc import Sequence
 

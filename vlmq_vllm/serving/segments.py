@@ -1,4 +1,4 @@
-"""What one rank holds of a layer: its segments, one for every checkpoint tensor that the layer is made of.
+"""Cuts what one rank holds of a layer out of the checkpoint's tensors: a segment of every module of the layer.
 
 A segment says which rows and columns of the tensor on disk belong to this rank, and cuts them out of the tensors as
 they arrive, after the checkpoint's packing has turned them into those of `format.py`. Segments of a fused layer may
