@@ -17,7 +17,7 @@ from vlmq_vllm.kernels.layout import STRIPE, RuntimeWeight
 from vlmq_vllm.kernels.ptx import fields_of, planes_of
 from vlmq_vllm.kernels.unpack import weights
 
-PIECE = 16 << 20  # bytes of a widened piece, at least; an H200's second-level cache holds 50 to 60 MB
+PIECE = 16 << 20  # bytes of a dequantised piece, at least; an H200's second-level cache holds 50 to 60 MB
 LIBRARY_TILE = 128 * 128  # of the result, about what cuBLAS gives a multiprocessor at once
 
 
@@ -121,9 +121,9 @@ def gemm(
     for first in range(0, geometry.stripes, step):
         stripes = min(step, geometry.stripes - first)
         start, stop = first * STRIPE, min((first + stripes) * STRIPE, geometry.rows)
-        widened = dequantize(weight, buffer[:, : stripes * STRIPE], first)[:, : stop - start]
+        dense = dequantize(weight, buffer[:, : stripes * STRIPE], first)[:, : stop - start]
         if bias is None:
-            torch.mm(x, widened, out=out[:, start:stop])
+            torch.mm(x, dense, out=out[:, start:stop])
         else:
-            torch.addmm(bias[start:stop], x, widened, out=out[:, start:stop])
+            torch.addmm(bias[start:stop], x, dense, out=out[:, start:stop])
     return out

@@ -38,4 +38,4 @@ def of(device: torch.device) -> Hardware:
     if torch.version.hip:
         return Hardware(properties.gcnArchName.split(":")[0], properties.multi_processor_count, 64 << 10)
     arch = f"sm_{properties.major}{properties.minor}"
-    return Hardware(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Hardware(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

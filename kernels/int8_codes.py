@@ -39,7 +39,7 @@ def centre_kernel(
 
 
 def centre(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Codes less 2^(b-1) into out int8 [rows, width(geometry)], of the stripes from `start` on."""
+    """Codes less 2^(b-1) into out int8 [rows, filled_columns(geometry)], of the stripes from `start` on."""
     with torch.cuda.device_of(out):
         programs = len(out) // STRIPE * weight.geometry.spans
         centre_kernel[(programs,)](**arguments(weight, out, start))
@@ -53,6 +53,6 @@ def arguments(weight: RuntimeWeight, out: torch.Tensor, start: int) -> dict:
     return given | dict(BITS=geometry.bits, W=geometry.slice, num_warps=4)
 
 
-def width(geometry: Geometry) -> int:
+def filled_columns(geometry: Geometry) -> int:
     """K filled up to whole spans."""
     return geometry.spans * geometry.span

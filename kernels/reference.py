@@ -53,7 +53,8 @@ def from_words(words: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 def dequantize(weight: RuntimeWeight) -> torch.Tensor:
     """The weight [N, K] in float32."""
     geometry = weight.geometry
-    scale, zero = (None if part is None else part.T[: geometry.rows] for part in (weight.scales, weight.zeros))
+    scale = weight.scales.T[: geometry.rows]
+    zero = None if weight.zeros is None else weight.zeros.T[: geometry.rows]
     format = replace(geometry.format, group_size=geometry.group)
     return dequantize_codes(format, from_words(weight.packed, geometry), scale, zero)
 

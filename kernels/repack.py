@@ -147,7 +147,7 @@ def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tenso
 
 
 def _rows(tensors: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-    """Rows start to stop of tensors that lie below each other."""
+    """Rows start to stop of tensors that are stacked along the rows."""
     pieces = []
     for tensor in tensors:
         pieces.append(tensor[max(start, 0) : max(stop, 0)])

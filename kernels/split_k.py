@@ -13,7 +13,7 @@ from vlmq_vllm.kernels.k_loop import INTERPRETED
 
 @triton.jit
 def meet(b_acc, partials, p_counter, i_tile, i_part, n_parts, PTX: tl.constexpr):
-    """Leave this part's sums, and return (all parts' sums, True) in the last program to arrive.
+    """Store this part's sums; the last program to arrive adds all parts in order and returns (sum, True).
 
     The stores of all threads must be done before one thread counts. On NVIDIA the barrier orders them before its atomic
     addition, whose release and acquire reach the whole GPU and order them before the loads of the last program; `.cg`

@@ -100,8 +100,8 @@ def experts_fake(x, packed, scales, zeros, ids, bias, router, bits, group_size, 
 def _weights(packed, scales, zeros, bits, group_sizes, rows, columns) -> list[RuntimeWeight]:
     weights = []
     for parts in zip(packed, scales, zeros, bits, group_sizes, rows, strict=True):
-        words, scale, zero, width, group_size, count = parts
-        geometry = _geometry(width, group_size, zero is None, count, columns, words.shape[-2] // PLANES[width])
+        words, scale, zero, b, group_size, count = parts
+        geometry = _geometry(b, group_size, zero is None, count, columns, words.shape[-2] // PLANES[b])
         weights.append(RuntimeWeight(geometry, words, scale, zero))
     return weights
 
