@@ -1,10 +1,10 @@
 # make demo: the whole product on real input.   make test: the test suite without its slowest parts, make test-all: all
-# of it.   make test-oldest: the plugin on the oldest vLLM.   make gpu: kernels on a GPU.   All but the last install what
-# they need, into .venv or .venv-oldest.
+# of it.   make lint: ruff and mypy, make types: mypy alone.   make test-oldest: the plugin on the oldest vLLM.
+# make gpu: kernels on a GPU.   All but the last install what they need, into .venv or .venv-oldest.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest gpu lint install oldest train clean
+.PHONY: demo test test-all test-oldest gpu lint types install oldest train clean
 .DELETE_ON_ERROR:
 
 # Install into the folder $(1) by the pins packaging/$(2)-*.txt, and what that depends on.
@@ -40,9 +40,15 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
 	PYTHONPATH=. $(PYTHON) benchmarks/kernel_speed.py --seconds 420 --out kernels.jsonl
 
-lint: install
+lint: install types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# kernels/ and offline/ belong to the package vlmq_vllm but lie beside it: mypy finds them by links.
+types: install
+	mkdir -p build/types/vlmq_vllm
+	ln -sfn ../../../kernels ../../../offline build/types/vlmq_vllm/
+	$(BIN)/mypy
 
 # Everything for a machine without a GPU; see packaging/README.md. On a GPU machine: pip install vllm, pip install .
 install: .venv/installed

@@ -6,7 +6,7 @@ class CheckpointError(ValueError):
 
 
 class QuantizeError(ValueError):
-    """A quantisation that cannot be done as asked; nothing half-written is left behind."""
+    """A quantisation that cannot be done as asked; nothing half-written is left."""
 
 
 class RefusedError(QuantizeError):

@@ -114,12 +114,12 @@ class Tensors:
     def __init__(self, folder: Path, headers: dict[str, TensorInfo]) -> None:
         self.folder = folder
         self.headers = headers
-        self.files = {}
+        self.files: dict[str, safe_open] = {}
 
     def __enter__(self) -> "Tensors":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.files.clear()
 
     def get(self, name: str) -> torch.Tensor:

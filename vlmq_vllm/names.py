@@ -48,8 +48,8 @@ class ModuleTable:
         """
         if prefix in self._index:
             return (self._index[prefix],)
-        for parts in self._parts(prefix, packed):
-            found = tuple(self._index.get(part) for part in parts)
+        for names in self._members(prefix, packed):
+            found = tuple(self._index.get(name) for name in names)
             if any(found):
                 return found
         return self._head(prefix)
@@ -64,10 +64,11 @@ class ModuleTable:
                     found[int(expert), projection] = module
         return found
 
-    def _parts(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+    def _members(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+        """Names of the layers that the layer `prefix` is fused of, by vLLM's table, then by ours."""
         parent, dot, leaf = prefix.rpartition(".")
         for table in (packed, FUSED):
-            yield [f"{parent}{dot}{part}" for part in table.get(leaf, ())]
+            yield [f"{parent}{dot}{member}" for member in table.get(leaf, ())]
 
     def _head(self, prefix: str) -> tuple[str, ...]:
         """Some models ask for `lm_head`, others for `language_model.lm_head`: take the only one there is."""

@@ -41,7 +41,9 @@ class OwnPacking:
     def shapes(self, module: str, format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return format.shapes(rows, columns)
 
-    def unpack(self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape) -> torch.Tensor:
+    def unpack(
+        self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape: tuple[int, int]
+    ) -> torch.Tensor:
         return tensor
 
 

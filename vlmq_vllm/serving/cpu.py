@@ -54,7 +54,7 @@ def isa(dtype: torch.dtype) -> str:
 
 
 def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
-    """The tensors above for weights [N_i, K] that lie below each other."""
+    """The tensors above for weights [N_i, K], stacked along the rows."""
     columns = weights[0].codes.shape[1]
     group = _common_group([weight.format.width(columns) for weight in weights], columns)
     padded = -(-columns // math.lcm(group, STEP)) * math.lcm(group, STEP)
