@@ -49,7 +49,7 @@ class Settings:
         panel=FORMAT,
     )
     method: str = option("vlmq", f"How weights are quantised. {_listed(METHODS)}.", tuple(METHODS), panel=METHOD)
-    saliency: str | None = option(
+    saliency: str = option(
         None,
         f"Token weights. {_listed(TOKEN_WEIGHTS)}. They stand in the Hessian, those of awq in the search for channel "
         "scales alone; gptq takes all, awq all but vlmq. Default: none, for method vlmq its own.",
@@ -59,7 +59,7 @@ class Settings:
     scale_loss: str = option(
         "mae", "Error in AWQ's search for channel scales: mean absolute or squared.", ("mae", "mse"), panel=METHOD
     )
-    base: str | None = option(
+    base: str = option(
         None,
         "gptq reproduces a layer on the inputs that it gets; gptaq (column by column, as its authors do) and aligned "
         "(in closed form beforehand) aim at the full-precision layer's outputs. Default: gptq, for method vlmq what "
@@ -67,24 +67,24 @@ class Settings:
         tuple(ALPHA),
         panel=METHOD,
     )
-    alpha: float | None = option(
+    alpha: float = option(
         None, "Share of the residual between both streams that gptaq (0.25) and aligned (1) use.", panel=METHOD
     )
     samples: int = option(128, "Calibration samples to use.", least=1, panel=CALIBRATION)
     max_tokens: int = option(2048, "Leave out longer samples, whole.", least=1, panel=CALIBRATION)
     max_pixels: int = option(0, "Shrink larger pictures to this; 0: leave them.", least=0, panel=CALIBRATION)
     seed: int = option(42, "Decides which samples are drawn.", panel=CALIBRATION)
-    damp: float | None = option(
+    damp: float = option(
         None, f"Part of the Hessian's mean diagonal that is added to its diagonal. {BY_WIDTH}", panel=METHOD
     )
-    act_order: str | None = option(
+    act_order: str = option(
         None,
         "Order of columns: static, by falling diagonal of the Hessian with groups as in the file; none, as in the "
         f"file. {BY_WIDTH}",
         ("static", "none"),
         panel=METHOD,
     )
-    grid: str | None = option(
+    grid: str = option(
         None,
         "Scales from a group's range (minmax), by the least |error|^2.4 over shrunk ranges (mse), or by the least "
         f"squared error weighted with the Hessian's diagonal (mse-h). {BY_WIDTH} awq: minmax, and it clips by itself.",
@@ -94,7 +94,7 @@ class Settings:
     saliency_power: int = option(
         2, "p in the token weight g^p: 2 is version 2 of the VLMQ paper, 1 version 1.", (1, 2), panel=SALIENCY
     )
-    saliency_scope: str | None = option(
+    saliency_scope: str = option(
         None,
         f"Projections with token weights: attention (the paper), or all for gate, up and down too. {BY_WIDTH}",
         ("attention", "all"),

@@ -1,6 +1,7 @@
 """The settings of `vlmq sweep`, checked before anything is read."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.settings.methods import METHODS
@@ -12,7 +13,7 @@ BY = ("component", "third", "kind", "layer", "module")
 DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing but the grids of AWQ's trials differs between configurations.
-SOLVER = {"base": "gptq", "act_order": "static", "damp": 0.01}
+SOLVER: dict[str, Any] = {"base": "gptq", "act_order": "static", "damp": 0.01}
 DESIGN, FORMAT, DATA = "Study", "Format", "Data"  # panels of --help
 
 
