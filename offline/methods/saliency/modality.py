@@ -41,7 +41,7 @@ def modality_ratios(
 ) -> Ratios:
     """r of each layer's attention and MLP, from streams in front of the first layer with full-precision weights.
 
-    labels: per stream int64 [B, T] as in `answers.backward`; kinds: int8 [B, T] as in `data/token_kinds.py`. Raises
+    labels: per stream int64 [B, T] as in `answer_loss.backward`; kinds: int8 [B, T] as in `data/token_kinds.py`. Raises
     QuantizeError where no sample has both vision and answer tokens, or where answer tokens have no gradient.
     """
     ranks = ranks or Ranks(device)
