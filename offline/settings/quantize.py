@@ -34,8 +34,8 @@ def _listed(rows: dict) -> str:
 class Settings:
     """Settings of `vlmq quantize` and `vlmq plan`.
 
-    What is not given takes what measured best for `bits` and `method`; no field is None afterwards. Raises QuantizeError
-    for a value that cannot be, and for settings that contradict each other.
+    What is not given takes what measured best for `bits` and `method`; no field is None afterwards. Raises
+    QuantizeError for a value that cannot be, and for settings that contradict each other.
     """
 
     bits: int = formatting(3, "Width of the decoder's weights.", BITS)
