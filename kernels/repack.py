@@ -1,7 +1,7 @@
 """Converts a checkpoint's tensors to the runtime layout, on the device where they lie.
 
 vLLM first cuts and loads a layer's tensors as the checkpoint stores them (`vlmq_vllm/format.py`); then they are brought
-into the layout of `layout.py`, all parts of a fused layer that have one format into one weight. On a GPU a kernel
+into the layout of `layout.py`, all pieces of a fused layer that have one format into one weight. On a GPU a kernel
 writes the new words from the old, a span of 64 rows at a time in registers; the twin in plain torch goes strip by
 strip. Old and new words of one layer are in memory together until the caller drops the old; widened codes never are,
 beyond a strip.
@@ -41,8 +41,8 @@ def code_of(p_row, o_k, n_words, m_code, BITS: tl.constexpr):
 @triton.jit
 def repack_kernel(
     source,  # [N, n_words] int32, a checkpoint's weight_packed
-    words,  # [stripes, n_spans, P * W, 64] int16, zero where this part has no rows
-    row_start,  # first row of this part among the rows of `words`
+    words,  # [stripes, n_spans, P * W, 64] int16, zero where this piece has no rows
+    row_start,  # first row of this piece among the rows of `words`
     N,
     K,
     n_words,
@@ -74,27 +74,27 @@ def repack_kernel(
 
 
 def repack(
-    format: WeightFormat, parts: Sequence[Mapping[str, torch.Tensor]], slice: int | None = None
+    format: WeightFormat, pieces: Sequence[Mapping[str, torch.Tensor]], slice: int | None = None
 ) -> RuntimeWeight:
-    """One weight of the checkpoint tensors of `parts`, by part name, whose rows follow each other.
+    """One weight of `pieces` stacked along the rows; a piece is a checkpoint's tensors by part name.
 
     All have the same format and number of columns, and lie on one device. `slice` is W where the usual is not wanted.
     Raises ValueError for a format that the kernels cannot read.
     """
-    sizes = [tuple(int(n) for n in part["weight_shape"]) for part in parts]
+    sizes = [tuple(int(n) for n in piece["weight_shape"]) for piece in pieces]
     rows, columns = sum(size[0] for size in sizes), sizes[0][1]
-    assert all(size[1] == columns for size in sizes), "parts of one layer have the same inputs"
+    assert all(size[1] == columns for size in sizes), "pieces of one layer have the same inputs"
     geometry = Geometry.of(format, rows, columns) if slice is None else Geometry(format, rows, columns, slice)
-    packed = [part["weight_packed"] for part in parts]
+    packed = [piece["weight_packed"] for piece in pieces]
     on_kernel = packed[0].is_cuda or INTERPRETED
     zeros = None
     if not format.symmetric:
-        codes = [unpack(p["weight_zero_point"].T, format.bits, n) for p, (n, _) in zip(parts, sizes, strict=True)]
+        codes = [unpack(p["weight_zero_point"].T, format.bits, n) for p, (n, _) in zip(pieces, sizes, strict=True)]
         zeros = _fill(torch.cat(codes, dim=1), geometry)
     return RuntimeWeight(
         geometry,
         (_by_kernel if on_kernel else _by_torch)(packed, geometry),
-        _fill(torch.cat([part["weight_scale"] for part in parts]).T, geometry),
+        _fill(torch.cat([piece["weight_scale"] for piece in pieces]).T, geometry),
         zeros,
     )
 
@@ -139,9 +139,9 @@ def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tenso
     words = torch.empty(geometry.packed_shape, dtype=torch.int16, device=packed[0].device)
     for start in range(0, geometry.rows, STRIP):
         strip = _rows(packed, start, min(start + STRIP, geometry.rows))
-        part = replace(geometry, rows=len(strip))
-        words[start // STRIPE :][: part.stripes] = reference.to_words(
-            unpack(strip, geometry.bits, geometry.columns), part
+        own = replace(geometry, rows=len(strip))
+        words[start // STRIPE :][: own.stripes] = reference.to_words(
+            unpack(strip, geometry.bits, geometry.columns), own
         )
     return words
 

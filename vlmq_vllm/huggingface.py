@@ -154,8 +154,8 @@ class Unpack(ConversionOps):
             scale = parts["weight_scale"]
             if weight is None:
                 weight = torch.empty(packed.shape, dtype=scale.dtype, device=scale.device)
-            rows = weight.view(-1, module.columns)[row : row + module.rows]
-            rows.copy_(QuantizedWeight.from_tensors(module.format, parts).dequantize(scale.dtype))
+            place = weight.view(-1, module.columns)[row : row + module.rows]
+            place.copy_(QuantizedWeight.from_tensors(module.format, parts).dequantize(scale.dtype))
             row += module.rows
         assert weight is not None, "a packed parameter has modules"
         return {full_layer_name: weight}

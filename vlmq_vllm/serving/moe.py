@@ -54,7 +54,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         self._check(layer, names)
         here = [e for e in range(layer.global_num_experts) if layer._map_global_expert_id_to_local_expert_id(e) >= 0]
         parallel = self.moe.moe_parallel_config
-        span = _part(parallel.tp_rank, intermediate_size_per_partition)
+        span = _span(parallel.tp_rank, intermediate_size_per_partition)
         inner = intermediate_size_per_partition * parallel.tp_size
         *fused, down = names
         w13 = [self._column(expert, name, (inner, hidden_size), span) for expert in here for name in fused]
@@ -188,5 +188,6 @@ def vlmq_expert_loader(
     return local >= 0 if return_success else None
 
 
-def _part(rank: int, size: int) -> tuple[int, int]:
+def _span(rank: int, size: int) -> tuple[int, int]:
+    """Which part of I the rank holds, first and last + 1."""
     return rank * size, (rank + 1) * size

@@ -69,7 +69,7 @@ def _row_pieces(layer: Layer, outputs: Sequence[int]) -> list[tuple[Rows, int]]:
 
 
 def _joined(pieces: list[tuple[Rows, int]]) -> tuple[Rows, int]:
-    """The pieces of a layer whose parts lie below each other in one tensor on disk."""
+    """The pieces of a layer whose parts are stacked along the rows of one tensor on disk."""
     rows, total = [], 0
     for ranges, size in pieces:
         rows += [(total + start, total + stop) for start, stop in ranges]

@@ -112,6 +112,6 @@ class Segment:
         assert self.stored is not None and self.format is not None
         if part == "weight_packed":
             return slice(start * self.stored.bits // WORD, -(-stop * self.stored.bits // WORD))
-        columns = stop - start
-        firsts = start + torch.arange(self.format.groups(columns)) * self.format.width(columns)
+        count = stop - start
+        firsts = start + torch.arange(self.format.groups(count)) * self.format.width(count)
         return firsts // self.stored.width(self.disk[1])
