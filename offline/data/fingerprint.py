@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmq_vllm.offline.data.pictures import open_image
+from vlmq_vllm.offline.data.pictures import PicturePlace, open_image
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _content(parts: list[dict], left: dict) -> list:
     return content
 
 
-def _picture(place, sizes: list) -> str:
+def _picture(place: PicturePlace, sizes: list[tuple[int, int]]) -> str:
     image = open_image(place)
     sizes.append(image.size)
     return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 
 from vlmq_vllm.headers import TensorInfo
 
@@ -27,7 +28,7 @@ class Place:
     stop: int = 0
     transposed: bool = False
 
-    def read(self, file) -> torch.Tensor:
+    def read(self, file: safe_open) -> torch.Tensor:
         """The parameter from an open safetensors file; of a fused tensor only its part."""
         if self.expert is None:
             return file.get_tensor(self.tensor)

@@ -6,14 +6,19 @@ from contextlib import contextmanager
 import torch
 
 
+def named_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linears in a layer by their names in it, as they are registered."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 def linears_of(layer: torch.nn.Module) -> list[str]:
     """Names of the linears in a layer, as they are registered."""
-    return [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return list(named_linears(layer))
 
 
 def weights_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights [O, I] of a layer's linears, as they are now."""
-    return {name: layer.get_submodule(name).weight for name in linears_of(layer)}
+    return {name: linear.weight for name, linear in named_linears(layer).items()}
 
 
 def parameters_of(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -8,9 +8,11 @@ in the files is `file_names.py`'s business.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
@@ -43,8 +45,13 @@ class Source:
         self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
         self._check_complete()
 
+    def stack(self, name: str) -> torch.nn.ModuleList:
+        """The ModuleList of that in-memory name: layers, blocks, or the experts of a layer."""
+        return cast(torch.nn.ModuleList, self.model.get_submodule(name))  # as rows of families are tested to say
+
     def layers(self) -> torch.nn.ModuleList:
-        return self.model.get_submodule(self.family.layers)
+        """The decoder's layers."""
+        return self.stack(self.family.layers)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that name in the files, as stored."""
@@ -108,7 +115,7 @@ class Source:
     def front(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
         """Embeddings, vision tower and connectors in memory; blocks of a large tower only while each of them runs."""
         family = self.family
-        tower, blocks = self.model.get_submodule(family.vision), self.model.get_submodule(family.blocks)
+        tower = self.model.get_submodule(family.vision)
         resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
         for name in self._others():
@@ -118,7 +125,7 @@ class Source:
         for name in family.connectors:
             self.materialise(name, device, quantized=quantized)
         if not resident:
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(self.stack(family.blocks)):
                 name = f"{family.blocks}.{i}"
                 handles += [
                     block.register_forward_pre_hook(lambda m, a, n=name: self.lend(n, device, quantized)),
@@ -156,7 +163,7 @@ class Source:
         """`materialise` as a hook that gives nothing back."""
         self.materialise(name, device, quantized=quantized)
 
-    def _lend_embeddings(self, device: torch.device):
+    def _lend_embeddings(self, device: torch.device) -> RemovableHandle:
         """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
         module = self.model.get_submodule(self.family.embed)
         set_parameter(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
@@ -207,6 +214,6 @@ def find(model: str) -> Path:
 
 def _tied(model: torch.nn.Module) -> set[str]:
     """Parameters that share another's tensor by config.json, such as lm_head and the input embeddings."""
-    config = model.config
+    config: Any = model.config  # transformers' own
     tied = getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", 0)
     return {"lm_head.weight"} if tied else set()
