@@ -73,18 +73,12 @@ def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
 
 
 def admitted(
-    chats: list[dict],
-    processor: Processor,
-    limit: int,
-    max_tokens: int,
-    max_pixels: int | None = None,
-    intake: Intake | None = None,
+    chats: list[dict], processor: Processor, limit: int, max_tokens: int, max_pixels: int | None, intake: Intake
 ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
     """The same without pictures being asked for; no chat at all is no error."""
     for name, value in (("samples", limit), ("max_tokens", max_tokens), ("max_pixels", max_pixels)):
         if value is not None and value < 1:
             raise QuantizeError(f"{name} is {value}; it must be at least 1")
-    intake = intake or Intake()
     for chat in chats:
         if intake.used == limit:
             break

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 
-from vlmq_vllm.offline.data.fingerprint import Marks, shared
+from vlmq_vllm.offline.data.fingerprint import Marks
 from vlmq_vllm.offline.data.inputs import Intake, admitted
 from vlmq_vllm.offline.data.processor import Processor
 from vlmq_vllm.offline.data.token_kinds import KINDS, count_kinds
@@ -40,12 +40,6 @@ def survey(chats: list[dict], marks: list[Marks]) -> dict:
             "pictures": _again([(mark.line, mark.pictures) for mark in marks]),
         },
     }
-
-
-def survey_overlap(marks: list[Marks], against: list[Marks]) -> dict:
-    """Lines of chats that are also in the other set, and of those that share a picture with it."""
-    chats, pictures = shared(marks, against)
-    return {"chats": chats, "pictures": pictures}
 
 
 def survey_tokens(

@@ -37,8 +37,9 @@ def begin(demo_model, streams):
         source = Source(demo_model)
         names = [f"{source.family.layers}.{i}" for i in range(len(source.layers()))]
         both = [[replace(stream) for stream in streams] for _ in range(2)]
-        return BlockQuantizer(source, names, formats, CPU, Ranks(CPU), *both, depth=depth, threshold=threshold,
-        **options)
+        return BlockQuantizer(
+            source, names, formats, CPU, Ranks(CPU), *both, depth=depth, threshold=threshold, **options
+        )
 
     return start
 
