@@ -36,7 +36,7 @@ def capture(
     quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
     Stream, on the way to the stack as well.
     """
-    with source.front(device, quantized), rounding_inputs(rounded):
+    with source.before_decoder(device, quantized), rounding_inputs(rounded):
         found = [catch(source, stack, batch, device) for batch in batches]
     return [stream and replace(stream, rounded=rounded) for stream in found]
 
@@ -47,7 +47,7 @@ def check_replay(source: Source, batch: dict, device: torch.device) -> None:
 
     Both run in float32 on the same kernels, so that 1e-4 of the layer's largest value is far above rounding.
     """
-    with source.front(device):
+    with source.before_decoder(device):
         stream = catch(source, source.family.layers, batch, device)
         if stream is None:
             raise QuantizeError(f"a forward pass does not reach {source.family.layers}; please report it")

@@ -18,7 +18,7 @@ from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.model.experts import unfuse
 from vlmq_vllm.offline.model.families import Family, family_of
-from vlmq_vllm.offline.model.file_names import Place, find_places
+from vlmq_vllm.offline.model.file_names import StoredParameter, find_stored_parameters
 from vlmq_vllm.offline.model.layers import set_parameter
 from vlmq_vllm.offline.model.skeleton import build_skeleton
 
@@ -40,7 +40,7 @@ class Source:
         self.family: Family = family_of(self.config)
         self.headers: dict[str, TensorInfo] = read_headers(folder)
         self.model = build_skeleton(folder)
-        self.places: dict[str, Place] = find_places(self.model, self.headers, unfuse)
+        self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
         self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
         self._check_complete()
@@ -112,7 +112,7 @@ class Source:
             set_parameter(module, inner, parameter.to("meta"))
 
     @contextmanager
-    def front(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
+    def before_decoder(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
         """Embeddings, vision tower and connectors in memory; blocks of a large tower only while each of them runs."""
         family = self.family
         tower = self.model.get_submodule(family.vision)
