@@ -146,9 +146,8 @@ def _as_chat(entry: dict) -> dict:
 
 def _locator(line: str) -> Callable[[object, str], object]:
     def locate(place: object, kind: str) -> object:
-        if kind == "image" and isinstance(place, Stored):
-            return place
-        if kind == "image" and isinstance(place, str) and place.startswith("data:"):
+        in_row = place.startswith("data:") if isinstance(place, str) else isinstance(place, Stored)
+        if kind == "image" and in_row:
             return place
         if kind == "image" and isinstance(place, dict):
             return Stored(line, lambda: place)

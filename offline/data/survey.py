@@ -22,18 +22,13 @@ def survey(chats: list[dict], marks: list[Marks]) -> dict:
     duplicates: lines of chats, and of chats with a picture, that an earlier chat has already.
     """
     sizes = sorted((size for mark in marks for size in mark.sizes), key=lambda size: (size[0] * size[1], size))
+    picked = {"min": 0, "median": (len(sizes) - 1) // 2, "max": -1}
     return {
         "samples": len(chats),
         "text_only": sum(not chat["images"] and not chat["videos"] for chat in chats),
         "pictures": sum(len(chat["images"]) for chat in chats),
         "videos": sum(len(chat["videos"]) for chat in chats),
-        "sizes": {
-            "min": list(sizes[0]),
-            "median": list(sizes[(len(sizes) - 1) // 2]),
-            "max": list(sizes[-1]),
-        }
-        if sizes
-        else None,
+        "sizes": {name: list(sizes[i]) for name, i in picked.items()} if sizes else None,
         "tasks": dict(sorted(Counter(chat["task"] for chat in chats if "task" in chat).items())),
         "duplicates": {
             "chats": _again([(mark.line, [mark.chat]) for mark in marks]),

@@ -34,9 +34,7 @@ def is_clipped(linear: str) -> bool:
 
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     """Give a linear another weight; the one that it had is not changed."""
-    if not isinstance(weight, torch.nn.Parameter):
-        weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.get_submodule(linear).weight = weight
+    set_parameter(layer, f"{linear}.weight", weight)
 
 
 def set_parameter(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
@@ -45,6 +43,14 @@ def set_parameter(layer: torch.nn.Module, name: str, value: torch.Tensor) -> Non
     if not isinstance(value, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=False)
     layer.get_submodule(owner).register_parameter(leaf, value)
+
+
+def move_buffers(module: torch.nn.Module, device: torch.device, without: str = "") -> None:
+    """Put a module's buffers on a device, but for those of its part `without`."""
+    for name, buffer in list(module.named_buffers()):
+        if not (without and name.startswith(f"{without}.")):
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
 
 @contextmanager

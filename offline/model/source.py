@@ -19,7 +19,8 @@ from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.model.experts import unfuse
 from vlmq_vllm.offline.model.families import Family, family_of
 from vlmq_vllm.offline.model.file_names import StoredParameter, find_stored_parameters
-from vlmq_vllm.offline.model.layers import set_parameter
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import move_buffers, set_parameter
 from vlmq_vllm.offline.model.skeleton import build_skeleton
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -100,9 +101,7 @@ class Source:
                 found = self.places[full].tensor
                 raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
             set_parameter(module, inner, value.to(device, dtype))
-        for inner, buffer in list(module.named_buffers()):
-            owner, _, leaf = inner.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        move_buffers(module, device)
         return module
 
     def release(self, name: str) -> None:
@@ -120,7 +119,7 @@ class Source:
         handles = [self._lend_embeddings(device)]
         for name in self._others():
             set_parameter(self.model, name, self.parameter(name).to(device, torch.float32))
-        self._move_buffers(device)
+        move_buffers(self.model, device, without=family.layers)  # such as the decoder's rotary frequencies
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:
             self.materialise(name, device, quantized=quantized)
@@ -132,10 +131,9 @@ class Source:
                     block.register_forward_hook(lambda m, a, out, n=name: self.release(n)),
                 ]
         try:
-            yield
+            with removing(handles):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for name in (family.embed, family.vision, *family.connectors):
                 self.release(name)
             for name in self._others():
@@ -152,13 +150,6 @@ class Source:
             if not name.startswith(tuple(f"{part}." for part in parts))
         ]
 
-    def _move_buffers(self, device: torch.device) -> None:
-        """Buffers outside the decoder's layers, such as its rotary frequencies."""
-        for name, buffer in list(self.model.named_buffers()):
-            if not name.startswith(f"{self.family.layers}."):
-                owner, _, leaf = name.rpartition(".")
-                self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-
     def lend(self, name: str, device: torch.device, quantized: bool) -> None:
         """`materialise` as a hook that gives nothing back."""
         self.materialise(name, device, quantized=quantized)
@@ -167,8 +158,7 @@ class Source:
         """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
         module = self.model.get_submodule(self.family.embed)
         set_parameter(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = buffer.to(device)
+        move_buffers(module, device)
         return module.register_forward_hook(lambda m, args, out: out.float())
 
     def _check_complete(self) -> None:

@@ -199,16 +199,14 @@ def _check_experts(source: Source, settings: Settings, targets: list[Target]) ->
             f"activation_bits is {settings.activation_bits}, but inputs of experts are served at {KEPT} bits only; "
             f"leave it at {KEPT}, or the experts (modules: their names, such as '*.experts.*', at {KEPT})"
         )
-    found: dict[tuple[str, bool], set] = {}
-    counts: dict[tuple[str, bool], int] = {}
+    found: dict[tuple[str, bool], list[WeightFormat]] = {}
     for target in targets:
         if is_expert(target.name):
             key = target.name.rpartition(".")[0].rpartition(".")[0], target.name.endswith("down_proj")
-            found.setdefault(key, set()).add(target.format)
-            counts[key] = counts.get(key, 0) + 1
+            found.setdefault(key, []).append(target.format)
     for (experts, down), formats in found.items():
         whole = len(source.stack(experts)) * (1 if down else 2)
-        if len(formats) > 1 or counts[experts, down] != whole:
+        if len(set(formats)) > 1 or len(formats) != whole:
             raise RefusedError(
                 f"modules: {experts} would have several formats for {'down' if down else 'gate and up'}; all experts "
                 "of a layer are served in one, give a pattern that names them all"
