@@ -91,10 +91,10 @@ def _by_expert(name: str, found: list[str], modules: dict, headers: dict) -> lis
 
 def _stack(tensors: Tensors, experts: list[list[str]], modules: dict[str, ModuleInfo]) -> torch.Tensor:
     """The fused tensor [experts, inputs, outputs of all projections]."""
-    stacked = None
+    stacked = torch.empty(0)
     for i, projections in enumerate(experts):
         expert = torch.cat([_weight(tensors, module, modules[module]) for module in projections]).T
-        if stacked is None:
+        if i == 0:
             stacked = expert.new_empty(len(experts), *expert.shape)
         stacked[i] = expert
     return stacked

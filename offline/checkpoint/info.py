@@ -50,10 +50,9 @@ class Info:
     serve: str
 
     def to_dict(self) -> dict:
-        kinds = [{name: value for name, value in asdict(kind).items() if name != "format"} for kind in self.kinds]
-        formats = [kind | asdict(found.format) for kind, found in zip(kinds, self.kinds, strict=True)]
-        for entry, found in zip(formats, self.kinds, strict=True):
-            entry["bits_per_weight"], entry["bits"] = found.bits, found.format.bits
+        formats = [asdict(kind) for kind in self.kinds]
+        for entry in formats:
+            entry |= entry.pop("format") | {"bits_per_weight": entry["bits"]}
         plain = {name: value for name, value in vars(self).items() if name not in ("folder", "kinds")}
         return {"folder": str(self.folder), "formats": formats} | plain
 

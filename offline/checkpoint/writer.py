@@ -79,7 +79,7 @@ class Writer(Parts):
 
     def _begin(self, needed: int, resume: bool) -> None:
         if self.identity is not None and self.begun():
-            self._go_on(resume)
+            self._go_on(self.identity, resume)
         else:
             for stale in self.folder.iterdir():
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
@@ -92,7 +92,7 @@ class Writer(Parts):
                 f"{self.folder.parent} has {_size(free)} free, the checkpoint needs {_size(needed - there)}; make room"
             )
 
-    def _go_on(self, resume: bool) -> None:
+    def _go_on(self, identity: dict, resume: bool) -> None:
         """Refuse an unfinished run unless it is to be resumed, and is the same run."""
         anew = f"remove {self.folder} to begin anew"
         if not resume:
@@ -104,17 +104,17 @@ class Writer(Parts):
             before = json.loads((self.folder / LOG / IDENTITY).read_text())
         except (OSError, ValueError):
             raise RefusedError(f"the unfinished run of {self.out} does not say what it was; {anew}") from None
-        for key in sorted(self.identity.keys() | before.keys()):
-            if before.get(key) != self.identity.get(key):
+        for key in sorted(identity.keys() | before.keys()):
+            if before.get(key) != identity.get(key):
                 raise RefusedError(
                     f"the unfinished run of {self.out} had {key} {before.get(key)!r}, this one has "
-                    f"{self.identity.get(key)!r}; give the same, or {anew}"
+                    f"{identity.get(key)!r}; give the same, or {anew}"
                 )
 
     def __enter__(self) -> "Writer":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         # what is wrong with the input stays wrong: there is nothing to go on with
         hopeless = isinstance(error, CheckpointError | QuantizeError) and not isinstance(error, RefusedError)
         kept = self._leave(hopeless)
@@ -148,7 +148,8 @@ class Writer(Parts):
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in WEIGHTS and path.name not in OWN and path.name[0] != ".":
                 shutil.copyfile(path, self.folder / path.name)
-        weight_map, total = {}, 0
+        weight_map: dict[str, str] = {}
+        total = 0
         for unit in self.units:
             with safe_open(self.file(unit), "pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), self.file(unit).name)
@@ -184,7 +185,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _bytes(file, name: str) -> int:
+def _bytes(file: safe_open, name: str) -> int:
     tensor = file.get_tensor(name)
     return tensor.numel() * tensor.element_size()
 

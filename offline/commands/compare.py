@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,7 @@ def compare(
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the 16-bit model's scores.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the report as JSON to this file.")] = None,
     as_json: Json = False,
-    **settings,
+    **settings: Any,
 ) -> None:
     """Compare QUANTIZED with its 16-bit original MODEL on reference answers: KL, agreement, NLL, exact match."""
     from vlmq_vllm.errors import QuantizeError

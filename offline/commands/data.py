@@ -37,9 +37,9 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what DATA holds: pictures, duplicates, tokens, and what it shares with evaluation data."""
-    from vlmq_vllm.offline.data.fingerprint import marks
+    from vlmq_vllm.offline.data.fingerprint import marks, shared
     from vlmq_vllm.offline.data.read import read_all, read_chats
-    from vlmq_vllm.offline.data.survey import survey, survey_overlap
+    from vlmq_vllm.offline.data.survey import survey
 
     chats = read_chats(source, seed)
     own = [marks(chat) for chat in chats]
@@ -47,7 +47,8 @@ def inspect(
     if model:
         found["tokens"] = _tokens(chats, model, len(chats) if samples is None else samples, max_tokens, max_pixels)
     if against:
-        found["overlap"] = survey_overlap(own, [marks(chat) for chat in read_all(against)])
+        both = shared(own, [marks(chat) for chat in read_all(against)])
+        found["overlap"] = dict(zip(("chats", "pictures"), both, strict=True))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

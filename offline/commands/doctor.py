@@ -1,10 +1,14 @@
 """`vlmq doctor`: whether quantising and serving can work here."""
 
 import json
+from typing import TYPE_CHECKING
 
 import typer
 
 from vlmq_vllm.offline.commands.options import Json
+
+if TYPE_CHECKING:
+    from vlmq_vllm.offline.machine.doctor import Diagnosis
 
 REFUSED = 3
 
@@ -22,7 +26,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(REFUSED)
 
 
-def _show(found) -> None:
+def _show(found: "Diagnosis") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -41,7 +45,7 @@ def _show(found) -> None:
         console.print("quantising and serving can work here")
 
 
-def _rows(found) -> list[tuple[str, str]]:
+def _rows(found: "Diagnosis") -> list[tuple[str, str]]:
     plugin = {None: "vLLM is not installed", True: "registered", False: "not registered"}[found.plugin]
     devices = [f"{d['name']}, {'.'.join(map(str, d['capability']))}, {d['memory'] / 1e9:.0f} GB" for d in found.devices]
     return [

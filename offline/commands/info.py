@@ -1,10 +1,14 @@
 """`vlmq info`: what a checkpoint holds."""
 
 import json
+from typing import TYPE_CHECKING
 
 import typer
 
 from vlmq_vllm.offline.commands.options import Json, Quantized
+
+if TYPE_CHECKING:
+    from vlmq_vllm.offline.checkpoint.info import Info
 
 
 def info(folder: Quantized, as_json: Json = False) -> None:
@@ -18,7 +22,7 @@ def info(folder: Quantized, as_json: Json = False) -> None:
         _show(found)
 
 
-def _show(found) -> None:
+def _show(found: "Info") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -40,7 +44,7 @@ def _show(found) -> None:
     console.print(table)
 
 
-def _rows(found) -> list[tuple[str, str]]:
+def _rows(found: "Info") -> list[tuple[str, str]]:
     settings = found.tool.get("settings") or {}
     return [
         ("model", f"{found.model_type}, {found.parameters:,} parameters, {found.quantized:,} of them quantised"),

@@ -71,7 +71,8 @@ def settings_of(settings: type, values: dict) -> Any:
 
 def given(context: typer.Context) -> dict:
     """The options that stand on the command line; the others leave the word to a recipe and to measured defaults."""
-    return {n: v for n, v in context.params.items() if context.get_parameter_source(n).name == "COMMANDLINE"}
+    said = {name: context.get_parameter_source(name) for name in context.params}
+    return {n: v for n, v in context.params.items() if (source := said[n]) and source.name == "COMMANDLINE"}
 
 
 def default_device(device: str) -> str:

@@ -1,7 +1,7 @@
 """`vlmq plan`: what a run would do and need, before it begins."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,7 +17,7 @@ def plan(
     device: Device = "",
     recipe: Recipe = None,
     as_json: Json = False,
-    **settings,
+    **settings: Any,
 ) -> None:
     """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""
     from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ def quantize(
     recipe: Recipe = None,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run.")] = False,
     as_json: Json = False,
-    **settings,
+    **settings: Any,
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
@@ -43,7 +43,7 @@ def quantize(
 
     give_back_large_blocks()
     first = os.environ.get("RANK", "0") == "0"
-    if first and (idle := unread(chosen.method, chosen.saliency, list(options))):
+    if first and (idle := unread(chosen.method, str(chosen.saliency), list(options))):
         named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         typer.echo(f"vlmq: method {chosen.method} makes no use of {named}", err=True)
     progress = Progress(Console(stderr=True)) if first else Progress()

@@ -9,9 +9,9 @@ STOPPED = 75  # EX_TEMPFAIL: try the same again
 
 def stop_on_sigterm() -> Callable[[], bool]:
     """Whether SIGTERM has come; a second one ends the process at once."""
-    received = []
+    received: list[int] = []
 
-    def note(number, frame):
+    def note(number: int, frame: object) -> None:
         received.append(number)
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
 

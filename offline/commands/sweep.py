@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,7 +27,7 @@ def sweep(
         bool, typer.Option(help="Go on with a study; may ask for more bits, methods, parts and designs.")
     ] = False,
     as_json: Json = False,
-    **settings,
+    **settings: Any,
 ) -> None:
     """Give parts of MODEL fewer bits, one at a time or in combinations, and report what that costs.
 

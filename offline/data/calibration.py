@@ -14,7 +14,7 @@ from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.quantize import Settings
 
-KINDS = "token_kinds"
+KINDS_KEY = "token_kinds"
 
 
 @dataclass
@@ -41,14 +41,14 @@ def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, pr
         samples.append(inputs)
         if settings.needs_labels:
             ids = inputs["input_ids"]
-            inputs[KINDS] = token_kinds(chat, ids[0].tolist(), processor, vision_ids(source.config))[None]
+            inputs[KINDS_KEY] = token_kinds(chat, ids[0].tolist(), processor, vision_ids(source.config))[None]
         found.fingerprints.append(fingerprint(chat))
     progress.say(_told(intake, settings.samples, sum(inputs["input_ids"].shape[1] for inputs in samples)))
     probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1])
-    found.probe = {name: value for name, value in probe.items() if name != KINDS}
+    found.probe = {name: value for name, value in probe.items() if name != KINDS_KEY}
     found.batches = ranks.own(batched(samples))
     if settings.needs_labels:
-        found.kinds = [batch.pop(KINDS) for batch in found.batches]
+        found.kinds = [batch.pop(KINDS_KEY) for batch in found.batches]
         pairs = zip(found.batches, found.kinds, strict=True)
         found.labels = [answer_labels(batch["input_ids"], kinds) for batch, kinds in pairs]
     return found

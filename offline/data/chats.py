@@ -13,12 +13,15 @@ pictures go in front of the first user message. What a place may be is left to t
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from vlmq_vllm.errors import QuantizeError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 DESCRIBE = "Describe the image."
 
-BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError)  # what to_chat raises for a bad entry
+BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError, RecursionError)  # what a bad entry raises
 
 
 def to_chat(entry: dict, line: str, locate: Callable[[object, str], object]) -> dict:
@@ -47,6 +50,17 @@ def to_chat(entry: dict, line: str, locate: Callable[[object, str], object]) -> 
         "line": line,
     }
     return chat | ({"task": str(entry["task"])} if entry.get("task") is not None else {})
+
+
+@contextmanager
+def explaining(line: str, complaint: str, expected: str) -> Iterator[None]:
+    """Make one of BROKEN a QuantizeError that says where the entry is, what is wrong with it and what it should be."""
+    try:
+        yield
+    except QuantizeError:
+        raise
+    except BROKEN as error:
+        raise QuantizeError(f"{line} {complaint} ({type(error).__name__}: {error}); {expected}") from None
 
 
 def described(image: object, answer: object, question: object = None) -> dict:

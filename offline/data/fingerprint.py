@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlmq_vllm.offline.data.pictures import open_image
+from vlmq_vllm.offline.data.pictures import PicturePlace, open_image
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,6 @@ def fingerprint(chat: dict) -> str:
     return marks(chat).chat
 
 
-def picture_fingerprints(chat: dict) -> list[str]:
-    """SHA-256 in hex of every picture, frame and video file of a chat, in order. Raises QuantizeError."""
-    return list(marks(chat).pictures)
-
-
 def marks(chat: dict) -> Marks:
     """All fingerprints of a chat; every picture is opened once. Raises QuantizeError."""
     sizes: list[tuple[int, int]] = []
@@ -53,16 +48,11 @@ def marks(chat: dict) -> Marks:
     return Marks(chat["line"], digest, (*images, *flat), tuple(sizes))
 
 
-def overlap(calibration: list[dict], evaluation: list[dict]) -> tuple[list[str], list[str]]:
+def shared(calibration: list[Marks], evaluation: list[Marks]) -> tuple[list[str], list[str]]:
     """Lines of calibration chats that are also in `evaluation`, and of those that share a picture with it.
 
-    The second list holds every chat of the first that has a picture. Raises QuantizeError.
+    The second list holds every chat of the first that has a picture.
     """
-    return shared([marks(chat) for chat in calibration], [marks(chat) for chat in evaluation])
-
-
-def shared(calibration: list[Marks], evaluation: list[Marks]) -> tuple[list[str], list[str]]:
-    """`overlap` of chats whose marks are known."""
     chats = {mark.chat for mark in evaluation}
     pictures = {picture for mark in evaluation for picture in mark.pictures}
     return (
@@ -84,7 +74,7 @@ def _content(parts: list[dict], left: dict) -> list:
     return content
 
 
-def _picture(place, sizes: list) -> str:
+def _picture(place: PicturePlace, sizes: list[tuple[int, int]]) -> str:
     image = open_image(place)
     sizes.append(image.size)
     return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest()

@@ -8,10 +8,11 @@ caption beside it in NAME.txt. The chat is the question, or "Describe the image.
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.chats import BROKEN, described, to_chat
+from vlmq_vllm.offline.data.chats import described, explaining, to_chat
 from vlmq_vllm.offline.data.jsonl import json_lines, local
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
+EXPECTED = 'expected {"file_name": ..., "text" or "caption": ..., optional "question": ...}'
 
 
 def read_folder(folder: Path) -> list[dict]:
@@ -23,17 +24,10 @@ def read_folder(folder: Path) -> list[dict]:
 def _by_metadata(path: Path) -> list[dict]:
     chats = []
     for line, entry in json_lines(path):
-        try:
+        with explaining(line, "describes no picture", EXPECTED):
             caption = entry["text"] if "text" in entry else entry["caption"]
-            entry = described(entry["file_name"], caption, entry.get("question"))
-            chats.append(to_chat(entry, line, local(path.parent, line)))
-        except QuantizeError:
-            raise
-        except BROKEN as error:
-            raise QuantizeError(
-                f"{line} describes no picture ({type(error).__name__}: {error}); "
-                'expected {"file_name": ..., "text" or "caption": ..., optional "question": ...}'
-            ) from None
+            chat = described(entry["file_name"], caption, entry.get("question"))
+            chats.append(to_chat(chat, line, local(path.parent, line)))
     return chats
 
 

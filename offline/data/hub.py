@@ -12,13 +12,21 @@ Texts are read at once, pictures only when they are opened. Videos in data sets 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.chats import BROKEN, described, to_chat
+from vlmq_vllm.offline.data.chats import described, explaining, to_chat
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 PREFIX = "hf:"
-SHAPES = "messages|conversations [+ images|image], or image [+ question] + answer|caption|text"
+SHAPES = (
+    "shapes that are understood: messages|conversations [+ images|image], or image [+ question] + answer|caption|text"
+)
 BATCH = 512  # rows that are read at once
 
 
@@ -49,14 +57,8 @@ def read_hub(source: str) -> list[dict]:
     chats = []
     for number, entry in enumerate(_entries(source, dataset, texts, pictures)):
         line = f"{source} row {number}"
-        try:
+        with explaining(line, "is no chat", SHAPES):
             chats.append(to_chat(_as_chat(entry), line, _locator(line)))
-        except QuantizeError:
-            raise
-        except BROKEN as error:
-            raise QuantizeError(
-                f"{line} is no chat ({type(error).__name__}: {error}); shapes that are understood: {SHAPES}"
-            ) from None
     return chats
 
 
@@ -80,11 +82,11 @@ def columns(source: str, names: list[str]) -> tuple[list[str], str | None]:
         return [chat, *(["task"] if "task" in names else [])], pictures
     answer = next((name for name in ("answer", "caption", "text") if name in names), None)
     if "image" not in names or answer is None:
-        raise QuantizeError(f"{source} has the columns {', '.join(names)}; shapes that are understood: {SHAPES}")
+        raise QuantizeError(f"{source} has the columns {', '.join(names)}; {SHAPES}")
     return [name for name in ("question", answer, "task") if name in names], "image"
 
 
-def _load(source: str, name: str, config: str | None, split: str):
+def _load(source: str, name: str, config: str | None, split: str) -> "datasets.Dataset":
     try:
         import datasets
     except ImportError:
@@ -98,7 +100,7 @@ def _load(source: str, name: str, config: str | None, split: str):
         ) from error
 
 
-def _entries(source: str, dataset, texts: list[str], pictures: str | None) -> Iterator[dict]:
+def _entries(source: str, dataset: "datasets.Dataset", texts: list[str], pictures: str | None) -> Iterator[dict]:
     """One dict per row: its texts, and its pictures as Stored; Arrow tables spare decoding and copying pictures."""
     rows = dataset.select_columns([pictures]).with_format("arrow") if pictures else None
     number = 0
@@ -111,19 +113,23 @@ def _entries(source: str, dataset, texts: list[str], pictures: str | None) -> It
             number += 1
 
 
-def _stored(value, line: str, rows, number: int) -> list:
+def _stored(value: "pyarrow.Scalar", line: str, rows: "datasets.Dataset", number: int) -> list:
     """The pictures of one row's cell: a picture, a list of pictures, or nothing."""
     import pyarrow
 
     if not value.is_valid:
         return []
     if isinstance(value, pyarrow.ListScalar):
-        return [
-            Stored(f"{line}, picture {i}", lambda i=i: rows[number].column(0)[0].as_py()[i]) for i in range(len(value))
-        ]
+        return [Stored(f"{line}, picture {i}", partial(_cell, rows, number, i)) for i in range(len(value))]
     if isinstance(value, (pyarrow.StringScalar, pyarrow.LargeStringScalar)):
         return [value.as_py()]
-    return [Stored(f"{line}, picture", lambda: rows[number].column(0)[0].as_py())]
+    return [Stored(f"{line}, picture", partial(_cell, rows, number))]
+
+
+def _cell(rows: "datasets.Dataset", number: int, picture: int | None = None) -> object:
+    """The only column of a row, or one of the pictures in it."""
+    value = rows[number].column(0)[0].as_py()
+    return value if picture is None else value[picture]
 
 
 def _as_chat(entry: dict) -> dict:
@@ -140,9 +146,8 @@ def _as_chat(entry: dict) -> dict:
 
 def _locator(line: str) -> Callable[[object, str], object]:
     def locate(place: object, kind: str) -> object:
-        if kind == "image" and isinstance(place, Stored):
-            return place
-        if kind == "image" and isinstance(place, str) and place.startswith("data:"):
+        in_row = place.startswith("data:") if isinstance(place, str) else isinstance(place, Stored)
+        if kind == "image" and in_row:
             return place
         if kind == "image" and isinstance(place, dict):
             return Stored(line, lambda: place)

@@ -5,12 +5,15 @@ A sample longer than the limit is left out whole: a cut inside a picture's token
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.pictures import open_image, open_video, shrink
+from vlmq_vllm.offline.data.processor import Processor
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Intake:
     lengths: list[int] = field(default_factory=list)
 
 
-def load_processor(folder: Path):
+def load_processor(folder: Path) -> Processor:
     """The model's own processor. Raises QuantizeError when its files are missing or damaged."""
     from transformers import AutoProcessor
 
@@ -43,7 +46,7 @@ def load_processor(folder: Path):
 
 def model_inputs(
     chats: list[dict],
-    processor,
+    processor: Processor,
     limit: int,
     max_tokens: int,
     max_pixels: int | None = None,
@@ -70,18 +73,12 @@ def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
 
 
 def admitted(
-    chats: list[dict],
-    processor,
-    limit: int,
-    max_tokens: int,
-    max_pixels: int | None = None,
-    intake: Intake | None = None,
+    chats: list[dict], processor: Processor, limit: int, max_tokens: int, max_pixels: int | None, intake: Intake
 ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
     """The same without pictures being asked for; no chat at all is no error."""
     for name, value in (("samples", limit), ("max_tokens", max_tokens), ("max_pixels", max_pixels)):
         if value is not None and value < 1:
             raise QuantizeError(f"{name} is {value}; it must be at least 1")
-    intake = intake or Intake()
     for chat in chats:
         if intake.used == limit:
             break
@@ -95,7 +92,7 @@ def admitted(
         yield chat, inputs
 
 
-def prepare(chat: dict, processor, max_pixels: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
+def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
     """The whole chat as inputs (input_ids int64 [1, T] and the processor's own), and how many pictures were shrunk."""
     _refuse_special_tokens(chat, processor.tokenizer.all_special_tokens)
     if chat["videos"] and getattr(processor, "video_processor", None) is None:
@@ -106,11 +103,12 @@ def prepare(chat: dict, processor, max_pixels: int | None = None) -> tuple[dict[
         frames, about = open_video(place, processor)
         videos.append(frames)
         metadata.append(about)
-    small = [shrink(image, max_pixels) for image in images]
-    small_videos = [[shrink(frame, max_pixels) for frame in frames] for frames in videos]
-    large = [*images, *(frame for frames in videos for frame in frames)]
-    shrunk = sum(a is not b for a, b in zip(large, [*small, *(f for v in small_videos for f in v)], strict=True))
-    options = {"videos": small_videos, "video_metadata": metadata, "do_sample_frames": False} if videos else {}
+    small, *small_videos = [[shrink(image, max_pixels) for image in group] for group in (images, *videos)]
+    pairs = zip(chain(images, *videos), chain(small, *small_videos), strict=True)
+    shrunk = sum(before is not after for before, after in pairs)
+    options: dict[str, Any] = {}
+    if videos:
+        options = {"videos": small_videos, "video_metadata": metadata, "do_sample_frames": False}
     try:
         text = render(chat["messages"], processor)
         inputs = processor(
@@ -121,12 +119,12 @@ def prepare(chat: dict, processor, max_pixels: int | None = None) -> tuple[dict[
     return dict(inputs), shrunk
 
 
-def render(messages: list[dict], processor) -> str:
+def render(messages: list[dict], processor: Processor) -> str:
     """The chat template's text, with one placeholder per picture and video."""
     return processor.apply_chat_template(messages, tokenize=False)
 
 
-def tokenizing(text: str, processor) -> dict[str, bool]:
+def tokenizing(text: str, processor: Processor) -> dict[str, bool]:
     """Options of the tokenizer: where the template wrote the first token, the tokenizer must not add it once more."""
     first = processor.tokenizer.bos_token
     return {"add_special_tokens": False} if first and text.startswith(first) else {}

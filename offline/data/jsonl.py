@@ -8,26 +8,25 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.chats import BROKEN, to_chat
+from vlmq_vllm.offline.data.chats import explaining, to_chat
+
+NO_CHAT = "is no chat", 'expected {"messages": [...]}'
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """The chats of a file in its order. Raises QuantizeError for a file or line that is not as it should be."""
     chats = []
     for line, entry in json_lines(path):
-        try:
+        with explaining(line, *NO_CHAT):
             chats.append(to_chat(entry, line, local(path.parent, line)))
-        except QuantizeError:
-            raise
-        except BROKEN as error:
-            raise no_chat(line, error) from None
     return chats
 
 
-def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """(where it is, value) of every line that is not blank."""
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """(where it is, value) of every line that is not blank. Raises QuantizeError for a line that is no JSON."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
     except (OSError, UnicodeDecodeError) as error:
@@ -38,15 +37,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
     for number, text in enumerate(lines, start=1):
         if text.strip():
             line = f"{path} line {number}"
-            try:
-                yield line, json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise no_chat(line, error) from None
-
-
-def no_chat(line: str, error: Exception) -> QuantizeError:
-    """The one line that says why an entry is no chat."""
-    return QuantizeError(f'{line} is no chat ({type(error).__name__}: {error}); expected {{"messages": [...]}}')
+            with explaining(line, *NO_CHAT):
+                entry = json.loads(text)
+            yield line, entry
 
 
 def local(folder: Path, line: str) -> Callable[[object, str], str | Path]:

@@ -12,28 +12,35 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageOps
 
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.data.processor import Processor
 
-Place = str | Path | Callable[[], bytes]
+if TYPE_CHECKING:
+    import torch
+
+PicturePlace = str | Path | Callable[[], bytes]
 DECODERS = (("torchcodec", "torchcodec"), ("pyav", "av"), ("opencv", "cv2"), ("decord", "decord"))  # name, module
 FRAMES = 32  # of a video file where the processor does not choose them itself: what vLLM hands over by default
 
 
-def open_image(place: Place):
+def open_image(place: PicturePlace) -> Image.Image:
     """The RGB picture at `place`, turned upright by its EXIF tag and, where it is transparent, laid on white.
 
     That is what vLLM does to the pictures of a request. Raises QuantizeError for what is not a whole picture.
     """
-    from PIL import Image, ImageOps
-
+    file: Path | io.BytesIO
     try:
         if isinstance(place, str):
             file = io.BytesIO(base64.b64decode(place.partition(",")[2]))
         else:
             file = place if isinstance(place, Path) else io.BytesIO(place())
-        with Image.open(file) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(file) as stored:
+            image = ImageOps.exif_transpose(stored)
             if not image.has_transparency_data:
                 return image.convert("RGB")
             image = image.convert("RGBA")
@@ -46,7 +53,7 @@ def open_image(place: Place):
         raise QuantizeError(f"cannot open the image {str(place)[:80]} ({error}); mend or remove it") from None
 
 
-def shrink(image, max_pixels: int | None):
+def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
     """The picture with at most `max_pixels` pixels and its aspect kept; itself where it is small enough or no limit."""
     width, height = image.size
     if max_pixels is None or width * height <= max_pixels:
@@ -57,7 +64,7 @@ def shrink(image, max_pixels: int | None):
     return image.resize((long, short) if width > height else (short, long), resample=3)  # bicubic, as processors do
 
 
-def open_video(place: list[Place] | Path, processor) -> tuple[list, object]:
+def open_video(place: list[PicturePlace] | Path, processor: Processor) -> tuple[list[Image.Image], object]:
     """The frames of a video as RGB pictures, and transformers' VideoMetadata of them.
 
     A list of frames is taken whole. Of a file, the frames are those that the model's video processor samples, or FRAMES
@@ -87,7 +94,7 @@ def open_video(place: list[Place] | Path, processor) -> tuple[list, object]:
     return _frames(pixels), metadata
 
 
-def _sampling(processor) -> Callable:
+def _sampling(processor: Processor) -> Callable:
     """Frame numbers from a video's metadata, as transformers' video processors choose them."""
     own = processor.video_processor
     if not getattr(own, "do_sample_frames", False):
@@ -97,18 +104,13 @@ def _sampling(processor) -> Callable:
     return partial(own.sample_frames, **{name: getattr(own, name, None) for name in names})
 
 
-def _evenly(metadata, **options):
-    import numpy as np
-
+def _evenly(metadata: Any, **options: Any) -> np.ndarray:
     total = metadata.total_num_frames
     return np.linspace(0, total - 1, min(FRAMES, total)).astype(int)
 
 
-def _frames(pixels) -> list:
+def _frames(pixels: "np.ndarray | torch.Tensor") -> list[Image.Image]:
     """[T, H, W, 3] (numpy) or [T, 3, H, W] (torch) uint8 as pictures."""
-    import torch
-    from PIL import Image
-
-    if isinstance(pixels, torch.Tensor):
+    if not isinstance(pixels, np.ndarray):
         pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(frame) for frame in pixels]

@@ -9,11 +9,13 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
+from typing import Any
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import render, tokenizing
+from vlmq_vllm.offline.data.processor import Processor
 
 KINDS = ("vision", "user", "answer", "special")
 IGNORED = -100  # label of a token that is not to be predicted
@@ -35,7 +37,7 @@ def vision_ids(config: dict) -> set[int]:
     return ids
 
 
-def count_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> dict[str, int | None]:
+def count_kinds(chat: dict, ids: list[int], processor: Processor, vision: set[int]) -> dict[str, int | None]:
     """Tokens of each of KINDS in a sample with the input ids `ids`; they add up to len(ids).
 
     "user" are texts of user and system messages, "answer" those of the assistant, "special" what the template and the
@@ -52,7 +54,7 @@ def count_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> dict
     return {"vision": seen, **counts, "special": len(ids) - seen - sum(counts.values())}
 
 
-def token_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> torch.Tensor:
+def token_kinds(chat: dict, ids: list[int], processor: Processor, vision: set[int]) -> torch.Tensor:
     """OTHER, VISION or ANSWER for each of a sample's input ids, int8 [T].
 
     Answers are the assistant's texts with the mark after them that ends a turn: a model is trained to write it. Raises
@@ -97,7 +99,7 @@ class _Token:
     answer: bool
 
 
-def _plain(chat: dict, processor) -> list[_Token] | None:
+def _plain(chat: dict, processor: Processor) -> list[_Token] | None:
     """The tokens of the rendered chat; None where its texts are not in it."""
     spans = _spans(chat, processor)
     if spans is None:
@@ -110,15 +112,15 @@ def _plain(chat: dict, processor) -> list[_Token] | None:
         return i if i >= 0 and place < ends[i] else None
 
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **tokenizing(text, processor))
-    marks = _marks(processor.tokenizer, encoded["input_ids"])
+    ends_turn = _turn_ends(processor.tokenizer, encoded["input_ids"])
     tokens = []
     open_turn = False  # nothing but white space has come after the last text of an assistant's message
     for number, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         first, last = (at(begin), at(end - 1)) if end > begin else (None, None)
         inner = last if first is None else first
-        mark = open_turn and inner is None and number in marks
+        is_end = open_turn and inner is None and number in ends_turn
         role = None if first is None else parts[first].role
-        tokens.append(_Token(number, role, mark or (inner is not None and parts[inner].role == "assistant")))
+        tokens.append(_Token(number, role, is_end or (inner is not None and parts[inner].role == "assistant")))
         if inner is not None:
             open_turn = parts[inner].role == "assistant" and parts[inner].last
         elif not text[begin:end].isspace():
@@ -126,7 +128,7 @@ def _plain(chat: dict, processor) -> list[_Token] | None:
     return tokens
 
 
-def _marks(tokenizer, ids: list[int]) -> set[int]:
+def _turn_ends(tokenizer: Any, ids: list[int]) -> set[int]:
     """Ids that can end a turn: special tokens other than the chat's first, which opens one."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     return (added | set(tokenizer.all_special_ids)) - set(ids[:1])
@@ -141,7 +143,7 @@ class _Part:
     last: bool
 
 
-def _spans(chat: dict, processor) -> tuple[str, list[int], list[int], list[_Part]] | None:
+def _spans(chat: dict, processor: Processor) -> tuple[str, list[int], list[int], list[_Part]] | None:
     """The rendered chat, and where its texts begin and end in it; None where they are not in it."""
     if not processor.tokenizer.is_fast:
         return None

@@ -9,6 +9,7 @@ their arguments and answer with zeros, so that whatever reaches the next one is 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ def capture(
     quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
     Stream, on the way to the stack as well.
     """
-    with source.front(device, quantized), rounding_inputs(rounded):
+    with source.before_decoder(device, quantized), rounding_inputs(rounded):
         found = [catch(source, stack, batch, device) for batch in batches]
     return [stream and replace(stream, rounded=rounded) for stream in found]
 
@@ -46,22 +47,24 @@ def check_replay(source: Source, batch: dict, device: torch.device) -> None:
 
     Both run in float32 on the same kernels, so that 1e-4 of the layer's largest value is far above rounding.
     """
-    with source.front(device):
+    with source.before_decoder(device):
         stream = catch(source, source.family.layers, batch, device)
+        if stream is None:
+            raise QuantizeError(f"a forward pass does not reach {source.family.layers}; please report it")
         layers = source.layers()
         number = {layer: i for i, layer in enumerate(layers)}
 
-        def load(layer, args):
+        def load(layer: torch.nn.Module, args: tuple) -> None:
             name = f"{source.family.layers}.{number[layer]}"
             source.materialise(name, device)
             hidden = args[0] if args else None
             if hidden is not None:
                 _compare(f"what reaches {name}", stream.hidden, hidden)
 
-        def compare(layer, args, out):
+        def compare(layer: torch.nn.Module, args: tuple, out: torch.Tensor | tuple) -> None:
             index = number[layer]
-            args, kwargs = stream.calls[index]
-            replayed = hidden_of(layer.forward(stream.hidden, *args, **kwargs))  # past the hooks, that is this one
+            rest, kwargs = stream.calls[index]
+            replayed = hidden_of(layer.forward(stream.hidden, *rest, **kwargs))  # past the hooks, that is this one
             stream.hidden = replayed + stream.terms.get(index, 0)
             name = f"{source.family.layers}.{index}"
             source.release(name)
@@ -87,12 +90,12 @@ def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
 def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stream | None:
     """Run the model with stubs in the place of `stack`'s layers; it stops where the decoder has been seen."""
     found: list[Stream] = []
-    layers = source.model.get_submodule(stack)
-    layers = list(layers) if isinstance(layers, torch.nn.ModuleList) else [layers]
+    whole = source.model.get_submodule(stack)
+    layers = list(whole) if isinstance(whole, torch.nn.ModuleList) else [whole]
     last = None if stack == source.family.blocks else layers[-1]
 
-    def stub(index, layer):
-        def forward(*args, **kwargs):
+    def stub(index: int, layer: torch.nn.Module) -> Callable[..., torch.Tensor]:
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             hidden, *rest = args or (kwargs.pop("hidden_states"),)
             call = (tuple(rest), {name: value for name, value in kwargs.items() if name not in CACHE})
             if not found:
@@ -106,7 +109,7 @@ def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stre
 
         return forward
 
-    def stop(module, args):
+    def stop(module: torch.nn.Module, args: tuple) -> None:
         raise Stop
 
     at_decoder = stack == source.family.layers

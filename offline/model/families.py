@@ -36,13 +36,7 @@ QWEN2 = Family(
     blocks="model.visual.blocks",
     connectors=("model.visual.merger",),
 )
-QWEN3 = Family(
-    layers="model.language_model.layers",
-    embed="model.language_model.embed_tokens",
-    vision="model.visual",
-    blocks="model.visual.blocks",
-    connectors=("model.visual.merger", "model.visual.deepstack_merger_list"),
-)
+QWEN3 = replace(QWEN2, connectors=("model.visual.merger", "model.visual.deepstack_merger_list"))
 LLAVA = Family(
     layers="model.language_model.layers",
     embed="model.language_model.embed_tokens",

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from safetensors import safe_open
 
 from vlmq_vllm.headers import TensorInfo
 
 
 @dataclass(frozen=True)
-class Place:
-    """A parameter's place: all of `tensor`, or of expert `expert` the outputs `start` .. `stop`.
+class StoredParameter:
+    """Where a parameter lies: all of `tensor`, or of expert `expert` the outputs `start` .. `stop`.
 
     module: the name under which a linear is written, in the files' spelling. transposed: experts are stored [H, I].
     """
@@ -27,7 +28,7 @@ class Place:
     stop: int = 0
     transposed: bool = False
 
-    def read(self, file) -> torch.Tensor:
+    def read(self, file: safe_open) -> torch.Tensor:
         """The parameter from an open safetensors file; of a fused tensor only its part."""
         if self.expert is None:
             return file.get_tensor(self.tensor)
@@ -46,12 +47,12 @@ class Place:
         return (min(self.stop, outer) - self.start, inner)
 
 
-def find_places(
+def find_stored_parameters(
     model: torch.nn.Module,
     headers: dict[str, TensorInfo],
     unfuse: Callable[[torch.nn.Module], dict[str, tuple[int, int]]],
-) -> dict[str, Place]:
-    """In-memory parameter name -> place, by transformers' rules for this model; `unfuse` splits its experts."""
+) -> dict[str, StoredParameter]:
+    """In-memory parameter name -> where it lies, by transformers' rules for this model; `unfuse` splits its experts."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -64,7 +65,7 @@ def find_places(
     for name in headers:
         renamed, converted = rename_source_key(name, renamings, others, model.base_model_prefix, empty)
         if converted is None:
-            places[renamed] = Place(name, name.removesuffix(".weight"))
+            places[renamed] = StoredParameter(name, name.removesuffix(".weight"))
         else:
             stored[renamed] = name
     for name, (count, inner) in unfuse(model).items():
@@ -72,19 +73,19 @@ def find_places(
             ("gate_up_proj", (("gate_proj", 0, inner), ("up_proj", inner, 2 * inner))),
             ("down_proj", (("down_proj", 0, shapes[f"{name}.down_proj"][1]),)),
         ):
-            if (place := _fused(f"{name}.{fused}", stored, places)) is None:
+            if (tensor := _fused(f"{name}.{fused}", stored, places)) is None:
                 continue
-            transposed = headers[place].shape != shapes[f"{name}.{fused}"]
-            prefix = place.removesuffix(f".{fused}")
+            transposed = headers[tensor].shape != shapes[f"{name}.{fused}"]
+            prefix = tensor.removesuffix(f".{fused}")
             for expert in range(count):
                 for part, start, stop in parts:
                     module = f"{prefix}.{expert}.{part}"
-                    own = Place(place, module, expert, start, stop, transposed)
+                    own = StoredParameter(tensor, module, expert, start, stop, transposed)
                     places[f"{name}.{expert}.{part}.weight"] = own
     return places
 
 
-def _fused(name: str, stored: dict[str, str], places: dict[str, Place]) -> str | None:
+def _fused(name: str, stored: dict[str, str], places: dict[str, StoredParameter]) -> str | None:
     """The file's name of a fused tensor, whether a rule converts it or it is stored as it is in memory."""
     if name in stored:
         return stored[name]

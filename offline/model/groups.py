@@ -7,6 +7,7 @@ same group of every expert.
 
 import re
 from dataclasses import replace
+from itertools import groupby, takewhile
 
 import torch
 
@@ -28,19 +29,12 @@ def find_stages(layer: torch.nn.Module, index: int, stream: Stream) -> list[list
     ]
     with removing(handles):
         replace(stream, rounded=frozenset()).call(layer, index)  # rounding would make a tensor of each reader's own
-    groups: list[list[str]] = []
-    last = None
-    for name, inputs in order:
-        if inputs is last:
-            groups[-1].append(name)
-        else:
-            groups.append([name])
-        last = inputs
     if idle := set(names) - {name for name, _ in order}:
         raise RuntimeError(f"{sorted(idle)[0]} takes no part in the forward pass of its layer")
     stages: dict[tuple[str, ...], list[Group]] = {}
-    for group in groups:
-        stages.setdefault(tuple(re.sub(r"\.\d+\.", ".*.", name) for name in group), []).append(tuple(group))
+    for _, run in groupby(order, key=lambda one: id(one[1])):  # readers of one tensor run one after the other
+        group = tuple(name for name, _ in run)
+        stages.setdefault(tuple(re.sub(r"\.\d+\.", ".*.", name) for name in group), []).append(group)
     return list(stages.values())
 
 
@@ -48,9 +42,5 @@ def inspected(group: Group) -> str:
     """The module by whose output a group is judged: the common parent of several linears, else the linear itself."""
     if len(group) == 1:
         return group[0]
-    common = []
-    for parts in zip(*(linear.split(".") for linear in group), strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return ".".join(common)
+    parts = zip(*(linear.split(".") for linear in group), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts))

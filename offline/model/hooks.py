@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.activations import round_tokens
 
@@ -24,7 +25,7 @@ def rounding_inputs(linears: Iterable[torch.nn.Module], rounding: Rounding = rou
 
 
 @contextmanager
-def removing(handles: list) -> Iterator[None]:
+def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Take the hooks away again, whatever happens."""
     try:
         yield

@@ -6,14 +6,19 @@ from contextlib import contextmanager
 import torch
 
 
+def named_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The linears in a layer by their names in it, as they are registered."""
+    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 def linears_of(layer: torch.nn.Module) -> list[str]:
     """Names of the linears in a layer, as they are registered."""
-    return [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+    return list(named_linears(layer))
 
 
 def weights_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights [O, I] of a layer's linears, as they are now."""
-    return {name: layer.get_submodule(name).weight for name in linears_of(layer)}
+    return {name: linear.weight for name, linear in named_linears(layer).items()}
 
 
 def parameters_of(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -29,9 +34,7 @@ def is_clipped(linear: str) -> bool:
 
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     """Give a linear another weight; the one that it had is not changed."""
-    if not isinstance(weight, torch.nn.Parameter):
-        weight = torch.nn.Parameter(weight, requires_grad=False)
-    layer.get_submodule(linear).weight = weight
+    set_parameter(layer, f"{linear}.weight", weight)
 
 
 def set_parameter(layer: torch.nn.Module, name: str, value: torch.Tensor) -> None:
@@ -40,6 +43,14 @@ def set_parameter(layer: torch.nn.Module, name: str, value: torch.Tensor) -> Non
     if not isinstance(value, torch.nn.Parameter):
         value = torch.nn.Parameter(value, requires_grad=False)
     layer.get_submodule(owner).register_parameter(leaf, value)
+
+
+def move_buffers(module: torch.nn.Module, device: torch.device, without: str = "") -> None:
+    """Put a module's buffers on a device, but for those of its part `without`."""
+    for name, buffer in list(module.named_buffers()):
+        if not (without and name.startswith(f"{without}.")):
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
 
 @contextmanager

@@ -28,13 +28,12 @@ def _fill_buffers(model: torch.nn.Module) -> None:
     """Buffers that are in no file, such as rotary frequencies, as the class that each module belongs to makes them."""
     from transformers import PreTrainedModel
 
-    owners = {}
+    owners: dict[torch.nn.Module, PreTrainedModel] = {}
     for owner in model.modules():  # from the outside to the inside
         if isinstance(owner, PreTrainedModel):
             owners |= dict.fromkeys(owner.modules(), owner)
     for module, owner in owners.items():
-        lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        lost = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
         if lost:
-            for name in lost:
-                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            module._buffers.update({name: torch.empty_like(buffer, device="cpu") for name, buffer in lost.items()})
             owner._init_weights(module)

@@ -8,16 +8,19 @@ in the files is `file_names.py`'s business.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
+from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
 from vlmq_vllm.offline.model.experts import unfuse
 from vlmq_vllm.offline.model.families import Family, family_of
-from vlmq_vllm.offline.model.file_names import Place, find_places
-from vlmq_vllm.offline.model.layers import set_parameter
+from vlmq_vllm.offline.model.file_names import StoredParameter, find_stored_parameters
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import move_buffers, set_parameter
 from vlmq_vllm.offline.model.skeleton import build_skeleton
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -38,13 +41,18 @@ class Source:
         self.family: Family = family_of(self.config)
         self.headers: dict[str, TensorInfo] = read_headers(folder)
         self.model = build_skeleton(folder)
-        self.places: dict[str, Place] = find_places(self.model, self.headers, unfuse)
+        self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
         self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
         self._check_complete()
 
+    def stack(self, name: str) -> torch.nn.ModuleList:
+        """The ModuleList of that in-memory name: layers, blocks, or the experts of a layer."""
+        return cast(torch.nn.ModuleList, self.model.get_submodule(name))  # as rows of families are tested to say
+
     def layers(self) -> torch.nn.ModuleList:
-        return self.model.get_submodule(self.family.layers)
+        """The decoder's layers."""
+        return self.stack(self.family.layers)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of that name in the files, as stored."""
@@ -93,9 +101,7 @@ class Source:
                 found = self.places[full].tensor
                 raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
             set_parameter(module, inner, value.to(device, dtype))
-        for inner, buffer in list(module.named_buffers()):
-            owner, _, leaf = inner.rpartition(".")
-            module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
+        move_buffers(module, device)
         return module
 
     def release(self, name: str) -> None:
@@ -105,30 +111,29 @@ class Source:
             set_parameter(module, inner, parameter.to("meta"))
 
     @contextmanager
-    def front(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
+    def before_decoder(self, device: torch.device, quantized: bool = False) -> Iterator[None]:
         """Embeddings, vision tower and connectors in memory; blocks of a large tower only while each of them runs."""
         family = self.family
-        tower, blocks = self.model.get_submodule(family.vision), self.model.get_submodule(family.blocks)
+        tower = self.model.get_submodule(family.vision)
         resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
         for name in self._others():
             set_parameter(self.model, name, self.parameter(name).to(device, torch.float32))
-        self._move_buffers(device)
+        move_buffers(self.model, device, without=family.layers)  # such as the decoder's rotary frequencies
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:
             self.materialise(name, device, quantized=quantized)
         if not resident:
-            for i, block in enumerate(blocks):
+            for i, block in enumerate(self.stack(family.blocks)):
                 name = f"{family.blocks}.{i}"
                 handles += [
                     block.register_forward_pre_hook(lambda m, a, n=name: self.lend(n, device, quantized)),
                     block.register_forward_hook(lambda m, a, out, n=name: self.release(n)),
                 ]
         try:
-            yield
+            with removing(handles):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for name in (family.embed, family.vision, *family.connectors):
                 self.release(name)
             for name in self._others():
@@ -145,23 +150,15 @@ class Source:
             if not name.startswith(tuple(f"{part}." for part in parts))
         ]
 
-    def _move_buffers(self, device: torch.device) -> None:
-        """Buffers outside the decoder's layers, such as its rotary frequencies."""
-        for name, buffer in list(self.model.named_buffers()):
-            if not name.startswith(f"{self.family.layers}."):
-                owner, _, leaf = name.rpartition(".")
-                self.model.get_submodule(owner)._buffers[leaf] = buffer.to(device)
-
     def lend(self, name: str, device: torch.device, quantized: bool) -> None:
         """`materialise` as a hook that gives nothing back."""
         self.materialise(name, device, quantized=quantized)
 
-    def _lend_embeddings(self, device: torch.device):
+    def _lend_embeddings(self, device: torch.device) -> RemovableHandle:
         """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
         module = self.model.get_submodule(self.family.embed)
         set_parameter(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module._buffers[name] = buffer.to(device)
+        move_buffers(module, device)
         return module.register_forward_hook(lambda m, args, out: out.float())
 
     def _check_complete(self) -> None:
@@ -207,6 +204,6 @@ def find(model: str) -> Path:
 
 def _tied(model: torch.nn.Module) -> set[str]:
     """Parameters that share another's tensor by config.json, such as lm_head and the input embeddings."""
-    config = model.config
+    config: Any = model.config  # transformers' own
     tied = getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", 0)
     return {"lm_head.weight"} if tied else set()

@@ -62,9 +62,9 @@ class Stream:
 
     def until(self, layer: torch.nn.Module, index: int, name: str) -> torch.Tensor:
         """The input of the layer's module `name`; the layer runs no further. Gradients flow."""
-        caught = []
+        caught: list[torch.Tensor] = []
 
-        def hook(module, inputs):
+        def hook(module: torch.nn.Module, inputs: tuple) -> None:
             caught.append(inputs[0])
             raise Stop
 

@@ -14,7 +14,7 @@ import torch
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.model.experts import is_expert
-from vlmq_vllm.offline.model.layers import linears_of
+from vlmq_vllm.offline.model.layers import named_linears
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.unserved import why_unserved
@@ -163,7 +163,7 @@ def _modules(source: Source, component: str) -> list[str]:
     if component == "connector":
         return [name for root in family.connectors for name in _connectors(source, root)]
     stack = {"vision": family.blocks, "language": family.layers}[component]
-    count = len(source.model.get_submodule(stack))
+    count = len(source.stack(stack))
     count = min(count, _blocks_used(source.config, count)) if component == "vision" else count
     return [f"{stack}.{i}" for i in range(count)]
 
@@ -187,8 +187,8 @@ def _check_exceptions(source: Source, settings: Settings) -> None:
 
 
 def _named_linears(source: Source, unit: Unit) -> dict[str, torch.nn.Linear]:
-    module = source.model.get_submodule(unit.module)
-    return {f"{unit.module}.{linear}": module.get_submodule(linear) for linear in linears_of(module)}
+    linears = named_linears(source.model.get_submodule(unit.module))
+    return {f"{unit.module}.{name}": linear for name, linear in linears.items()}
 
 
 def _check_experts(source: Source, settings: Settings, targets: list[Target]) -> None:
@@ -199,16 +199,14 @@ def _check_experts(source: Source, settings: Settings, targets: list[Target]) ->
             f"activation_bits is {settings.activation_bits}, but inputs of experts are served at {KEPT} bits only; "
             f"leave it at {KEPT}, or the experts (modules: their names, such as '*.experts.*', at {KEPT})"
         )
-    found: dict[tuple[str, bool], set] = {}
-    counts: dict[tuple[str, bool], int] = {}
+    found: dict[tuple[str, bool], list[WeightFormat]] = {}
     for target in targets:
         if is_expert(target.name):
             key = target.name.rpartition(".")[0].rpartition(".")[0], target.name.endswith("down_proj")
-            found.setdefault(key, set()).add(target.format)
-            counts[key] = counts.get(key, 0) + 1
+            found.setdefault(key, []).append(target.format)
     for (experts, down), formats in found.items():
-        whole = len(source.model.get_submodule(experts)) * (1 if down else 2)
-        if len(formats) > 1 or counts[experts, down] != whole:
+        whole = len(source.stack(experts)) * (1 if down else 2)
+        if len(set(formats)) > 1 or len(formats) != whole:
             raise RefusedError(
                 f"modules: {experts} would have several formats for {'down' if down else 'gate and up'}; all experts "
                 "of a layer are served in one, give a pattern that names them all"

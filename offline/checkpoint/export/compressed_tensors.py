@@ -12,6 +12,7 @@ from vlmq_vllm.format import WORD, WeightFormat
 from vlmq_vllm.offline.checkpoint.export.model import Model, check_fused, check_groups
 
 NAME = "compressed-tensors"
+IN_MEMORY = False  # tensors keep their names in the files
 
 
 def check(model: Model) -> None:
@@ -29,16 +30,6 @@ def check(model: Model) -> None:
 def tensors(module: ModuleInfo, parts: dict[str, torch.Tensor], header: dict) -> dict[str, torch.Tensor]:
     """A packed module's tensors by their last name."""
     return parts
-
-
-def module_name(module: str, model: Model) -> str:
-    """The packed module's name in the export."""
-    return module
-
-
-def plain_name(name: str, model: Model) -> str:
-    """The name of a tensor that is not packed."""
-    return name
 
 
 def header(model: Model) -> dict:

@@ -8,11 +8,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from safetensors import safe_open
 
 from vlmq_vllm.checkpoint import read_spec
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import PARTS
+from vlmq_vllm.headers import Tensors
 from vlmq_vllm.offline.checkpoint.export import compressed_tensors, gptq
 from vlmq_vllm.offline.checkpoint.export.model import Model, read_model
 from vlmq_vllm.offline.checkpoint.writer import Writer
@@ -49,21 +49,15 @@ def export(folder: Path, out: Path, name: str) -> str:
 
 def _rewritten(model: Model, file_name: str, target: ModuleType, header: dict) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    with safe_open(model.folder / file_name, "pt") as file:
-        for name in file.keys():  # noqa: SIM118, safe_open is not iterable
-            module, _, part = name.rpartition(".")
-            if part not in PARTS:
-                tensors[target.plain_name(name, model)] = file.get_tensor(name)
-            elif part == "weight_packed":
-                own = target.tensors(model.modules[module], _parts(model, module), header)
-                tensors |= {f"{target.module_name(module, model)}.{part}": tensor for part, tensor in own.items()}
+    with Tensors(model.folder, model.headers) as stored:
+        for name in (name for name, info in model.headers.items() if info.file == file_name):
+            module, _, last = name.rpartition(".")
+            if last not in PARTS:
+                tensors[model.memory[name] if target.IN_MEMORY else name] = stored.get(name)
+            elif last == "weight_packed":
+                names = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in model.headers}
+                parts = {part: stored.get(full) for part, full in names.items()}
+                own = target.tensors(model.modules[module], parts, header)
+                prefix = model.in_memory(module) if target.IN_MEMORY else module
+                tensors |= {f"{prefix}.{part}": tensor for part, tensor in own.items()}
     return tensors
-
-
-def _parts(model: Model, module: str) -> dict[str, torch.Tensor]:
-    parts = {}
-    for part in PARTS:
-        if (info := model.headers.get(f"{module}.{part}")) is not None:
-            with safe_open(model.folder / info.file, "pt") as file:
-                parts[part] = file.get_tensor(f"{module}.{part}")
-    return parts

@@ -20,6 +20,7 @@ from vlmq_vllm.format import WORD, pack, unpack
 from vlmq_vllm.offline.checkpoint.export.model import Model, check_groups
 
 NAME = "gptq"
+IN_MEMORY = True  # tensors get their names in memory
 V1, V2 = "gptq", "gptq_v2"
 
 
@@ -52,16 +53,6 @@ def tensors(module: ModuleInfo, parts: dict[str, torch.Tensor], header: dict) ->
         "scales": parts["weight_scale"].T,
         "g_idx": format.group_of(module.columns).int(),
     }
-
-
-def module_name(module: str, model: Model) -> str:
-    """The packed module's name in the export."""
-    return model.in_memory(module)
-
-
-def plain_name(name: str, model: Model) -> str:
-    """The name of a tensor that is not packed."""
-    return model.memory[name]
 
 
 def header(model: Model) -> dict:

@@ -134,7 +134,7 @@ def learn_bounds(
     factors = [factor for own in clipped.values() for factor in own.factors]
     adam = torch.optim.Adam(factors, hyper.rate)
     history = []
-    with source.front(device):
+    with source.before_decoder(device):
         ends: list[tuple[torch.Tensor, torch.Tensor]] = []
         ranges = ranges_of(_full(source, pairs, device, ends))
         for _ in range(hyper.epochs):

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from vlmq_vllm.offline.data.fingerprint import fingerprint, overlap, picture_fingerprints
+from vlmq_vllm.offline.data.fingerprint import fingerprint, marks, shared
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.data.token_kinds import count_kinds, vision_ids
@@ -64,8 +64,8 @@ def test_the_same_content_has_the_same_fingerprint(folder, read):
     [same["another spelling"]] = read_all(folder / "other.jsonl")
     assert len(fingerprint(chat)) == 64
     assert {name: fingerprint(other) for name, other in same.items()} == dict.fromkeys(same, fingerprint(chat))
-    pictures = [picture_fingerprints(other) for other in same.values()]
-    assert pictures == [picture_fingerprints(chat)] * len(same)
+    pictures = [marks(other).pictures for other in same.values()]
+    assert pictures == [marks(chat).pictures] * len(same)
 
 
 def test_other_content_has_another_fingerprint(folder, read):
@@ -83,11 +83,11 @@ def test_other_content_has_another_fingerprint(folder, read):
         read(text("q")),
     ]
     assert len({fingerprint(chat) for chat in chats}) == len(chats)
-    a, c, d = (picture_fingerprints(chat)[0] for chat in chats[:3])
+    a, c, d = (marks(chat).pictures[0] for chat in chats[:3])
     assert len({a, c, d}) == 3
-    assert picture_fingerprints(chats[5]) == [a, a]
-    assert picture_fingerprints(chats[7]) == [a, c]
-    assert picture_fingerprints(chats[9]) == []
+    assert list(marks(chats[5]).pictures) == [a, a]
+    assert list(marks(chats[7]).pictures) == [a, c]
+    assert list(marks(chats[9]).pictures) == []
 
 
 def test_roles_count(folder, read):
@@ -105,7 +105,7 @@ def test_overlap(folder):
     )
     calibration = read_all(write(folder / "calibration.jsonl", *samples))
     evaluation = read_all(write(folder / "evaluation.jsonl", ([image("b.webp"), text("q")], "x"), ("t", "x")))
-    chats, pictures = overlap(calibration, evaluation)
+    chats, pictures = shared([marks(chat) for chat in calibration], [marks(chat) for chat in evaluation])
     assert chats == [f"{folder}/calibration.jsonl line {n}" for n in (1, 4)]
     assert pictures == [f"{folder}/calibration.jsonl line {n}" for n in (1, 2)]
 

@@ -125,7 +125,7 @@ def whole(source, batch: dict, clipped: dict[str, Clipped]) -> tuple[list[torch.
     handles += [
         layer.register_forward_hook(lambda m, args, out: places.append(hidden_of(out))) for layer in modules[:4]
     ]
-    with source.front(CPU), clipping(source.model, clipped), torch.enable_grad(), removing(handles):
+    with source.before_decoder(CPU), clipping(source.model, clipped), torch.enable_grad(), removing(handles):
         logits = source.model(**batch, use_cache=False).logits
     for name in parts:
         source.release(name)
