@@ -1,6 +1,6 @@
 """Names the linears and parameters of a layer, and puts others in their places."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,13 @@ import torch
 def linears_of(layer: torch.nn.Module) -> list[str]:
     """Names of the linears in a layer, as they are registered."""
     return [name for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def linear_of(layer: torch.nn.Module, name: str) -> torch.nn.Linear:
+    """The linear of that name in a layer."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear), f"{name} is no linear but a {type(linear).__name__}"
+    return linear
 
 
 def weights_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -43,14 +50,14 @@ def set_parameter(layer: torch.nn.Module, name: str, value: torch.Tensor) -> Non
 
 
 @contextmanager
-def holding(layer: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+def holding(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
     """The layer with other weights of its linears for a while."""
     with with_parameters(layer, {f"{linear}.weight": weight for linear, weight in weights.items()}):
         yield layer
 
 
 @contextmanager
-def with_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+def with_parameters(layer: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
     """The layer with other parameters, by their names in it, for a while."""
     before = {name: layer.get_parameter(name) for name in parameters}
     for name, value in parameters.items():
