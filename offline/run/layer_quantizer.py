@@ -7,7 +7,8 @@ are scaled (AWQ), that comes first, for the whole layer. One layer's weights are
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -15,12 +16,22 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
 from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
-from vlmq_vllm.offline.model.layers import holding, linears_of, parameters_of, put, set_parameter, with_parameters
+from vlmq_vllm.offline.model.layers import (
+    holding,
+    linear_of,
+    linears_of,
+    parameters_of,
+    put,
+    set_parameter,
+    with_parameters,
+)
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.settings.quantize import Settings
@@ -43,8 +54,8 @@ class LayerQuantizer:
         ranks: Ranks,
         quantized: list[Stream],
         full: list[Stream],
-        weigh: Callable | None = None,
-        scale: Callable | None = None,
+        weigh: TokenWeigher | None = None,
+        scale: Scaling | None = None,
     ) -> None:
         self.source, self.settings, self.formats, self.device, self.ranks = source, settings, formats, device, ranks
         self.quantized, self.full = quantized, full
@@ -59,18 +70,16 @@ class LayerQuantizer:
         """
         layer = self.source.materialise(name, self.device)
         originals = parameters_of(layer)
-        weights, tokens, ratios = {}, {}, {}
-        if self.weigh and self._linears(layer, name):
-            streams = self.full, self.quantized
-            weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
+        token_weights, tokens = self._weighed(layer, index, name)
         stages = self._stages(layer, index, name)
+        ratios: dict[str, float | None] = {}
         tensors: dict[str, torch.Tensor] = {}
         rows = []
         if self.scale:
-            ratios, tensors = self._scaled(layer, index, name, stages, weights)
-            weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
+            ratios, tensors = self._scaled(self.scale, layer, index, name, stages, token_weights)
+            token_weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
         for stage in stages:
-            for linear, solution in self._solve(layer, index, name, stage, weights, originals):
+            for linear, solution in self._solve(layer, index, name, stage, token_weights, originals):
                 module = self.source.module_in_files(_full(name, linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
@@ -93,7 +102,18 @@ class LayerQuantizer:
             self._advance(layer, index, originals)
             self.source.release(name)
 
-    def _advance(self, layer: torch.nn.Module, index: int, originals: dict[str, torch.Tensor]) -> None:
+    def _weighed(self, layer: torch.nn.Module, index: int, name: str) -> tuple[Weights, dict[str, str]]:
+        """Token weights of the layer's linears, and what the report says of them; nothing where all tokens count
+        alike."""
+        if not (self.weigh and self._linears(layer, name)):
+            return {}, {}
+
+        def rounding() -> AbstractContextManager:
+            return holding(layer, self._all_nearest(layer, name))
+
+        return self.weigh(layer, index, self.full, self.quantized, rounding)
+
+    def _advance(self, layer: torch.nn.Module, index: int, originals: Mapping[str, torch.Tensor]) -> None:
         with with_parameters(layer, originals):
             for stream in self.full if self.settings.sequential else self.full + self.quantized:
                 stream.hidden = stream.run(layer, index)
@@ -117,18 +137,26 @@ class LayerQuantizer:
         """Those of the layer that are quantised."""
         return [linear for linear in linears_of(layer) if _full(name, linear) in self.formats]
 
-    def _scaled(self, layer, index, name, stages, weights) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
+    def _scaled(
+        self,
+        scale: Scaling,
+        layer: torch.nn.Module,
+        index: int,
+        name: str,
+        stages: list[list[Group]],
+        token_weights: Weights,
+    ) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
         """Scale the layer's channels: exponents by linear, and what else of it has changed, by its name in the files.
 
         Scales are judged by weights and inputs as they come: where inputs are rounded, `scale` does it itself.
         """
         streams = [replace(stream, rounded=frozenset()) for stream in self.quantized]
-        found = self.scale(
+        found = scale(
             layer,
             index,
             stages,
             streams,
-            weights,
+            token_weights,
             lambda linear: self.formats.get(_full(name, linear)),
             lambda inner: self.source.stored_dtype(_full(name, inner)),
         )
@@ -138,14 +166,22 @@ class LayerQuantizer:
             tensors[self.source.places[full].tensor] = self.source.restored(full, value)
         return found.ratios, tensors
 
-    def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
+    def _solve(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        name: str,
+        stage: list[Group],
+        token_weights: Weights,
+        originals: Mapping[str, torch.Tensor],
+    ) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         if not self.settings.row.solves:
             for (linear,) in stage:
-                yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
+                yield self._placed(layer, linear, Solution(self._nearest(layer, name, linear), None, None, 0))
             return
         format_of, dtype_of = functools.partial(self._format, name), functools.partial(self._dtype, name)
-        problems = find_problems(layer, stage, weights, self._base(stage), format_of, dtype_of, self.device)
+        problems = find_problems(layer, stage, token_weights, self._base(stage), format_of, dtype_of, self.device)
         collect(problems, layer, index, self.quantized, self.full, originals)
         solutions = solve_all(problems, layer, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):
@@ -168,12 +204,12 @@ class LayerQuantizer:
         """Of the weight in the source, which the scales get."""
         return self.source.stored_dtype(f"{_full(name, linear)}.weight")
 
-    def _rounded(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
-        weight = layer.get_submodule(linear).weight
+    def _nearest(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
+        weight = linear_of(layer, linear).weight
         return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), grid_of(self.settings))
 
-    def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-        return {linear: self._rounded(layer, name, linear).served() for linear in self._linears(layer, name)}
+    def _all_nearest(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
+        return {linear: self._nearest(layer, name, linear).served() for linear in self._linears(layer, name)}
 
 
 def _full(name: str, linear: str) -> str:
