@@ -18,7 +18,8 @@ BLOCKS_CHUNK = 1 << 22  # the same with blocks of H, which every slice reads: fe
 @dataclass(frozen=True)
 class GridSearch:
     """How scales are chosen: from a group's range (`steps` 0), or among `steps` + 1 ranges from 100 % shrunk evenly to
-    `least`, the one with the least sum_i w_i |error_i|^exponent; w is diag H where `importance` is set, else 1.
+    `least`, the one with the least sum_i w_i |error_i|^exponent; w is the diagonal of the
+    Hessian H where `importance` is set, else 1.
 
     With the diagonal blocks of H as importance it is the one with the least error^T H_gg error, what the group's errors
     do to the output. The exponent 2.4 is that of GPTQ's public code.

@@ -6,10 +6,9 @@ summed after the stages before it have been replaced, unless a method does not c
 are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
 """
 
-import functools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -35,6 +34,22 @@ from vlmq_vllm.offline.model.layers import (
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.settings.quantize import Settings
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer while it is quantised: its place in the stack, its in-memory name, its full-precision parameters by their
+    names in it, and those of its linears that are quantised."""
+
+    module: torch.nn.Module
+    index: int
+    name: str
+    originals: Mapping[str, torch.Tensor]
+    linears: list[str]
+
+    def full(self, inner: str) -> str:
+        """The in-memory name of what is called `inner` in the layer."""
+        return f"{self.name}.{inner}"
 
 
 class LayerQuantizer:
@@ -68,26 +83,25 @@ class LayerQuantizer:
 
         last: nothing comes after it, so that the streams need not move on.
         """
-        layer = self.source.materialise(name, self.device)
-        originals = parameters_of(layer)
-        token_weights, tokens = self._weighed(layer, index, name)
-        stages = self._stages(layer, index, name)
+        layer = self._load(name, index)
+        token_weights, tokens = self._weighed(layer)
+        stages = self._stages(layer)
         ratios: dict[str, float | None] = {}
         tensors: dict[str, torch.Tensor] = {}
         rows = []
         if self.scale:
-            ratios, tensors = self._scaled(self.scale, layer, index, name, stages, token_weights)
+            ratios, tensors = self._scaled(self.scale, layer, stages, token_weights)
             token_weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
         for stage in stages:
-            for linear, solution in self._solve(layer, index, name, stage, token_weights, originals):
-                module = self.source.module_in_files(_full(name, linear))
+            for linear, solution in self._solve(layer, stage, token_weights):
+                module = self.source.module_in_files(layer.full(linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
                 base = self._base(stage) if loss is not None and self.solver.compensate else None
                 told = tokens.get(linear, "equal"), base, ratios.get(linear)
                 rows.append(Row(module, loss, solution.damp, solution.dead, *told))
         if not last:
-            self._advance(layer, index, originals)
+            self._advance(layer)
         self.source.release(name)
         return tensors, rows
 
@@ -95,37 +109,42 @@ class LayerQuantizer:
     def replay(self, name: str, index: int) -> None:
         """Move both streams past a layer that has been quantised before."""
         if self.quantized:
-            layer = self.source.materialise(name, self.device)
-            originals = parameters_of(layer)
+            layer = self._load(name, index)
             for inner, value in self.source.written(name).items():
-                set_parameter(layer, inner, value.to(self.device, torch.float32))
-            self._advance(layer, index, originals)
+                set_parameter(layer.module, inner, value.to(self.device, torch.float32))
+            self._advance(layer)
             self.source.release(name)
 
-    def _weighed(self, layer: torch.nn.Module, index: int, name: str) -> tuple[Weights, dict[str, str]]:
+    def _load(self, name: str, index: int) -> _Layer:
+        module = self.source.materialise(name, self.device)
+        linears = [linear for linear in linears_of(module) if f"{name}.{linear}" in self.formats]
+        return _Layer(module, index, name, parameters_of(module), linears)
+
+    def _weighed(self, layer: _Layer) -> tuple[Weights, dict[str, str]]:
         """Token weights of the layer's linears, and what the report says of them; nothing where all tokens count
         alike."""
-        if not (self.weigh and self._linears(layer, name)):
+        if not (self.weigh and layer.linears):
             return {}, {}
 
         def rounding() -> AbstractContextManager:
-            return holding(layer, self._all_nearest(layer, name))
+            return holding(layer.module, {linear: self._nearest(layer, linear).served() for linear in layer.linears})
 
-        return self.weigh(layer, index, self.full, self.quantized, rounding)
+        return self.weigh(layer.module, layer.index, self.full, self.quantized, rounding)
 
-    def _advance(self, layer: torch.nn.Module, index: int, originals: Mapping[str, torch.Tensor]) -> None:
-        with with_parameters(layer, originals):
+    def _advance(self, layer: _Layer) -> None:
+        with with_parameters(layer.module, layer.originals):
             for stream in self.full if self.settings.sequential else self.full + self.quantized:
-                stream.hidden = stream.run(layer, index)
+                stream.hidden = stream.run(layer.module, layer.index)
         for stream in self.quantized if self.settings.sequential else []:
-            stream.hidden = stream.run(layer, index)
+            stream.hidden = stream.run(layer.module, layer.index)
 
-    def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
+    def _stages(self, layer: _Layer) -> list[list[Group]]:
         """The stages of the layer, of linears that are quantised; without data every linear is one."""
-        own = self._linears(layer, name)
+        own = layer.linears
         if not (self.settings.row.solves and own):
             return [[(linear,)] for linear in own]
-        found = self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None)
+        some = find_stages(layer.module, layer.index, self.quantized[0]) if self.quantized else None
+        found = self.ranks.first(some)
         if not found:
             raise QuantizeError(
                 "no calibration sample reaches a part of the model that is to be quantised; add pictures"
@@ -133,18 +152,8 @@ class LayerQuantizer:
         groups = ([tuple(linear for linear in group if linear in own) for group in stage] for stage in found)
         return [kept for stage in groups if (kept := [group for group in stage if group])]
 
-    def _linears(self, layer: torch.nn.Module, name: str) -> list[str]:
-        """Those of the layer that are quantised."""
-        return [linear for linear in linears_of(layer) if _full(name, linear) in self.formats]
-
     def _scaled(
-        self,
-        scale: Scaling,
-        layer: torch.nn.Module,
-        index: int,
-        name: str,
-        stages: list[list[Group]],
-        token_weights: Weights,
+        self, scale: Scaling, layer: _Layer, stages: list[list[Group]], token_weights: Weights
     ) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
         """Scale the layer's channels: exponents by linear, and what else of it has changed, by its name in the files.
 
@@ -152,38 +161,37 @@ class LayerQuantizer:
         """
         streams = [replace(stream, rounded=frozenset()) for stream in self.quantized]
         found = scale(
-            layer,
-            index,
+            layer.module,
+            layer.index,
             stages,
             streams,
             token_weights,
-            lambda linear: self.formats.get(_full(name, linear)),
-            lambda inner: self.source.stored_dtype(_full(name, inner)),
+            lambda linear: self.formats.get(layer.full(linear)),
+            lambda inner: self.source.stored_dtype(layer.full(inner)),
         )
         tensors = {}
         for inner, value in found.changed.items():
-            full = _full(name, inner)
+            full = layer.full(inner)
             tensors[self.source.places[full].tensor] = self.source.restored(full, value)
         return found.ratios, tensors
 
-    def _solve(
-        self,
-        layer: torch.nn.Module,
-        index: int,
-        name: str,
-        stage: list[Group],
-        token_weights: Weights,
-        originals: Mapping[str, torch.Tensor],
-    ) -> Iterator[tuple[str, Solution]]:
+    def _solve(self, layer: _Layer, stage: list[Group], token_weights: Weights) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         if not self.settings.row.solves:
             for (linear,) in stage:
-                yield self._placed(layer, linear, Solution(self._nearest(layer, name, linear), None, None, 0))
+                yield self._placed(layer, linear, Solution(self._nearest(layer, linear), None, None, 0))
             return
-        format_of, dtype_of = functools.partial(self._format, name), functools.partial(self._dtype, name)
-        problems = find_problems(layer, stage, token_weights, self._base(stage), format_of, dtype_of, self.device)
-        collect(problems, layer, index, self.quantized, self.full, originals)
-        solutions = solve_all(problems, layer, self.solver, self.ranks)
+        problems = find_problems(
+            layer.module,
+            stage,
+            token_weights,
+            self._base(stage),
+            lambda linear: self.formats[layer.full(linear)],
+            lambda linear: self._dtype(layer, linear),
+            self.device,
+        )
+        collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
+        solutions = solve_all(problems, layer.module, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):
             for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
                 yield self._placed(layer, linear, part)
@@ -192,25 +200,16 @@ class LayerQuantizer:
         """The two streams send different tokens to an expert: there is no residual between them."""
         return self.settings.base if len(stage) == 1 and self.settings.residual else "gptq"
 
-    def _placed(self, layer: torch.nn.Module, linear: str, solution: Solution) -> tuple[str, Solution]:
+    def _placed(self, layer: _Layer, linear: str, solution: Solution) -> tuple[str, Solution]:
         if self.settings.sequential:
-            put(layer, linear, solution.weight.served())
+            put(layer.module, linear, solution.weight.served())
         return linear, solution
 
-    def _format(self, name: str, linear: str) -> WeightFormat:
-        return self.formats[_full(name, linear)]
-
-    def _dtype(self, name: str, linear: str) -> torch.dtype:
+    def _dtype(self, layer: _Layer, linear: str) -> torch.dtype:
         """Of the weight in the source, which the scales get."""
-        return self.source.stored_dtype(f"{_full(name, linear)}.weight")
+        return self.source.stored_dtype(f"{layer.full(linear)}.weight")
 
-    def _nearest(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
-        weight = linear_of(layer, linear).weight
-        return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), grid_of(self.settings))
-
-    def _all_nearest(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-        return {linear: self._nearest(layer, name, linear).served() for linear in self._linears(layer, name)}
-
-
-def _full(name: str, linear: str) -> str:
-    return f"{name}.{linear}"
+    def _nearest(self, layer: _Layer, linear: str) -> QuantizedWeight:
+        """A linear's weight rounded to nearest."""
+        weight, format = linear_of(layer.module, linear).weight, self.formats[layer.full(linear)]
+        return round_to_nearest(weight, format, self._dtype(layer, linear), grid_of(self.settings))

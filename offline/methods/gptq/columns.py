@@ -1,7 +1,7 @@
 """Rounds weights column by column; later columns make good the error of each (GPTQ, 2210.17323).
 
-With H = U U^T, U upper triangular, the weighted error of a row is |delta U|^2 for delta = target - rounded, and the
-best value for column k, given the columns before it, is
+With the Hessian H = U U^T, U upper triangular, the weighted error of a row is |delta U|^2 for delta = target - rounded,
+and the best value for column k, given the columns before it, is
 
     target_k + sum_{j < k} delta_j U_jk / U_kk.
 
