@@ -4,11 +4,12 @@ Scales are rounded to the dtype in which they will be stored before anything is 
 solver sees is what is served.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 CHUNK = 1 << 18  # weights per slice of the search, so that its temporaries stay in the cache
 BLOCKS_CHUNK = 1 << 22  # the same with blocks of H, which every slice reads: few slices, 16 MiB for each temporary
@@ -17,7 +18,8 @@ BLOCKS_CHUNK = 1 << 22  # the same with blocks of H, which every slice reads: fe
 @dataclass(frozen=True)
 class GridSearch:
     """How scales are chosen: from a group's range (`steps` 0), or among `steps` + 1 ranges from 100 % shrunk evenly to
-    `least`, the one with the least sum_i w_i |error_i|^exponent; w is diag H where `importance` is set, else 1.
+    `least`, the one with the least sum_i w_i |error_i|^exponent; w is the diagonal of the
+    Hessian H where `importance` is set, else 1.
 
     With the diagonal blocks of H as importance it is the one with the least error^T H_gg error, what the group's errors
     do to the output. The exponent 2.4 is that of GPTQ's public code.
@@ -55,13 +57,14 @@ def find_grid(
     importance = importance if search.importance else None
     blocks = importance is not None and importance.ndim == 3
     rows = max(1, (BLOCKS_CHUNK if blocks else CHUNK) // weight.shape[1])
-    allowed = [None] * -(-len(weight) // rows) if clipped is None else clipped.split(rows)
-    parts = [
+    parts = weight.split(rows)
+    allowed: Sequence[torch.Tensor | None] = [None] * len(parts) if clipped is None else clipped.split(rows)
+    found = [
         _grid_of_rows(part, format, dtype, search, importance, shrinks)
-        for part, shrinks in zip(weight.split(rows), allowed, strict=True)
+        for part, shrinks in zip(parts, allowed, strict=True)
     ]
-    scale = torch.cat([scale for scale, _ in parts])
-    return scale, None if format.symmetric else torch.cat([zero for _, zero in parts])
+    scale = torch.cat([scale for scale, _ in found])
+    return scale, None if format.symmetric else torch.cat([zero for _, zero in found])
 
 
 def blocks_of(h: torch.Tensor, format: WeightFormat) -> torch.Tensor:
@@ -81,12 +84,30 @@ def to_codes(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | int
     return (weight / scale + zero).round_().clamp_(0, levels - 1)
 
 
+def on_grid(
+    weight: torch.Tensor, format: WeightFormat, scale: torch.Tensor, zero: torch.Tensor | None
+) -> QuantizedWeight:
+    """A weight [O, I] float32 with its nearest codes on the grid of `scale` and `zero` [O, G] (None when symmetric)."""
+    group = format.group_of(weight.shape[1], weight.device)
+    offset = format.middle if zero is None else zero.float()[:, group]
+    codes = to_codes(weight, scale.float()[:, group], offset, format.levels).to(torch.uint8)
+    return QuantizedWeight(format, codes, scale, zero)
+
+
 def _width(format: WeightFormat, columns: int) -> int:
     """Columns of a group."""
-    return columns if format.group_size == -1 else min(format.group_size, columns)
+    return min(format.width(columns), columns)
 
 
-def _grid_of_rows(weight, format, dtype, search, importance, clipped):
+def _grid_of_rows(
+    weight: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    search: GridSearch,
+    importance: torch.Tensor | None,
+    clipped: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`find_grid` for a few rows, with a zero point [O, G] uint8 for symmetric weights as well."""
     groups, width = format.groups(weight.shape[1]), _width(format, weight.shape[1])
     # the zeros that fill up the last group lie on every grid: they change neither range nor error
     padding = (0, groups * width - weight.shape[1])
@@ -108,7 +129,9 @@ def _grid_of_rows(weight, format, dtype, search, importance, clipped):
     return best_scale.to(dtype), best_zero.to(torch.uint8)
 
 
-def _grid_of_range(low, high, format, dtype):
+def _grid_of_range(
+    low: torch.Tensor, high: torch.Tensor, format: WeightFormat, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale, already rounded to `dtype` but kept in float32, and zero point for ranges [low, high] around 0."""
     top = format.levels - 1
     span = 2 * torch.maximum(-low, high) if format.symmetric else high - low
@@ -120,7 +143,15 @@ def _grid_of_range(low, high, format, dtype):
     return scale, (-low / scale).round().clamp(0, top)
 
 
-def _error(grouped, scale, zero, format, search, importance):
+def _error(
+    grouped: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    format: WeightFormat,
+    search: GridSearch,
+    importance: torch.Tensor | None,
+) -> torch.Tensor:
+    """What a search compares, [O, G], for weights [O, G, w] on grids [O, G]; importance [G, w] or [G, w, w]."""
     scale, zero = scale[..., None], zero[..., None]
     codes = to_codes(grouped, scale, zero, format.levels)
     error = codes.sub_(zero).mul_(scale).sub_(grouped)

@@ -1,6 +1,6 @@
 """A solved weight with what is said of it: its way between processes, and its row in the report of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,8 +11,9 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 @dataclass(frozen=True)
 class Solution:
     """A solved weight. `loss` [O]: weighted squared output error per token of each row, as the solver saw it (in
-    GPTAQ's case against the moved targets); `damp`: damping that was needed (None: H could not be factorised and the
-    weight was rounded to nearest); `dead`: inputs that were always zero."""
+    GPTAQ's case against the moved targets), None for a method that solves nothing; `damp`: damping that was needed
+    (None: the Hessian could not be factorised and the weight was rounded to nearest); `dead`: inputs that were always
+    zero."""
 
     weight: QuantizedWeight
     loss: torch.Tensor | None
@@ -20,7 +21,9 @@ class Solution:
     dead: int
 
     @classmethod
-    def empty(cls, format: WeightFormat, rows: int, columns: int, dtype: torch.dtype, device) -> "Solution":
+    def empty(
+        cls, format: WeightFormat, rows: int, columns: int, dtype: torch.dtype, device: torch.device
+    ) -> "Solution":
         """A place for a solution that another process found, see `exchanged`."""
         groups = format.groups(columns)
         codes = torch.zeros(rows, columns, dtype=torch.uint8, device=device)
@@ -31,7 +34,7 @@ class Solution:
     def exchanged(self, broadcast: Callable[[torch.Tensor], None]) -> "Solution":
         """The solution after every tensor of it went through `broadcast`, which overwrites it with the owner's."""
         numbers = torch.tensor([-1.0 if self.damp is None else self.damp, self.dead], dtype=torch.float64)
-        numbers = numbers.to(self.loss.device)
+        numbers = numbers.to(self.weight.codes.device)
         for tensor in (self.weight.codes, self.weight.scale, self.weight.zero, self.loss, numbers):
             if tensor is not None:
                 broadcast(tensor)
@@ -41,12 +44,16 @@ class Solution:
     def split(self, rows: list[int]) -> list["Solution"]:
         """The solutions of weights that were solved as one, stacked along O."""
         w = self.weight
-        zeros = [None] * len(rows) if w.zero is None else w.zero.split(rows)
-        parts = zip(w.codes.split(rows), w.scale.split(rows), zeros, self.loss.split(rows), strict=True)
+        zeros, losses = _split(w.zero, rows), _split(self.loss, rows)
+        parts = zip(w.codes.split(rows), w.scale.split(rows), zeros, losses, strict=True)
         return [
             replace(self, weight=QuantizedWeight(w.format, codes, scale, zero), loss=loss)
             for codes, scale, zero, loss in parts
         ]
+
+
+def _split(tensor: torch.Tensor | None, rows: list[int]) -> Sequence[torch.Tensor | None]:
+    return [None] * len(rows) if tensor is None else tensor.split(rows)
 
 
 @dataclass(frozen=True)
@@ -69,3 +76,14 @@ class Row:
     tokens: str
     base: str | None
     scaling: float | None = None
+
+
+def files_and_rows(weights: Iterable[tuple[str, QuantizedWeight]]) -> tuple[dict[str, torch.Tensor], list[Row]]:
+    """Tensors by their names in the files, and report rows, of weights (by their linears' names in the files) that were
+    rounded on grids found without a solver."""
+    tensors: dict[str, torch.Tensor] = {}
+    rows = []
+    for module, weight in weights:
+        tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
+        rows.append(Row(module, None, None, 0, "equal", None))
+    return tensors, rows

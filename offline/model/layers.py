@@ -1,6 +1,6 @@
 """Names the linears and parameters of a layer, and puts others in their places."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,13 @@ def named_linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
 def linears_of(layer: torch.nn.Module) -> list[str]:
     """Names of the linears in a layer, as they are registered."""
     return list(named_linears(layer))
+
+
+def linear_of(layer: torch.nn.Module, name: str) -> torch.nn.Linear:
+    """The linear of that name in a layer."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, torch.nn.Linear), f"{name} is no linear but a {type(linear).__name__}"
+    return linear
 
 
 def weights_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -54,14 +61,14 @@ def move_buffers(module: torch.nn.Module, device: torch.device, without: str = "
 
 
 @contextmanager
-def holding(layer: torch.nn.Module, weights: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+def holding(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
     """The layer with other weights of its linears for a while."""
     with with_parameters(layer, {f"{linear}.weight": weight for linear, weight in weights.items()}):
         yield layer
 
 
 @contextmanager
-def with_parameters(layer: torch.nn.Module, parameters: dict[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+def with_parameters(layer: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
     """The layer with other parameters, by their names in it, for a while."""
     before = {name: layer.get_parameter(name) for name in parameters}
     for name, value in parameters.items():

@@ -71,8 +71,9 @@ class Quantizers:
         weigh: TokenWeigher | None = None,
         scale: Scaling | None = None,
     ) -> Quantizer:
-        shared = self.source, self.settings, self.formats, self.device, self.ranks
-        return LayerQuantizer(*shared, quantized, full, weigh, scale)
+        return LayerQuantizer(
+            self.source, self.settings, self.formats, self.device, self.ranks, quantized, full, weigh, scale
+        )
 
     def _jointly(self, component: str, stack: str, names: list[str], moved: bool) -> Quantizer:
         """Q-VLM's: the tower's bounds are learnt, the decoder's searched; a connector is rounded to nearest."""
@@ -88,7 +89,7 @@ class Quantizers:
         batches, options = self.samples.batches, self.settings
         if not batches:
             return [], []
-        rounded = frozenset()
+        rounded: frozenset[torch.nn.Module] = frozenset()
         if options.activation_bits != KEPT:
             rounded = frozenset(map(self.source.model.get_submodule, self.formats))
         moved = moved or bool(rounded)

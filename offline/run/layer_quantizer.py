@@ -6,24 +6,50 @@ summed after the stages before it have been replaced, unless a method does not c
 are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
 """
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
 from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
-from vlmq_vllm.offline.model.layers import holding, linears_of, parameters_of, put, set_parameter, with_parameters
+from vlmq_vllm.offline.model.layers import (
+    holding,
+    linear_of,
+    linears_of,
+    parameters_of,
+    put,
+    set_parameter,
+    with_parameters,
+)
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.settings.quantize import Settings
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer while it is quantised: its place in the stack, its in-memory name, its full-precision parameters by their
+    names in it, and those of its linears that are quantised."""
+
+    module: torch.nn.Module
+    index: int
+    name: str
+    originals: Mapping[str, torch.Tensor]
+    linears: list[str]
+
+    def full(self, inner: str) -> str:
+        """The in-memory name of what is called `inner` in the layer."""
+        return f"{self.name}.{inner}"
 
 
 class LayerQuantizer:
@@ -43,8 +69,8 @@ class LayerQuantizer:
         ranks: Ranks,
         quantized: list[Stream],
         full: list[Stream],
-        weigh: Callable | None = None,
-        scale: Callable | None = None,
+        weigh: TokenWeigher | None = None,
+        scale: Scaling | None = None,
     ) -> None:
         self.source, self.settings, self.formats, self.device, self.ranks = source, settings, formats, device, ranks
         self.quantized, self.full = quantized, full
@@ -57,28 +83,25 @@ class LayerQuantizer:
 
         last: nothing comes after it, so that the streams need not move on.
         """
-        layer = self.source.materialise(name, self.device)
-        originals = parameters_of(layer)
-        weights, tokens, ratios = {}, {}, {}
-        if self.weigh and self._linears(layer, name):
-            streams = self.full, self.quantized
-            weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
-        stages = self._stages(layer, index, name)
+        layer = self._load(name, index)
+        token_weights, tokens = self._weighed(layer)
+        stages = self._stages(layer)
+        ratios: dict[str, float | None] = {}
         tensors: dict[str, torch.Tensor] = {}
         rows = []
         if self.scale:
-            ratios, tensors = self._scaled(layer, index, name, stages, weights)
-            weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
+            ratios, tensors = self._scaled(self.scale, layer, stages, token_weights)
+            token_weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
         for stage in stages:
-            for linear, solution in self._solve(layer, index, name, stage, weights, originals):
-                module = self.source.module_in_files(_full(name, linear))
+            for linear, solution in self._solve(layer, stage, token_weights):
+                module = self.source.module_in_files(layer.full(linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
                 base = self._base(stage) if loss is not None and self.solver.compensate else None
                 told = tokens.get(linear, "equal"), base, ratios.get(linear)
                 rows.append(Row(module, loss, solution.damp, solution.dead, *told))
         if not last:
-            self._advance(layer, index, originals)
+            self._advance(layer)
         self.source.release(name)
         return tensors, rows
 
@@ -86,26 +109,42 @@ class LayerQuantizer:
     def replay(self, name: str, index: int) -> None:
         """Move both streams past a layer that has been quantised before."""
         if self.quantized:
-            layer = self.source.materialise(name, self.device)
-            originals = parameters_of(layer)
+            layer = self._load(name, index)
             for inner, value in self.source.written(name).items():
-                set_parameter(layer, inner, value.to(self.device, torch.float32))
-            self._advance(layer, index, originals)
+                set_parameter(layer.module, inner, value.to(self.device, torch.float32))
+            self._advance(layer)
             self.source.release(name)
 
-    def _advance(self, layer: torch.nn.Module, index: int, originals: dict[str, torch.Tensor]) -> None:
-        with with_parameters(layer, originals):
-            for stream in self.full if self.settings.sequential else self.full + self.quantized:
-                stream.hidden = stream.run(layer, index)
-        for stream in self.quantized if self.settings.sequential else []:
-            stream.hidden = stream.run(layer, index)
+    def _load(self, name: str, index: int) -> _Layer:
+        module = self.source.materialise(name, self.device)
+        linears = [linear for linear in linears_of(module) if f"{name}.{linear}" in self.formats]
+        return _Layer(module, index, name, parameters_of(module), linears)
 
-    def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
+    def _weighed(self, layer: _Layer) -> tuple[Weights, dict[str, str]]:
+        """Token weights of the layer's linears, and what the report says of them; nothing where all tokens count
+        alike."""
+        if not (self.weigh and layer.linears):
+            return {}, {}
+
+        def rounding() -> AbstractContextManager:
+            return holding(layer.module, {linear: self._nearest(layer, linear).served() for linear in layer.linears})
+
+        return self.weigh(layer.module, layer.index, self.full, self.quantized, rounding)
+
+    def _advance(self, layer: _Layer) -> None:
+        with with_parameters(layer.module, layer.originals):
+            for stream in self.full if self.settings.sequential else self.full + self.quantized:
+                stream.hidden = stream.run(layer.module, layer.index)
+        for stream in self.quantized if self.settings.sequential else []:
+            stream.hidden = stream.run(layer.module, layer.index)
+
+    def _stages(self, layer: _Layer) -> list[list[Group]]:
         """The stages of the layer, of linears that are quantised; without data every linear is one."""
-        own = self._linears(layer, name)
+        own = layer.linears
         if not (self.settings.row.solves and own):
             return [[(linear,)] for linear in own]
-        found = self.ranks.first(find_stages(layer, index, self.quantized[0]) if self.quantized else None)
+        some = find_stages(layer.module, layer.index, self.quantized[0]) if self.quantized else None
+        found = self.ranks.first(some)
         if not found:
             raise QuantizeError(
                 "no calibration sample reaches a part of the model that is to be quantised; add pictures"
@@ -113,41 +152,46 @@ class LayerQuantizer:
         groups = ([tuple(linear for linear in group if linear in own) for group in stage] for stage in found)
         return [kept for stage in groups if (kept := [group for group in stage if group])]
 
-    def _linears(self, layer: torch.nn.Module, name: str) -> list[str]:
-        """Those of the layer that are quantised."""
-        return [linear for linear in linears_of(layer) if _full(name, linear) in self.formats]
-
-    def _scaled(self, layer, index, name, stages, weights) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
+    def _scaled(
+        self, scale: Scaling, layer: _Layer, stages: list[list[Group]], token_weights: Weights
+    ) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
         """Scale the layer's channels: exponents by linear, and what else of it has changed, by its name in the files.
 
         Scales are judged by weights and inputs as they come: where inputs are rounded, `scale` does it itself.
         """
         streams = [replace(stream, rounded=frozenset()) for stream in self.quantized]
-        found = self.scale(
-            layer,
-            index,
+        found = scale(
+            layer.module,
+            layer.index,
             stages,
             streams,
-            weights,
-            lambda linear: self.formats.get(_full(name, linear)),
-            lambda inner: self.source.stored_dtype(_full(name, inner)),
+            token_weights,
+            lambda linear: self.formats.get(layer.full(linear)),
+            lambda inner: self.source.stored_dtype(layer.full(inner)),
         )
         tensors = {}
         for inner, value in found.changed.items():
-            full = _full(name, inner)
+            full = layer.full(inner)
             tensors[self.source.places[full].tensor] = self.source.restored(full, value)
         return found.ratios, tensors
 
-    def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
+    def _solve(self, layer: _Layer, stage: list[Group], token_weights: Weights) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         if not self.settings.row.solves:
             for (linear,) in stage:
-                yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
+                yield self._placed(layer, linear, Solution(self._nearest(layer, linear), None, None, 0))
             return
-        format_of, dtype_of = functools.partial(self._format, name), functools.partial(self._dtype, name)
-        problems = find_problems(layer, stage, weights, self._base(stage), format_of, dtype_of, self.device)
-        collect(problems, layer, index, self.quantized, self.full, originals)
-        solutions = solve_all(problems, layer, self.solver, self.ranks)
+        problems = find_problems(
+            layer.module,
+            stage,
+            token_weights,
+            self._base(stage),
+            lambda linear: self.formats[layer.full(linear)],
+            lambda linear: self._dtype(layer, linear),
+            self.device,
+        )
+        collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
+        solutions = solve_all(problems, layer.module, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):
             for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
                 yield self._placed(layer, linear, part)
@@ -156,25 +200,16 @@ class LayerQuantizer:
         """The two streams send different tokens to an expert: there is no residual between them."""
         return self.settings.base if len(stage) == 1 and self.settings.residual else "gptq"
 
-    def _placed(self, layer: torch.nn.Module, linear: str, solution: Solution) -> tuple[str, Solution]:
+    def _placed(self, layer: _Layer, linear: str, solution: Solution) -> tuple[str, Solution]:
         if self.settings.sequential:
-            put(layer, linear, solution.weight.served())
+            put(layer.module, linear, solution.weight.served())
         return linear, solution
 
-    def _format(self, name: str, linear: str) -> WeightFormat:
-        return self.formats[_full(name, linear)]
-
-    def _dtype(self, name: str, linear: str) -> torch.dtype:
+    def _dtype(self, layer: _Layer, linear: str) -> torch.dtype:
         """Of the weight in the source, which the scales get."""
-        return self.source.stored_dtype(f"{_full(name, linear)}.weight")
+        return self.source.stored_dtype(f"{layer.full(linear)}.weight")
 
-    def _rounded(self, layer: torch.nn.Module, name: str, linear: str) -> QuantizedWeight:
-        weight = layer.get_submodule(linear).weight
-        return round_to_nearest(weight, self._format(name, linear), self._dtype(name, linear), grid_of(self.settings))
-
-    def _all_rounded(self, layer: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
-        return {linear: self._rounded(layer, name, linear).served() for linear in self._linears(layer, name)}
-
-
-def _full(name: str, linear: str) -> str:
-    return f"{name}.{linear}"
+    def _nearest(self, layer: _Layer, linear: str) -> QuantizedWeight:
+        """A linear's weight rounded to nearest."""
+        weight, format = linear_of(layer.module, linear).weight, self.formats[layer.full(linear)]
+        return round_to_nearest(weight, format, self._dtype(layer, linear), grid_of(self.settings))

@@ -74,7 +74,7 @@ class _Run:
         self.samples = Samples()
 
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
-        if self.settings.row.calibrated:
+        if data is not None and self.settings.row.calibrated:
             self.samples = read_samples(data, self.source, self.settings, self.ranks, self.progress)
         self.quantizers = Quantizers(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
         keys = [*(unit.key for unit in self.units), *self.rest]

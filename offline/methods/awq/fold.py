@@ -19,9 +19,9 @@ from collections.abc import Callable
 import torch
 
 from vlmq_vllm.offline.methods.awq.scalable import Scalable
-from vlmq_vllm.offline.model.layers import put, set_parameter
+from vlmq_vllm.offline.model.layers import linear_of, put, set_parameter
 
-# Of `moved`. Measured on random layers: a right fold 1e-6, and 2e-4 in front of a softmax over logits of 1e4, as large
+# Of `moved`. Measured on random layers: a right fold 1e-6, and 2e-4 before a softmax over logits of 1e4, as large
 # biases of k make them; a fold into the wrong channels 7e-2 at the smallest exponent, for m up to a factor of 6 apart.
 PARITY = 3e-3
 # Of a value in the residual stream: two additions that each err by eps / 2, before and after; four times that.
@@ -40,11 +40,12 @@ def effective(
     These are what is not quantised afterwards: a norm's weight or a linear's bias with values that the 16-bit dtype
     holds, and a norm's bias, which is not rounded.
     """
-    source, name = layer.get_submodule(scalable.source), scalable.source
-    bias = dict(source.named_parameters()).get("bias")
+    name = scalable.source
+    own = dict(layer.get_submodule(name).named_parameters())
+    bias = own.get("bias")
     changed = {}
     if scalable.offset is not None:
-        scales, weight = _exact(source.weight, scales, scalable.offset, dtype_of(f"{name}.weight"))
+        scales, weight = _exact(own["weight"], scales, scalable.offset, dtype_of(f"{name}.weight"))
         changed[f"{name}.weight"] = weight
         if bias is not None:
             changed[f"{name}.bias"] = bias / scales
@@ -58,10 +59,10 @@ def effective(
 def fold(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, changed: Changed) -> None:
     """Fold what `effective` found into the layer, in new parameters; the old ones are not written to."""
     for linear in scalable.linears:
-        weight = layer.get_submodule(linear).weight
+        weight = linear_of(layer, linear).weight
         put(layer, linear, weight * scales[scalable.channel.to(weight.device)])
     if scalable.offset is None:
-        put(layer, scalable.source, layer.get_submodule(scalable.source).weight / scales[:, None])
+        put(layer, scalable.source, linear_of(layer, scalable.source).weight / scales[:, None])
     for name, value in changed.items():
         set_parameter(layer, name, value)
 

@@ -23,7 +23,7 @@ from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import GridSearch
 from vlmq_vllm.offline.model.groups import inspected
 from vlmq_vllm.offline.model.hooks import Rounding, removing
-from vlmq_vllm.offline.model.layers import holding
+from vlmq_vllm.offline.model.layers import holding, linear_of
 from vlmq_vllm.offline.model.streams import Stream, hidden_of
 
 BYTES = 1 << 30  # of inputs and outputs of inspected modules that are kept at once, a batch more at most
@@ -33,11 +33,11 @@ ErrorOf = Callable[[torch.Tensor], torch.Tensor]  # of every element, [.., d] to
 
 @dataclass(frozen=True)
 class Trial:
-    """A group with the scales [R] float32 to be tried, and token weights [N] per batch or None for 1."""
+    """A group with the scales [R] float32 to be tried; token_weights: [N] per batch, or None for 1."""
 
     scalable: Scalable
     candidates: list[torch.Tensor]
-    weights: list[torch.Tensor] | None
+    token_weights: list[torch.Tensor] | None
 
     @property
     def module(self) -> str:
@@ -80,7 +80,7 @@ def candidate_losses(
 ) -> torch.Tensor:
     """Sums of lambda err for every trial's candidates and, last, of lambda: [trials, candidates + 1] float64."""
     count = len(trials[0].candidates)
-    device = layer.get_submodule(trials[0].scalable.linears[0]).weight.device
+    device = linear_of(layer, trials[0].scalable.linears[0]).weight.device
     sums = torch.zeros(len(trials), count + 1, dtype=torch.float64, device=device)
     for chunk in _chunks(layer, index, streams, {trial.module for trial in trials}):
         for own, trial in zip(sums, trials, strict=True):
@@ -92,19 +92,20 @@ def _tried(
     layer: torch.nn.Module, trial: Trial, chunk: Chunk, rounding: LinearRounding, error_of: ErrorOf
 ) -> torch.Tensor:
     """One trial's row of `candidate_losses` for a chunk, [candidates + 1] float64."""
-    kept = [(calls[trial.module], trial.weights[i] if trial.weights else None) for i, calls in chunk]
+    kept = [(calls[trial.module], trial.token_weights[i] if trial.token_weights else None) for i, calls in chunk]
     module, sums = layer.get_submodule(trial.module), []
+    zero = torch.zeros((), dtype=torch.float64, device=kept[0][0].out.device)
     for scales in trial.candidates:
-        with _rounded(layer, trial.scalable, scales, rounding):
-            sums.append(sum(_error(module, call, weights, error_of) for call, weights in kept))
+        with _rounded_under(layer, trial.scalable, scales, rounding):
+            sums.append(sum((_error(module, call, lam, error_of) for call, lam in kept), start=zero))
     tokens = [call.out.flatten(0, -2)[:, 0].numel() if lam is None else lam.double().sum() for call, lam in kept]
     return torch.stack([*sums, torch.as_tensor(sum(tokens)).to(sums[0])])
 
 
-def _error(module: torch.nn.Module, call: _Call, weights: torch.Tensor | None, error_of: ErrorOf) -> torch.Tensor:
-    """The sum of lambda err over a call's N tokens, a float64 scalar. weights: lambda [N], None for 1."""
+def _error(module: torch.nn.Module, call: _Call, lam: torch.Tensor | None, error_of: ErrorOf) -> torch.Tensor:
+    """The sum of lambda err over a call's N tokens, a float64 scalar. lam: lambda [N], None for 1."""
     errors = error_of(hidden_of(module(*call.args, **call.kwargs)) - call.out).flatten(0, -2).mean(-1)
-    return (errors if weights is None else errors * weights).sum(dtype=torch.float64)
+    return (errors if lam is None else errors * lam).sum(dtype=torch.float64)
 
 
 def _chunks(layer: torch.nn.Module, index: int, streams: list[Stream], modules: set[str]) -> Iterator[Chunk]:
@@ -123,7 +124,7 @@ def _chunks(layer: torch.nn.Module, index: int, streams: list[Stream], modules: 
 
 def _calls(layer: torch.nn.Module, index: int, stream: Stream, modules: set[str]) -> dict[str, _Call]:
     """How the layer calls its modules on one batch."""
-    calls = {}
+    calls: dict[str, _Call] = {}
 
     def noting(name: str) -> RemovableHandle:
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict, out: torch.Tensor | tuple) -> None:
@@ -137,14 +138,14 @@ def _calls(layer: torch.nn.Module, index: int, stream: Stream, modules: set[str]
 
 
 @contextmanager
-def _rounded(
+def _rounded_under(
     layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, rounding: LinearRounding
 ) -> Iterator[None]:
     """The group's linears as they would be with these scales [R], for a while."""
     columns = scales[scalable.channel.to(scales.device)]
     held = {}
     for linear in scalable.linears:
-        weight, dtype = layer.get_submodule(linear).weight, rounding.dtype(linear)
+        weight, dtype = linear_of(layer, linear).weight, rounding.dtype(linear)
         rounded = round_to_nearest(weight * columns, rounding.format(linear), dtype, rounding.search)
         held[linear] = rounded.served() / columns
     handles = []

@@ -4,8 +4,8 @@ AWQ (2306.00978, section 3.2) multiplies the columns of a group's weights by s a
 division must be folded into the operation that makes it. Two kinds of operation can take it:
 
     a norm whose output the group reads       its weight (or 1 + weight, as in Gemma) and its bias are divided
-    a linear in the same module, v in front   its rows and its bias are divided; with grouped-query attention several
-    of o, up in front of down                 columns of o read one row of v and share its s
+    a linear in the same module, v before     its rows and its bias are divided; with grouped-query attention several
+    o, up before down                         columns of o read one row of v and share its s
 
 Nothing is known by name: a candidate is tried. Its output is multiplied by powers of two, channel by channel, which is
 exact; the group must then read just that, and with the group's inputs put back the layer's output must be what it was,
@@ -20,6 +20,7 @@ import torch
 
 from vlmq_vllm.offline.model.groups import Group
 from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.layers import linear_of
 from vlmq_vllm.offline.model.streams import Stream
 
 SAME = 1e-4  # of a channel's largest value; a channel that does not follow is off by half of it or more
@@ -27,7 +28,7 @@ SAME = 1e-4  # of a channel's largest value; a channel that does not follow is o
 
 @dataclass(frozen=True)
 class Scalable:
-    """A group of linears [O, I] and the module in front of it, `source`, with R output channels.
+    """A group of linears [O, I] and the module before it, `source`, with R output channels.
 
     channel: [I] int64 on the CPU, the channel of `source` that each column reads. offset: of the norm, whose outputs go
     with weight + offset (0 or 1); None where the source is a linear.
@@ -46,7 +47,7 @@ class Scalable:
 
 @torch.no_grad()
 def find_scalable(layer: torch.nn.Module, index: int, stage: list[Group], stream: Stream) -> list[Scalable]:
-    """What can be scaled of a stage's groups, all of them or none; `stream` in front of layer `index`, short is enough.
+    """What can be scaled of a stage's groups, all of them or none; `stream` before layer `index`, short is enough.
 
     Groups of several experts can be scaled after linears only: a norm before experts feeds their router too.
     """
@@ -58,7 +59,7 @@ def find_scalable(layer: torch.nn.Module, index: int, stage: list[Group], stream
 
 
 class _Seen:
-    """One run of the layer: the groups' inputs, calls of norms in front of them, linears in their order, the output."""
+    """One run of the layer: the groups' inputs, calls of norms before them, linears in their order, the output."""
 
     def __init__(self, layer: torch.nn.Module, index: int, stage: list[Group], stream: Stream) -> None:
         self.inputs: dict[str, torch.Tensor] = {}
@@ -93,15 +94,15 @@ def _is_norm(module: torch.nn.Module) -> bool:
 
 def _candidates(layer: torch.nn.Module, stage: list[Group], seen: _Seen) -> Iterator[list[Scalable]]:
     """The stage's groups, each after a module that might take the division."""
-    columns = [layer.get_submodule(group[0]).in_features for group in stage]
+    columns = linear_of(layer, stage[0][0]).in_features
     if len(stage) == 1:
         inputs = seen.inputs[stage[0][0]]
         for name, (args, kwargs, out) in seen.norms.items():
             norm = layer.get_submodule(name)
-            if out is inputs and norm.weight.shape == (columns[0],):
+            if out is inputs and norm.get_parameter("weight").shape == (columns,):
                 offset = _offset(norm, args, kwargs, out)
                 if offset is not None:
-                    yield [Scalable(name, stage[0], torch.arange(columns[0]), offset)]
+                    yield [Scalable(name, stage[0], torch.arange(columns), offset)]
     if any(len(group) > 1 for group in stage):
         return
     parents = [group[0].rpartition(".")[0] for group in stage]
@@ -120,7 +121,7 @@ def _candidates(layer: torch.nn.Module, stage: list[Group], seen: _Seen) -> Iter
 def _channel(layer: torch.nn.Module, source: str, reader: str) -> torch.Tensor | None:
     """The row of linear `source` that each column of `reader` [I] reads: its own, or with grouped queries the one of
     the head that its own shares. None where the sizes do not allow either."""
-    rows, columns = layer.get_submodule(source).out_features, layer.get_submodule(reader).in_features
+    rows, columns = linear_of(layer, source).out_features, linear_of(layer, reader).in_features
     every = torch.arange(columns)
     if rows == columns:
         return every
@@ -139,8 +140,8 @@ def _powers(count: int, like: torch.Tensor) -> torch.Tensor:
 def _offset(norm: torch.nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> float | None:
     """0 for a norm whose output goes with its weight, 1 if with 1 + weight; None for anything else. args, kwargs and
     out [.., C] are those of its call."""
-    powers = _powers(len(norm.weight), out)
     own = dict(norm.named_parameters())
+    powers = _powers(len(own["weight"]), out)
     for offset in (0.0, 1.0):
         moved = {"weight": (own["weight"] + offset) * powers - offset}
         if "bias" in own:
@@ -152,14 +153,14 @@ def _offset(norm: torch.nn.Module, args: tuple, kwargs: dict, out: torch.Tensor)
 
 def _holds(layer: torch.nn.Module, index: int, stream: Stream, found: list[Scalable], seen: _Seen) -> bool:
     """Whether the groups, and nobody else, read the output channels of their sources as they are."""
-    followed = []
+    followed: list[bool] = []
 
     def put_back(scalable: Scalable, powers: torch.Tensor) -> Callable:
         """A hook before a linear that compares what it reads with its input times powers [R], and undoes these."""
         before = seen.inputs[scalable.linears[0]]
         expected = before * powers[scalable.channel.to(powers.device)]
 
-        def hook(module, inputs):
+        def hook(module: torch.nn.Module, inputs: tuple) -> tuple | None:
             followed.append(_same(inputs[0], expected))
             return (before,) if inputs[0].shape == before.shape else None
 

@@ -5,7 +5,7 @@ For a group of linears with inputs x_n [I] an exponent r is chosen,
     s = m^r / sqrt(max m^r min m^r),     m = mean_n |x_n|, m^r at least 1e-4,     r = 0, 0.05 ... 0.95,
 
 by the least loss of weights rounded under s (`losses.py`); equal losses go to the smaller r. Where columns share a
-channel of what lies in front of them, m is their mean, and before s is tried it becomes what folds without loss
+channel of what lies before them, m is their mean, and before s is tried it becomes what folds without loss
 (`fold.py`). Groups are searched and folded in the order of the forward pass: a search sees the layer's own function,
 which folding does not change, as is checked for every layer.
 
@@ -15,7 +15,7 @@ and what is divided by them, norms and activations of 16 bits, as much smaller.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ from vlmq_vllm.offline.methods.awq.scalable import Scalable, find_scalable
 from vlmq_vllm.offline.methods.grid import GridSearch
 from vlmq_vllm.offline.model.groups import Group
 from vlmq_vllm.offline.model.hooks import Rounding
-from vlmq_vllm.offline.model.layers import set_parameter
+from vlmq_vllm.offline.model.layers import linear_of, linears_of, set_parameter
 from vlmq_vllm.offline.model.streams import Stream
 
 RATIOS = tuple(step / 20 for step in range(20))
@@ -70,18 +70,21 @@ class Scaling:
         index: int,
         stages: list[list[Group]],
         streams: list[Stream],
-        weights: dict[str, list[torch.Tensor]],
+        token_weights: Mapping[str, list[torch.Tensor]],
         format_of: Callable[[str], WeightFormat | None],
         dtype_of: DtypeOf,
     ) -> Scaled:
-        """Scale the groups of layer `index` in its place, in new parameters; `streams` stand in front of it.
+        """Scale the groups of layer `index` in its place, in new parameters; `streams` stand before it.
 
-        weights: of the tokens, [N] per batch, by linear; a group takes those of its first linear that has some.
+        token_weights: [N] per batch, by linear; a group takes those of its first linear that has some.
         format_of: of a linear, None where it is not quantised: then its group is left alone. dtype_of: of a parameter
         by its name in the layer, the 16-bit dtype of its values; a weight's is that of its scales. Raises QuantizeError
         where folding moves the layer's output.
         """
-        rounding = LinearRounding(self.search, format_of, lambda linear: dtype_of(f"{linear}.weight"), self.inputs)
+        formats = {linear: format for linear in linears_of(layer) if (format := format_of(linear)) is not None}
+        rounding = LinearRounding(
+            self.search, formats.__getitem__, lambda linear: dtype_of(f"{linear}.weight"), self.inputs
+        )
         probe = min(streams, key=lambda stream: stream.hidden.numel(), default=None)
         before = probe.call(layer, index) if probe else None
         ratios: dict[str, float | None] = {}
@@ -89,14 +92,14 @@ class Scaling:
         for stage in stages:
             ratios |= dict.fromkeys(linear for group in stage for linear in group)
             found = self.ranks.first(find_scalable(layer, index, stage, probe) if probe else None) or []
-            found = [scalable for scalable in found if _all_quantised(scalable, format_of)]
-            trials, folds = self._trials(layer, index, found, streams, weights, dtype_of)
+            found = [scalable for scalable in found if _all_quantised(scalable, formats)]
+            trials, folds = self._trials(layer, index, found, streams, token_weights, dtype_of)
             if not trials:
                 continue
             sums = self.ranks.add(candidate_losses(layer, index, streams, trials, rounding, self.loss))
             for trial, divided, (*losses, total) in zip(trials, folds, sums.tolist(), strict=True):
                 if total > 0:
-                    best = min(range(len(losses)), key=lambda i, losses=losses: (not losses[i] < math.inf, losses[i]))
+                    best = _least(losses)
                     ratios |= dict.fromkeys(trial.scalable.linears, RATIOS[best])
                     if best:
                         fold(layer, trial.scalable, trial.candidates[best], divided[best])
@@ -113,16 +116,16 @@ class Scaling:
         index: int,
         found: list[Scalable],
         streams: list[Stream],
-        weights: dict[str, list[torch.Tensor]],
+        token_weights: Mapping[str, list[torch.Tensor]],
         dtype_of: DtypeOf,
     ) -> tuple[list[Trial], list[list[Changed]]]:
         """Those groups of `found` that tokens reach: a trial with scales [R] for every exponent of RATIOS, and for
-        every trial and exponent the parameters that folding would change. weights: of the tokens, as in `__call__`."""
+        every trial and exponent the parameters that folding would change. token_weights: as in `__call__`."""
         trials, folds = [], []
         for scalable, mean in zip(found, self._means(layer, index, found, streams), strict=True):
             if mean is not None:
                 pairs = [effective(layer, scalable, scales_of(mean, ratio), dtype_of) for ratio in RATIOS]
-                own = next((weights[linear] for linear in scalable.linears if linear in weights), None)
+                own = next((token_weights[name] for name in scalable.linears if name in token_weights), None)
                 trials.append(Trial(scalable, [scales for scales, _ in pairs], own))
                 folds.append([changed for _, changed in pairs])
         return trials, folds
@@ -133,7 +136,7 @@ class Scaling:
         """Mean |x| [R] float32 over all ranks' tokens of what each group reads; None where no token arrives."""
         sums = {}
         for scalable in found:
-            linear = layer.get_submodule(scalable.linears[0])
+            linear = linear_of(layer, scalable.linears[0])
             sums[scalable.linears[0]] = linear.weight.new_zeros(linear.in_features + 1, dtype=torch.float64)
 
         def visit(linear: str, inputs: torch.Tensor) -> None:
@@ -152,7 +155,9 @@ class Scaling:
 
     def _check(self, layer: torch.nn.Module, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
         """The layer's output [B, T, d] on the probe must be what it was before; all ranks raise if one of them must."""
-        error = moved(probe.hidden, before, probe.call(layer, index)) if probe else 0.0
+        error = 0.0
+        if probe is not None and before is not None:
+            error = moved(probe.hidden, before, probe.call(layer, index))
         if self.ranks.any(not error < PARITY):
             raise QuantizeError(
                 f"scaling layer {index} moved its output by {error:.1e} of what it adds to a token ({PARITY:.0e} at "
@@ -167,7 +172,12 @@ def scales_of(mean: torch.Tensor, ratio: float) -> torch.Tensor:
     return torch.where(dead, 1.0, powers / middle)
 
 
-def _all_quantised(scalable: Scalable, format_of: Callable[[str], WeightFormat | None]) -> bool:
+def _least(losses: list[float]) -> int:
+    """The number of the least loss, the first of equal ones; one that is not finite comes after all others."""
+    return min(range(len(losses)), key=lambda i: (not losses[i] < math.inf, losses[i]))
+
+
+def _all_quantised(scalable: Scalable, quantised: Collection[str]) -> bool:
     """Whether every linear whose weight would change is quantised afterwards."""
     linears = scalable.linears if scalable.offset is not None else (scalable.source, *scalable.linears)
-    return all(format_of(linear) is not None for linear in linears)
+    return all(linear in quantised for linear in linears)

@@ -20,7 +20,7 @@ TILE = 32 * WARPS  # one row per thread: its sums over columns need no other thr
 
 @triton.jit(do_not_specialize=["start", "count"])
 def columns_kernel(
-    delta,  # [B, n_columns, n_rows], on entry the targets
+    remainder,  # [B, n_columns, n_rows], on entry the targets, then the deltas
     owed,  # [B, n_columns, n_rows]
     values,  # [B, n_columns, n_rows], written if HAS_PUSH
     codes,  # [B, n_columns, n_rows] uint8
@@ -71,7 +71,7 @@ def columns_kernel(
         o_grid = (i_b * n_groups + tl.load(group_of + i_b * n_columns + i_k).to(tl.int64)) * n_rows + o_n
         b_scale = tl.load(scale + o_grid, mask=m_n, other=1.0)
         b_zero = tl.load(zero + o_grid, mask=m_n, other=0.0)
-        b_target = tl.load(delta + o_column, mask=m_n, other=0.0)
+        b_target = tl.load(remainder + o_column, mask=m_n, other=0.0)
         b_owed = tl.load(owed + o_column, mask=m_n, other=0.0)
         b_pivot = tl.load(factor + i_b * stride_factor_b + i_k * (stride_factor_i + stride_factor_k))
         b_factor = tl.load(p_factor + i_k * stride_factor_k, mask=m_done, other=0.0)
@@ -89,7 +89,7 @@ def columns_kernel(
         b_loss += b_lost * b_lost
 
         b_deltas = tl.where(m_now, b_delta[None, :], b_deltas)
-        tl.store(delta + o_column, b_delta, mask=m_n)
+        tl.store(remainder + o_column, b_delta, mask=m_n)
         tl.store(owed + o_column, b_owed, mask=m_n)
         tl.store(codes + o_column, b_code.to(tl.uint8), mask=m_n)
         if HAS_PUSH:
@@ -100,7 +100,7 @@ def columns_kernel(
 
 
 def round_columns(
-    delta: torch.Tensor,
+    remainder: torch.Tensor,
     owed: torch.Tensor,
     values: torch.Tensor | None,
     codes: torch.Tensor,
@@ -116,31 +116,32 @@ def round_columns(
 ) -> None:
     """Round `columns`, at most `block`, of the state that `columns.py` describes; in place.
 
-    float32 delta, owed, values [B, I, O], loss [B, O], scale, zero [B, G, O], codes uint8 [B, I, O] and group_of int64
-    [B, I] contiguous; factor and push float32 [B, I, I] of any strides. values and push come together or not at all.
+    float32 remainder, owed, values [B, I, O], loss [B, O], scale, zero [B, G, O], codes uint8 [B, I, O] and group_of
+    int64 [B, I] contiguous; factor and push float32 [B, I, I] of any strides. values and push come together or not at
+    all.
     """
-    if not (delta.is_cuda or INTERPRETED):
+    if not (remainder.is_cuda or INTERPRETED):
         raise ValueError(
-            f"targets are on {delta.device}; Triton needs a GPU, or TRITON_INTERPRET=1 before the first import"
+            f"targets are on {remainder.device}; Triton needs a GPU, or TRITON_INTERPRET=1 before the first import"
         )
     if (values is None) != (push is None):
         raise ValueError("values and push come together or not at all")
-    dense = dict(targets=delta, owed=owed, codes=codes, loss=loss, scale=scale, zero=zero, group_of=group_of)
-    if push is not None:
+    dense = dict(targets=remainder, owed=owed, codes=codes, loss=loss, scale=scale, zero=zero, group_of=group_of)
+    if values is not None:
         dense["values"] = values
     for name, tensor in dense.items():
         dtype = {"codes": torch.uint8, "group_of": torch.int64}.get(name, torch.float32)
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name}: {tensor.dtype} with strides {tensor.stride()}; it must be contiguous {dtype}")
-    for name, tensor in (("factor", factor), ("push", push)):
-        if tensor is not None and tensor.dtype != torch.float32:
-            raise ValueError(f"{name}: {tensor.dtype}; it must be torch.float32")
+    for name, matrix in (("factor", factor), ("push", push)):
+        if matrix is not None and matrix.dtype != torch.float32:
+            raise ValueError(f"{name}: {matrix.dtype}; it must be torch.float32")
     if len(columns) > block:
         raise ValueError(f"{len(columns)} columns at once; the kernel's block is {block}")
-    problems, n_columns, n_rows = delta.shape
-    with torch.cuda.device_of(delta):  # Triton launches on the current device, which need not be delta's
+    problems, n_columns, n_rows = remainder.shape
+    with torch.cuda.device_of(remainder):  # Triton launches on the current device, which need not be the tensors'
         columns_kernel[(problems * triton.cdiv(n_rows, TILE),)](
-            delta=delta,
+            remainder=remainder,
             owed=owed,
             values=values,
             codes=codes,

@@ -36,6 +36,7 @@ class Moments:
         for start in range(0, len(self.h), BLOCK):
             self.h[start : start + BLOCK, start:].addmm_(weighted[:, start : start + BLOCK].T, inputs[:, start:])
         if self.residual is not None:
+            assert full is not None, "the residual is summed from both streams' inputs"
             moved = full.float() - inputs
             self.residual.addmm_((moved if self.weight is None else moved @ self.weight.T).T, weighted)
         self.tokens += len(inputs)

@@ -3,7 +3,7 @@
 Hessians of a stage are summed in one pass over the data; problems of one shape are solved together, each on its rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.gptq.moments import Moments
 from vlmq_vllm.offline.methods.gptq.solve import Solution, Solver, solve, stack
 from vlmq_vllm.offline.model.groups import Group
-from vlmq_vllm.offline.model.layers import is_clipped, with_parameters
+from vlmq_vllm.offline.model.layers import is_clipped, linear_of, with_parameters
 from vlmq_vllm.offline.model.streams import Stream
 
 TOGETHER = 1 << 28  # bytes of Hessians that are solved as one batch of problems
@@ -23,16 +23,16 @@ TOGETHER = 1 << 28  # bytes of Hessians that are solved as one batch of problems
 class Problem:
     """Linears that are solved as one, their weights stacked along the rows.
 
-    rows: of each linear. format: what they become. dtype: of the scales. weights: of the tokens, [N] per batch, or None
-    where all count alike.
+    rows: of each linear. format: what they become. dtype: of the scales. token_weights: [N] per batch, or None where
+    all count alike.
     """
 
     linears: Group
     rows: list[int]
     format: WeightFormat
     dtype: torch.dtype
-    moments: Moments | None
-    weights: list[torch.Tensor] | None
+    moments: Moments
+    token_weights: list[torch.Tensor] | None
 
     @property
     def shape(self) -> tuple[int, int, WeightFormat, torch.dtype]:
@@ -41,14 +41,19 @@ class Problem:
 
     def stacked(self, layer: torch.nn.Module) -> torch.Tensor:
         """The weights [O, I]."""
-        found = [layer.get_submodule(linear).weight for linear in self.linears]
-        return torch.cat(found) if len(found) > 1 else found[0]
+        return _stacked(layer, self.linears)
+
+
+def _stacked(layer: torch.nn.Module, linears: Group) -> torch.Tensor:
+    """The linears' weights, one after the other along the rows."""
+    found = [linear_of(layer, linear).weight for linear in linears]
+    return torch.cat(found) if len(found) > 1 else found[0]
 
 
 def find_problems(
     layer: torch.nn.Module,
     stage: list[Group],
-    weights: dict[str, list[torch.Tensor]],
+    token_weights: Mapping[str, list[torch.Tensor]],
     base: str,
     format_of: Callable[[str], WeightFormat],
     dtype_of: Callable[[str], torch.dtype],
@@ -56,27 +61,24 @@ def find_problems(
 ) -> list[Problem]:
     """The problems of a stage: linears of a group that share their token weights and their format are one.
 
+    token_weights: by linear, [N] per batch; linears share them that have the very same list.
     base: as in the settings; it decides whether and how the moments keep a residual.
     """
     problems = []
     for group in stage:
-        columns = layer.get_submodule(group[0]).in_features
+        columns = linear_of(layer, group[0]).in_features
         alike: dict[tuple, list[str]] = {}
         for linear in group:
-            alike.setdefault((id(weights.get(linear)), format_of(linear)), []).append(linear)
+            alike.setdefault((id(token_weights.get(linear)), format_of(linear)), []).append(linear)
         for linears in map(tuple, alike.values()):
-            rows = [layer.get_submodule(linear).out_features for linear in linears]
-            format, dtype = format_of(linears[0]), dtype_of(linears[0])
-            problem = Problem(linears, rows, format, dtype, None, weights.get(linears[0]))
-            known = problem.stacked(layer) if base == "aligned" and is_flat(sum(rows), columns) else None
-            problem.moments = Moments(columns, device, base != "gptq", known)
-            problems.append(problem)
+            rows = [linear_of(layer, linear).out_features for linear in linears]
+            known = _stacked(layer, linears) if base == "aligned" and is_flat(sum(rows), columns) else None
+            moments = Moments(columns, device, base != "gptq", known)
+            first = linears[0]
+            problems.append(
+                Problem(linears, rows, format_of(first), dtype_of(first), moments, token_weights.get(first))
+            )
     return problems
-
-
-def _clipped(problem: Problem, solver: Solver) -> tuple[bool, ...]:
-    """Of each of its linears, whether a solver that rounds may shrink its ranges."""
-    return () if solver.compensate else tuple(map(is_clipped, problem.linears))
 
 
 def is_flat(rows: int, columns: int) -> bool:
@@ -90,7 +92,7 @@ def collect(
     index: int,
     quantized: list[Stream],
     full: list[Stream],
-    originals: dict[str, torch.Tensor],
+    originals: Mapping[str, torch.Tensor],
 ) -> None:
     """One pass over the batches: the Hessian of every problem, and GPTAQ's residual where its moments hold one.
 
@@ -105,7 +107,8 @@ def collect(
 
         def visit(linear: str, inputs: torch.Tensor, i: int = i, targets: dict = targets) -> None:
             problem = first[linear]
-            problem.moments.add(inputs, problem.weights[i] if problem.weights else None, targets.get(linear))
+            own = problem.token_weights[i] if problem.token_weights else None
+            problem.moments.add(inputs, own, targets.get(linear))
 
         stream.inputs_of(layer, index, first, visit)
 
@@ -121,17 +124,27 @@ def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, r
     own = [number for number in range(len(problems)) if ranks.owner(number) == ranks.rank]
     found: dict[int, Solution] = {}
     for numbers in _alike(problems, own, solver):
-        weights = stack([problems[i].stacked(layer) for i in numbers])
-        h, residuals = zip(*(problems[i].moments.mean() for i in numbers), strict=True)
-        residual = None if residuals[0] is None else stack(residuals)
-        first = problems[numbers[0]]
-        clipped = None
-        if not solver.compensate:
-            allowed = torch.tensor(_clipped(first, solver), device=weights.device)
-            clipped = allowed.repeat_interleave(torch.tensor(first.rows, device=weights.device))
-        solutions = solve(weights, stack(h), first.format, first.dtype, solver, residual, clipped)
+        solutions = _solve_together([problems[i] for i in numbers], layer, solver)
         found |= dict(zip(numbers, solutions, strict=True))
     return [_exchanged(ranks, i, problem, found.get(i)) for i, problem in enumerate(problems)]
+
+
+def _solve_together(problems: Sequence[Problem], layer: torch.nn.Module, solver: Solver) -> list[Solution]:
+    """The solutions of problems of one shape."""
+    weights = stack([problem.stacked(layer) for problem in problems])
+    means = [problem.moments.mean() for problem in problems]
+    residuals = [residual for _, residual in means if residual is not None]
+    residual = stack(residuals) if residuals else None
+    clipped, first = None, problems[0]
+    if not solver.compensate:
+        allowed = torch.tensor(_clipped(first, solver), device=weights.device)
+        clipped = allowed.repeat_interleave(torch.tensor(first.rows, device=weights.device))
+    return solve(weights, stack([h for h, _ in means]), first.format, first.dtype, solver, residual, clipped)
+
+
+def _clipped(problem: Problem, solver: Solver) -> tuple[bool, ...]:
+    """Of each of its linears, whether a solver that rounds may shrink its ranges."""
+    return () if solver.compensate else tuple(map(is_clipped, problem.linears))
 
 
 def _alike(problems: list[Problem], numbers: list[int], solver: Solver) -> list[list[int]]:
@@ -148,8 +161,9 @@ def _alike(problems: list[Problem], numbers: list[int], solver: Solver) -> list[
 
 def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None) -> Solution:
     """The solution of problem `number` on every rank."""
-    if ranks.size == 1:
+    if solution is None:
+        rows, columns, format, dtype = problem.shape
+        solution = Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
+    elif ranks.size == 1:
         return solution
-    rows, columns, format, dtype = problem.shape
-    shared = solution or Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
-    return shared.exchanged(lambda tensor: ranks.broadcast(tensor, ranks.owner(number)))
+    return solution.exchanged(lambda tensor: ranks.broadcast(tensor, ranks.owner(number)))

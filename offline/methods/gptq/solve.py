@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.methods.gptq.columns import ColumnPass
+from vlmq_vllm.offline.methods.gptq.columns import ColumnPass, FindGrid
 from vlmq_vllm.offline.methods.gptq.factor import aligned, find_factor, push_of
-from vlmq_vllm.offline.methods.grid import MSE, GridSearch, blocks_of, find_grid, to_codes
+from vlmq_vllm.offline.methods.grid import MSE, GridSearch, blocks_of, find_grid, on_grid
 from vlmq_vllm.offline.methods.solution import Solution
 
 
@@ -58,10 +58,7 @@ def round_to_nearest(
 ) -> QuantizedWeight:
     """Codes of a weight [O, I] without compensation; `importance` and `clipped` as in `find_grid`."""
     scale, zero = find_grid(weight, format, dtype, search, importance, clipped)
-    group = format.group_of(weight.shape[1], weight.device)
-    offset = format.middle if zero is None else zero.float()[:, group]
-    codes = to_codes(weight, scale.float()[:, group], offset, format.levels).to(torch.uint8)
-    return QuantizedWeight(format, codes, scale, zero)
+    return on_grid(weight, format, scale, zero)
 
 
 def solve(
@@ -94,24 +91,31 @@ def solve(
     factors = [find_factor(part, columns, solver.damp) for part, columns in zip(h, order, strict=True)]
     dead = (importance == 0).sum(1).tolist()
     found: dict[int, Solution] = {}
-    if solved := [i for i, (factor, _) in enumerate(factors) if factor is not None]:
-        pick = slice(None) if len(solved) == len(h) else torch.tensor(solved, device=h.device)
-        factor = stack([factors[i][0] for i in solved])
-        targets, push = weights[pick], None
-        if residual is not None and solver.aligned:
-            targets = aligned(targets, residual[pick], factor, order[pick], solver.alpha)
-        elif residual is not None:
-            moves = _permuted(residual[pick], order[pick]) if solver.act_order else residual[pick]
-            push = push_of(moves, factor).mul_(solver.alpha)
-        quantized, losses = _rounded(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
-        for i, weight, loss in zip(solved, quantized, losses, strict=True):
+    if factored := {i: factor for i, (factor, _) in enumerate(factors) if factor is not None}:
+        pick: slice | torch.Tensor = slice(None)
+        if len(factored) < len(h):
+            pick = torch.tensor(list(factored), device=h.device)
+        factor = stack(list(factored.values()))
+        moves = None if residual is None else residual[pick]
+        targets, push = _moved(weights[pick], moves, factor, order[pick], solver)
+        del moves  # where `pick` copies, the columns need that memory
+        quantized, losses = _by_columns(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
+        for i, weight, loss in zip(factored, quantized, losses, strict=True):
             found[i] = Solution(weight, loss, factors[i][1], dead[i])
     for i in set(range(len(h))) - found.keys():
         found[i] = _nearest(weights[i], h[i], format, dtype, solver.search, None, None)
     return [found[i] for i in range(len(h))]
 
 
-def _nearest(weight, h, format, dtype, search, damp, clipped) -> Solution:
+def _nearest(
+    weight: torch.Tensor,
+    h: torch.Tensor,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    search: GridSearch,
+    damp: float | None,
+    clipped: torch.Tensor | None,
+) -> Solution:
     """The solution without compensation; `damp` None says that H was singular and is no guide for grids either."""
     blocks = blocks_of(h, format) if search.importance and damp is not None else None
     rounded = round_to_nearest(weight, format, dtype, search, blocks, clipped)
@@ -124,9 +128,29 @@ def stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
-def _rounded(
-    weights, importance, order, factor, push, format, dtype, solver
+def _moved(
+    weights: torch.Tensor, residual: torch.Tensor | None, factor: torch.Tensor, order: torch.Tensor, solver: Solver
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The targets [B, O, I] of the columns, and how far each moves the later ones, [B, I, I] in `order` (None: not)."""
+    if residual is None:
+        return weights, None
+    if solver.aligned:
+        return aligned(weights, residual, factor, order, solver.alpha), None
+    moves = _permuted(residual, order) if solver.act_order else residual
+    return weights, push_of(moves, factor).mul_(solver.alpha)
+
+
+def _by_columns(
+    weights: torch.Tensor,
+    importance: torch.Tensor,
+    order: torch.Tensor,
+    factor: torch.Tensor,
+    push: torch.Tensor | None,
+    format: WeightFormat,
+    dtype: torch.dtype,
+    solver: Solver,
 ) -> tuple[list[QuantizedWeight], torch.Tensor]:
+    """Targets [B, O, I] rounded column by column, and the loss [B, O] of their rows; factor and push are in `order`."""
     count, rows, columns = weights.shape
     groups = format.groups(columns)
     shape = (count, groups, rows)
@@ -143,7 +167,7 @@ def _rounded(
     if solver.act_order:
         sweep.run()
     else:
-        sweep.run(columns if format.group_size == -1 else format.group_size, _finder(importance, format, dtype, solver))
+        sweep.run(format.width(columns), _finder(importance, format, dtype, solver.search))
     codes = torch.empty_like(sweep.codes).scatter_(1, order[..., None].expand_as(sweep.codes), sweep.codes)
     quantized = [
         QuantizedWeight(
@@ -157,19 +181,18 @@ def _rounded(
     return quantized, sweep.loss
 
 
-def _finder(importance, format, dtype, solver):
+def _finder(importance: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: GridSearch) -> FindGrid:
     """Grid of one group of compensated columns [B, n, O], as `ColumnPass.run` asks for it."""
     whole = WeightFormat(format.bits, -1, format.symmetric)
 
     def find(columns: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
         found = [
-            find_grid(part.T.contiguous(), whole, dtype, solver.search, weight[first:last])
+            find_grid(part.T.contiguous(), whole, dtype, search, weight[first:last])
             for part, weight in zip(columns, importance, strict=True)
         ]
         scale = torch.stack([scale[:, 0].float() for scale, _ in found])
-        if format.symmetric:
-            return scale, torch.full_like(scale, format.middle)
-        return scale, torch.stack([zero[:, 0].float() for _, zero in found])
+        zeros = [zero[:, 0].float() for _, zero in found if zero is not None]
+        return scale, torch.stack(zeros) if zeros else torch.full_like(scale, format.middle)
 
     return find
 

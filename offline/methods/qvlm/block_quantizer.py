@@ -23,7 +23,7 @@ from vlmq_vllm.offline.methods.grid import MSE, GridSearch
 from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH, Hidden, find_blocks, measure_entropies, search_block
 from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, Ranges, find_ranges
 from vlmq_vllm.offline.methods.qvlm.search import BlockChoice
-from vlmq_vllm.offline.methods.solution import Row
+from vlmq_vllm.offline.methods.solution import Row, files_and_rows
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
@@ -34,7 +34,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class BlockQuantizer:
-    """The streams in front of a stack whose layers have the in-memory names `names`, in order.
+    """The streams before a stack whose layers have the in-memory names `names`, in order.
 
     format_of: the format of a linear by its in-memory name, None where it stays as it is. quantized, full: U and F,
     one pair per batch. blocks: the partition; entropies: D in nats it rests on (none for depth 1); choices: what
@@ -88,6 +88,7 @@ class BlockQuantizer:
                 stream.hidden = stream.run(layer, k)
             for linear in self._formats(layer, k):
                 found = self.source.quantized(self.source.module_in_files(f"{self.names[k]}.{linear}"))
+                assert found is not None, "a layer that is passed again has been written"
                 put(layer, linear, found.to(self.device, torch.float32))
             for stream in self.quantized:
                 stream.hidden = stream.run(layer, k)
@@ -124,43 +125,40 @@ class BlockQuantizer:
 class _SearchedLayer:
     """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
 
-    def __init__(self, walk: BlockQuantizer, index: int) -> None:
-        self.walk, self.index, self.name = walk, index, walk.names[index]
-        self.module = walk.source.materialise(self.name, walk.device)
+    def __init__(self, owner: BlockQuantizer, index: int) -> None:
+        self.owner, self.index, self.name = owner, index, owner.names[index]
+        self.module = owner.source.materialise(self.name, owner.device)
         self.originals = weights_of(self.module)
         self.held: int | None = None
         self.ranges: dict[str, Ranges] = {}
 
     def targets(self) -> Hidden:
         """The full-precision layer's output, per batch; the full-precision streams move past it."""
-        for stream in self.walk.full:
+        for stream in self.owner.full:
             stream.hidden = stream.run(self.module, self.index)
-        return [stream.hidden for stream in self.walk.full]
+        return [stream.hidden for stream in self.owner.full]
 
     def hold(self, candidate: int) -> None:
         """Put the weights in place as they would be served."""
         if candidate != self.held:
-            for linear, weight in self._rounded(FACTORS[candidate]).items():
+            for linear, weight in self._on_ranges(FACTORS[candidate]).items():
                 put(self.module, linear, weight.served())
             self.held = candidate
 
     def run(self, state: Hidden) -> Hidden:
         """The layer's output for the input `state`, per batch."""
-        pairs = zip(self.walk.quantized, state, strict=True)
+        pairs = zip(self.owner.quantized, state, strict=True)
         return [replace(stream, hidden=hidden).run(self.module, self.index) for stream, hidden in pairs]
 
     def result(self, factor: float) -> tuple[Tensors, list[Row]]:
-        tensors, rows = {}, []
-        for linear, weight in self._rounded(factor).items():
-            module = self.walk.source.module_in_files(f"{self.name}.{linear}")
-            tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
-            rows.append(Row(module, None, None, 0, "equal", None))
-        return tensors, rows
+        """Tensors by their names in the files, and report rows."""
+        names = self.owner.source.module_in_files
+        return files_and_rows((names(f"{self.name}.{n}"), weight) for n, weight in self._on_ranges(factor).items())
 
-    def _rounded(self, factor: float) -> dict[str, QuantizedWeight]:
+    def _on_ranges(self, factor: float) -> dict[str, QuantizedWeight]:
         if not self.ranges:
-            source, grid = self.walk.source, self.walk.grid
-            for linear, format in self.walk._formats(self.module, self.index).items():
+            source, grid = self.owner.source, self.owner.grid
+            for linear, format in self.owner._formats(self.module, self.index).items():
                 dtype = source.stored_dtype(f"{self.name}.{linear}.weight")
                 self.ranges[linear] = find_ranges(self.originals[linear], format, dtype, grid)
         return {linear: ranges.rounded(self.originals[linear], factor) for linear, ranges in self.ranges.items()}

@@ -63,7 +63,8 @@ def find_blocks(entropies: Sequence[float], depth: int = DEPTH, threshold: float
         )
     if threshold is None:
         threshold = statistics.median(entropies) if entropies else 0.0
-    count, blocks = len(entropies) + 1, []
+    count = len(entropies) + 1
+    blocks: list[range] = []
     while (first := blocks[-1].stop if blocks else 0) < count:
         lasts = range(min(first + depth, count) - 1, first, -1)
         last = next((s for s in lasts if sum(entropies[first:s]) > (s - first) * threshold), first)

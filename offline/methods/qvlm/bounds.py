@@ -31,10 +31,13 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import has_vision
 from vlmq_vllm.offline.data.token_kinds import count_labels
 from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
+from vlmq_vllm.offline.methods.qvlm.entropy import Range
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges
 from vlmq_vllm.offline.methods.saliency import answer_loss
 from vlmq_vllm.offline.model.capture import catch
+from vlmq_vllm.offline.model.layers import linear_of
 from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stream
 
 LEAST = 0.05  # of a factor; at 0 a range would be empty
 UNTAUGHT = (
@@ -101,8 +104,8 @@ def clip_groups(weight: torch.Tensor, ranges: Ranges) -> Clipped:
 def clipping(model: torch.nn.Module, clipped: dict[str, Clipped]) -> Iterator[None]:
     """The model with these linears rounded for a while, differentiably."""
     linears = [model.get_submodule(name) for name in clipped]
-    for linear, own in zip(linears, clipped.values(), strict=True):
-        linear.forward = partial(own.output, bias=linear.bias)
+    for linear, (name, own) in zip(linears, clipped.items(), strict=True):
+        linear.forward = partial(own.output, bias=linear_of(model, name).bias)
     try:
         yield
     finally:
@@ -136,13 +139,13 @@ def learn_bounds(
     history = []
     with source.before_decoder(device):
         ends: list[tuple[torch.Tensor, torch.Tensor]] = []
-        ranges = ranges_of(_full(source, pairs, device, ends))
+        ranges = ranges_of(_full(source, [batch for batch, _ in pairs], device, ends))
         for _ in range(hyper.epochs):
             losses = []
             for (batch, label), aims in zip(pairs, ends, strict=True):
                 adam.zero_grad()
                 with clipping(source.model, clipped), torch.enable_grad():
-                    stream = catch(source, source.family.layers, batch, device)
+                    stream = _before_decoder(source, batch, device)
                 losses.append(_descend(source, stream, label, aims, ranges, device, hyper))
                 adam.step()
                 for factor in factors:
@@ -151,17 +154,34 @@ def learn_bounds(
     return history
 
 
+def _before_decoder(source: Source, batch: dict, device: torch.device) -> Stream:
+    """A batch as it enters the decoder."""
+    stream = catch(source, source.family.layers, batch, device)
+    assert stream is not None, "every batch reaches the decoder"
+    return stream
+
+
 @torch.no_grad()
-def _full(source, pairs, device, ends) -> Iterator[list[torch.Tensor]]:
+def _full(
+    source: Source, batches: list[dict], device: torch.device, ends: list[tuple[torch.Tensor, torch.Tensor]]
+) -> Iterator[list[torch.Tensor]]:
     """The full-precision states of each batch; the first and the last of them go to `ends`."""
-    for batch, _ in pairs:
-        found = states(source, catch(source, source.family.layers, batch, device), device)
+    for batch in batches:
+        found = states(source, _before_decoder(source, batch, device), device)
         ends.append((found[0], found[-1]))
         yield found
 
 
-def _descend(source, stream, label, aims, ranges, device, hyper) -> Loss:
-    """The loss of one batch; its gradients go to the factors."""
+def _descend(
+    source: Source,
+    stream: Stream,
+    label: torch.Tensor,
+    aims: tuple[torch.Tensor, torch.Tensor],
+    ranges: list[Range],
+    device: torch.device,
+    hyper: Hyperparameters,
+) -> Loss:
+    """The loss of one batch; its gradients go to the factors. aims: x_r^0 and x_r^n."""
     entered, left = aims
     hidden = stream.hidden
     cut = replace(stream, hidden=hidden.detach(), terms={k: term.detach() for k, term in stream.terms.items()})

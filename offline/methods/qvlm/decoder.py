@@ -41,7 +41,7 @@ class Effect:
 
 @torch.no_grad()
 def states(source: Source, stream: Stream, device: torch.device) -> list[torch.Tensor]:
-    """x^0 to x^n [B, T, d] of a stream in front of the decoder, which stays as it is."""
+    """x^0 to x^n [B, T, d] of a stream before the decoder, which stays as it is."""
     found = [stream.hidden.detach()]
     for index in range(len(source.layers())):
         name = f"{source.family.layers}.{index}"
@@ -66,7 +66,7 @@ def ranges_of(batches: Iterable[list[torch.Tensor]]) -> list[Range]:
 def effect_of(
     source: Source, stream: Stream, target: torch.Tensor, ranges: list[Range], bits: int, device: torch.device
 ) -> Effect:
-    """The two terms for a stream in front of the decoder. target: x_r^n; ranges: of x_r^0 to x_r^n."""
+    """The two terms for a stream before the decoder. target: x_r^n; ranges: of x_r^0 to x_r^n."""
     found = states(source, stream, device)
     end = found[-1].requires_grad_()
     with torch.enable_grad():
@@ -88,8 +88,8 @@ def _entropies(
     for k, share in enumerate(shares):
         pair = [x.detach().requires_grad_() for x in found[k : k + 2]]
         with torch.enable_grad():
-            seen = (sampled([x], BATCH_ELEMENTS)[0] for x in pair)
-            table = joint_table(*seen, ranges[k], ranges[k + 1], 1 << bits)
+            before, after = (sampled([x], BATCH_ELEMENTS)[0] for x in pair)
+            table = joint_table(before, after, ranges[k], ranges[k + 1], 1 << bits)
             value = share * conditional_entropy(table)
         for place, gradient in zip((k, k + 1), torch.autograd.grad(value, pair), strict=True):
             gradients[place] += gradient

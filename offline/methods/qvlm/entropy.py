@@ -96,7 +96,7 @@ def neighbour_entropy(
     device: torch.device,
     elements: int = ELEMENTS,
 ) -> float:
-    """D(k, k + 1) in nats, at least 0, from the batches' hidden states [..., C] in front of layers k and k + 1.
+    """D(k, k + 1) in nats, at least 0, from the batches' hidden states [..., C] before layers k and k + 1.
 
     Only the tables of the processes are exchanged; each takes the ranges of its own batches.
     """

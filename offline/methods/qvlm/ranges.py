@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.methods.grid import MSE, GridSearch, find_grid, to_codes
+from vlmq_vllm.offline.methods.grid import MSE, GridSearch, find_grid, on_grid
 
 # The first wins ties and is the L_p search's own. On the demo model, offered 0.8 to 1.2, layers chose 1.05 to 1.2 at 2
 # bits (groups of 128), 1 to 1.2 at 3 and 0.95 to 1.1 at 4 (one group per row): an L_p distance cuts more than outputs
@@ -31,11 +31,7 @@ class Ranges:
 
     def rounded(self, weight: torch.Tensor, factor: float | torch.Tensor = 1.0) -> QuantizedWeight:
         """A weight [O, I] float32 on the grid, its ranges times `factor` (a number or [O, G], positive)."""
-        scale = self.scaled(factor)
-        group = self.format.group_of(weight.shape[1], weight.device)
-        offset = self.format.middle if self.zero is None else self.zero.float()[:, group]
-        codes = to_codes(weight, scale.float()[:, group], offset, self.format.levels).to(torch.uint8)
-        return QuantizedWeight(self.format, codes, scale, self.zero)
+        return on_grid(weight, self.format, self.scaled(factor), self.zero)
 
     def scaled(self, factor: float | torch.Tensor) -> torch.Tensor:
         """The scales times `factor`, in their dtype and not below its smallest normal number."""

@@ -4,12 +4,12 @@ All blocks are learnt at once from the full-precision model, before the first is
 deterministic: a run that goes on where it was stopped learns the same bounds again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
 from vlmq_vllm.offline.methods.qvlm.bounds import (
@@ -22,7 +22,7 @@ from vlmq_vllm.offline.methods.qvlm.bounds import (
     teaches,
 )
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges, find_ranges
-from vlmq_vllm.offline.methods.solution import Row
+from vlmq_vllm.offline.methods.solution import Row, files_and_rows
 from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
 
@@ -70,17 +70,16 @@ class TowerQuantizer:
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
         """Block `name`: tensors by their names in the files, and report rows."""
         block = self.source.materialise(name, self.device)
-        tensors: dict[str, torch.Tensor] = {}
-        rows = []
+        made = files_and_rows(self._on_ranges(name, block))
+        self.source.release(name)
+        return made
+
+    def _on_ranges(self, name: str, block: torch.nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
+        """The block's linears, by their names in the files, as they will be served."""
         for linear, weight in weights_of(block).items():
             full = f"{name}.{linear}"
             if full in self.ranges:
-                module = self.source.module_in_files(full)
-                rounded = self.ranges[full].rounded(weight, self.factors[full])
-                tensors |= {f"{module}.{part}": tensor for part, tensor in rounded.tensors().items()}
-                rows.append(Row(module, None, None, 0, "equal", None))
-        self.source.release(name)
-        return tensors, rows
+                yield self.source.module_in_files(full), self.ranges[full].rounded(weight, self.factors[full])
 
     def replay(self, name: str, index: int) -> None:
         """Nothing moves: the bounds were learnt together."""

@@ -10,6 +10,7 @@ in chunks whose kept inputs stay below a limit; a chunk costs two readings of th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,7 @@ def backward(
     total: int | None = None,
     limit: int = LIMIT,
 ) -> tuple[float, list[torch.Tensor]]:
-    """L and its gradients at the streams' hidden [B, T, d] in front of the first layer. The streams are left as given.
+    """L and its gradients at the streams' hidden [B, T, d] before the first layer. The streams are left as given.
 
     labels: per stream int64 [B, T], a token's own id at its place, IGNORED where it is not to be predicted.
     visit(layer's number, name, stream's number, gradient [B T, O]) sees the gradient at the outputs of `linears`, names
@@ -54,11 +55,9 @@ def backward(
         kept = _forward(source, chunk, device)
         part, found = _head(source, kept.pop(), [labels[i] for i in numbers], device, total)
         loss += part
-
-        def renumbered(index: int, name: str, i: int, gradient: torch.Tensor, numbers: list[int] = numbers) -> None:
-            visit(index, name, numbers[i], gradient)
-
-        _back(source, chunk, kept, found, device, linears if visit else (), renumbered)
+        for index, name, i, gradient in _back(source, chunk, kept, found, device, linears if visit else ()):
+            if visit:
+                visit(index, name, numbers[i], gradient)
         for i, gradient in zip(numbers, found, strict=True):
             gradients[i] = gradient.to(streams[i].hidden)
     return loss, gradients
@@ -106,7 +105,8 @@ def _head(
     norm = source.materialise(name, device)
     tied = "lm_head.weight" not in source.places
     weight = source.parameter(f"{source.family.embed}.weight" if tied else "lm_head.weight").to(device, torch.float32)
-    cap = getattr(source.model.config.get_text_config(), "final_logit_softcapping", None)
+    config: Any = source.model.config
+    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
     loss, gradients = 0.0, []
     for hidden, ids in zip(outputs, labels, strict=True):
         hidden, targets = hidden.detach().to(device).requires_grad_(), ids[:, 1:].to(device)
@@ -143,20 +143,20 @@ def _back(
     gradients: list[torch.Tensor],
     device: torch.device,
     names: Sequence[str],
-    visit: Visit,
-) -> None:
-    """From the last layer to the first: `gradients`, at the outputs, become those at the inputs; `kept` is used up."""
+) -> Iterator[tuple[int, str, int, torch.Tensor]]:
+    """From the last layer to the first: `gradients`, at the outputs, become those at the inputs; `kept` is used up.
+
+    Gives layer's number, name, stream's number and gradient [B T, O] at the output of each of `names`.
+    """
     while kept:
         inputs, index = kept.pop(), len(kept)
         name = f"{source.family.layers}.{index}"
         layer = source.materialise(name, device)
         outputs: dict[str, torch.Tensor] = {}
-
-        def keep(module, args, out, inner: str, outputs: dict = outputs) -> None:
-            outputs[inner] = hidden_of(out)
-
         handles = [
-            layer.get_submodule(inner).register_forward_hook(lambda m, a, out, n=inner, keep=keep: keep(m, a, out, n))
+            layer.get_submodule(inner).register_forward_hook(
+                lambda m, args, out, inner=inner, outputs=outputs: outputs.update({inner: hidden_of(out)})
+            )
             for inner in names
         ]
         with removing(handles):
@@ -169,5 +169,5 @@ def _back(
                 found = torch.autograd.grad(out, wanted, gradients[i], materialize_grads=True)
                 gradients[i] = found[0]
                 for inner, gradient in zip(names, found[1:], strict=True):
-                    visit(index, inner, i, gradient.flatten(0, -2))
+                    yield index, inner, i, gradient.flatten(0, -2)
         source.release(name)

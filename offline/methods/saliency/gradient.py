@@ -26,7 +26,7 @@ from vlmq_vllm.offline.model.streams import Stream
 def gradient_norms(
     layer: torch.nn.Module, index: int, family: Family, full: Stream, quantized: Stream, linears: list[str]
 ) -> dict[str, torch.Tensor]:
-    """g [B * T] float32 of each of `linears`, for one batch's streams in front of layer `index`.
+    """g [B * T] float32 of each of `linears`, for one batch's streams before layer `index`.
 
     Linears inside the attention take the loss of the attention block, others that of the whole layer.
     """
@@ -51,7 +51,15 @@ def rounded_norms(
         return _norms(layer, index, family, stream, linears, targets)
 
 
-def _norms(layer, index, family, stream, linears, targets) -> dict[str, torch.Tensor]:
+def _norms(
+    layer: torch.nn.Module,
+    index: int,
+    family: Family,
+    stream: Stream,
+    linears: list[str],
+    targets: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """g [B * T] of each of `linears`; targets: as `_ends` gives them, without the error."""
     outputs: dict[str, torch.Tensor] = {}
     handles = [
         layer.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
@@ -83,7 +91,9 @@ def in_attention(family: Family, name: str) -> bool:
     return name.startswith(family.attention + ".")
 
 
-def _ends(layer, index, family, stream, linears) -> dict[str, torch.Tensor]:
+def _ends(
+    layer: torch.nn.Module, index: int, family: Family, stream: Stream, linears: list[str]
+) -> dict[str, torch.Tensor]:
     """The outputs of the blocks that `linears` are judged by, [B, T, d] each, from one run of the layer."""
     if set(_by_end(family, linears)) == {"attention"}:
         return {"attention": stream.until(layer, index, family.attention_end)}

@@ -36,7 +36,7 @@ def call_of(layer: torch.nn.Module, index: int, stream: Stream, module: str) -> 
     found: list[Call] = []
     asked = layer.get_submodule(module)
 
-    def hook(inner, args, kwargs):
+    def hook(inner: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         found.append((args, kwargs))
         raise _Seen
 
@@ -91,7 +91,9 @@ def completeness(
     return float(gradients.double().sum() - next(ends) + next(ends))
 
 
-def _distance(module, quantized, call, point, valid) -> torch.Tensor:
+def _distance(
+    module: torch.nn.Module, quantized: Switch, call: Call, point: torch.Tensor, valid: torch.Tensor | None
+) -> torch.Tensor:
     """F at `point`."""
     full = _run(module, call, point)
     with quantized():

@@ -39,7 +39,7 @@ def modality_ratios(
     device: torch.device,
     ranks: Ranks | None = None,
 ) -> Ratios:
-    """r of each layer's attention and MLP, from streams in front of the first layer with full-precision weights.
+    """r of each layer's attention and MLP, from streams before the first layer with full-precision weights.
 
     labels: per stream int64 [B, T] as in `answer_loss.backward`; kinds: int8 [B, T] as in `data/token_kinds.py`. Raises
     QuantizeError where no sample has both vision and answer tokens, or where answer tokens have no gradient.
@@ -59,7 +59,7 @@ def modality_ratios(
         )
     modules = _modules(source)
     sums = torch.zeros(len(source.layers()), len(PARTS), 2, dtype=torch.float64, device=device)
-    counts = ranks.add(sum(mask.sum(1) for mask in masks).double() if masks else sums.new_zeros(2))
+    counts = ranks.add(torch.stack([mask.sum(1) for mask in masks]).sum(0).double() if masks else sums.new_zeros(2))
 
     def visit(index: int, name: str, i: int, gradient: torch.Tensor) -> None:
         sums[index, modules.index(name)] += masks[i].double() @ gradient.abs().mean(-1).double()
@@ -113,7 +113,8 @@ class ModalityWeights:
         All linears of the attention have the same list, and so have all others.
         """
         lists = {part: self._weights(ratio, quantized) for part, ratio in self.ratios[index].items()}
-        weights, notes = {}, {}
+        weights: Weights = {}
+        notes: dict[str, str] = {}
         for linear in linears_of(layer):
             notes[linear] = "equal" if is_expert(linear) else "modality"
             if not is_expert(linear):

@@ -12,7 +12,8 @@ with the quartiles Q1 and Q3 of u' and IQR = Q3 - Q1, so that a long sample coun
 one micro-batch: its samples do not see each other, and it has few enough tokens (`data/batches.py`).
 """
 
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -25,7 +26,7 @@ from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
 )
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
-from vlmq_vllm.offline.model.groups import find_stages, inspected
+from vlmq_vllm.offline.model.groups import Group, find_stages, inspected
 from vlmq_vllm.offline.model.hooks import Rounding, rounding_inputs
 from vlmq_vllm.offline.model.layers import holding, weights_of
 from vlmq_vllm.offline.model.streams import Stream
@@ -90,8 +91,16 @@ class QIGWeights:
                 weights |= dict.fromkeys(group, found)
         return weights, notes
 
-    def _group(self, layer, index, full, quantized, rounded, group) -> list[torch.Tensor] | None:
-        """The weights of a group's tokens; None where no rank has a sample with a signal."""
+    def _group(
+        self,
+        layer: torch.nn.Module,
+        index: int,
+        full: list[Stream],
+        quantized: list[Stream],
+        rounded: dict[str, torch.Tensor],
+        group: Group,
+    ) -> list[torch.Tensor] | None:
+        """The weights of a group's tokens; None where no rank has a sample with a signal. rounded: by linear."""
         name = inspected(group)
         module = layer.get_submodule(name)
         own = {linear: weight for linear, weight in rounded.items() if f"{linear}.".startswith(f"{name}.")}
@@ -121,8 +130,10 @@ class QIGWeights:
 
 
 @contextmanager
-def _quantized(layer: torch.nn.Module, weights: dict[str, torch.Tensor], activations: Rounding | None):
+def _quantized(
+    layer: torch.nn.Module, linear_weights: dict[str, torch.Tensor], activations: Rounding | None
+) -> Iterator[None]:
     """The layer with other weights of some linears, which also round what they get."""
-    linears = [layer.get_submodule(name) for name in weights] if activations else []
-    with holding(layer, weights), rounding_inputs(linears, activations):
+    linears = [layer.get_submodule(name) for name in linear_weights]
+    with holding(layer, linear_weights), rounding_inputs(linears, activations) if activations else nullcontext():
         yield

@@ -40,7 +40,7 @@ def exact_state(problems: int, rows: int, columns: range, levels: int, pushed: b
     """
     count, size, block = problems + 2, columns.stop + 3, slice(columns.start, columns.stop)
     shape, own = (count, size, rows), (count, len(columns), rows)
-    state = {name: torch.full(shape, NAN).double() for name in ("delta", "owed", "values")}
+    state = {name: torch.full(shape, NAN).double() for name in ("remainder", "owed", "values")}
     state["codes"], state["loss"] = torch.full(shape, 77, dtype=torch.uint8), integers(0, 9, count, rows)
     pivots = integers(1, 3, count, size)
     state["factor"], state["push"] = links(0.15, size, columns, count), links(0.05, size, columns, count)
@@ -53,7 +53,7 @@ def exact_state(problems: int, rows: int, columns: range, levels: int, pushed: b
     state["group_of"][:, block] = torch.randint(0, GROUPS, (count, len(columns)))
     group = state["group_of"][:, block, None].expand(own)
     weight = (integers(0, levels, *own) - state["zero"].gather(1, group)) * state["scale"].gather(1, group)
-    state["delta"][:, block] = weight + integers(-12, 13, *own) / 8  # at both ends of the grid some lie beyond
+    state["remainder"][:, block] = weight + integers(-12, 13, *own) / 8  # at both ends of the grid some lie beyond
     state["scale"][:, GROUPS], state["zero"][:, GROUPS] = NAN, NAN
     for name, tensor in state.items():
         tensor[[0, -1]] = {"codes": 77, "group_of": GROUPS}.get(name, NAN)
@@ -63,7 +63,7 @@ def exact_state(problems: int, rows: int, columns: range, levels: int, pushed: b
 def sweep_in(state: dict, levels: int) -> ColumnPass:
     """The pass over the problems of `state` but the first and the last, which works in `state`."""
     own = {name: t if t is None else t[1:-1] for name, t in state.items()}
-    given = (own[name] for name in ("delta", "factor", "scale", "zero", "group_of"))
+    given = (own[name] for name in ("remainder", "factor", "scale", "zero", "group_of"))
     sweep = ColumnPass(*given, levels, own["push"])
     sweep.owed, sweep.values, sweep.codes, sweep.loss = (own[name] for name in ("owed", "values", "codes", "loss"))
     return sweep
@@ -124,7 +124,7 @@ def test_a_pass_is_that_of_plain_torch(pushed, width, device):
     found = whole_pass(ColumnPass._columns_in_triton, pushed, width, device)
     same = (found.codes == expected.codes).all(1)  # [B, O]
     assert same.float().mean() > (0.95 if device.type == "cuda" else 0.999)
-    for name in ("delta", "owed", "loss", "scale") + (("values",) if pushed else ()):
+    for name in ("remainder", "owed", "loss", "scale") + (("values",) if pushed else ()):
         actual, wanted = (getattr(sweep, name).transpose(1, -1)[same] for sweep in (found, expected))
         assert rel_rms(actual, wanted) < 2**-19, name
 
@@ -135,7 +135,7 @@ def test_the_device_chooses(is_cuda, monkeypatch):
     for way in ("torch", "triton"):
         monkeypatch.setattr(ColumnPass, f"_columns_in_{way}", lambda self, *block, way=way: called.append((way, block)))
     sweep = object.__new__(ColumnPass)
-    sweep.delta = SimpleNamespace(is_cuda=is_cuda)
+    sweep.remainder = SimpleNamespace(is_cuda=is_cuda)
     sweep._columns(3, 7)
     assert called == [("triton" if is_cuda else "torch", (3, 7))]
 
@@ -143,7 +143,7 @@ def test_the_device_chooses(is_cuda, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"delta": torch.zeros(1, 5, 40).mT}, "targets: .* must be contiguous torch.float32"),
+        ({"remainder": torch.zeros(1, 5, 40).mT}, "targets: .* must be contiguous torch.float32"),
         ({"group_of": torch.zeros(1, 40, dtype=torch.int32)}, "group_of: torch.int32 .* contiguous torch.int64"),
         ({"factor": torch.zeros(1, 40, 40).double()}, "factor: torch.float64"),
         ({"push": None}, "values and push come together"),
