@@ -38,7 +38,7 @@ def identify(
 ) -> dict:
     """The identity of a study. taught, asked: fingerprints of the calibration and the held-out chats. places: "model",
     "data" and "calibration" as they were given."""
-    base = settings.of("gptq", max(BITS))  # one width for all studies, that takes every group size
+    base = settings.of(METHODS_STUDIED, max(BITS))
     found = identity(source, base, taught, device, Ranks(device))
     options = ("seed", "samples", "calibration_samples", "group_size", "symmetric", "max_tokens", "max_pixels", "dtype")
     calibrated = places["calibration"] is not None
