@@ -1,10 +1,11 @@
 # make demo: the whole product on real input.   make test: the test suite without its slowest parts, make test-all: all
-# of it.   make test-oldest: the plugin on the oldest vLLM.   make gpu: kernels on a GPU.   All but the last install what
-# they need, into .venv or .venv-oldest.
+# of it.   make lint: ruff and mypy, make types: mypy alone.   make test-oldest: the plugin on the oldest vLLM.
+# make docs: the documentation, into site/.   make gpu: kernels on a GPU.   All but the last install what they need, into
+# .venv, .venv-oldest or .venv-docs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all test-oldest gpu lint install oldest train clean
+.PHONY: demo test test-all test-oldest gpu lint types docs install oldest train clean
 .DELETE_ON_ERROR:
 
 # Install into the folder $(1) by the pins packaging/$(2)-*.txt, and what that depends on.
@@ -40,9 +41,26 @@ gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -q $(GPU_TESTS)
 	$(PYTHON) benchmarks/kernel/speed.py --seconds 420 --out kernels.jsonl
 
-lint: install
+lint: install types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+
+# Writes what is made from the code, then builds all pages; a link that leads nowhere is an error, and so is one to a
+# script, style or picture on another machine, for pages must be readable without a network.
+docs: .venv-docs/installed
+	PYTHONPATH=. .venv-docs/bin/python docs/write_pages.py
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	! grep -rnE '<(script|link|img|iframe)[^>]*(src|href)="?(https?:)?//' site --include='*.html'
+
+.venv-docs/installed: packaging/docs-requirements.txt
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+# kernels/ and offline/ belong to the package vlmq_vllm but lie beside it: mypy finds them by links.
+types: install
+	mkdir -p build/types/vlmq_vllm
+	ln -sfn ../../../kernels ../../../offline build/types/vlmq_vllm/
+	$(BIN)/mypy
 
 # Everything for a machine without a GPU; see packaging/README.md. On a GPU machine: pip install vllm, pip install .
 install: .venv/installed
@@ -71,4 +89,4 @@ train: install
 	$(BIN)/python examples/demo_vlm/train.py examples/demo_vlm/model
 
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info demo-output
+	rm -rf .venv .venv-oldest .venv-docs site build dist *.egg-info demo-output

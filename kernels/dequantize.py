@@ -1,9 +1,9 @@
-"""x W^T + bias where tokens are many: the weight is widened piece by piece and multiplied by cuBLAS.
+"""Multiplies many tokens: dequantises the weight piece by piece and multiplies each piece by cuBLAS.
 
 Above some hundreds of tokens a product is bound by arithmetic, and a library's kernel is worth the writing and reading
-of the widened weight, all the more when a piece stays in the second-level cache between the two. A piece has as many
-rows as give every multiprocessor work, or more. Each weight is rounded once to x's dtype, as in an unquantised model.
-The transpose W^T is written, as the words lie: rows of the weight side by side.
+of the dequantised weight, all the more when a piece stays in the second-level cache between the two. A piece has as
+many rows as give every multiprocessor work, or more. Each weight is rounded once to x's dtype, as in an unquantised
+model. The transpose W^T is written, as the words lie: rows of the weight side by side.
 """
 
 import torch
@@ -17,7 +17,7 @@ from vlmq_vllm.kernels.layout import STRIPE, RuntimeWeight
 from vlmq_vllm.kernels.ptx import fields_of, planes_of
 from vlmq_vllm.kernels.unpack import weights
 
-PIECE = 16 << 20  # bytes of a widened piece, at least; an H200's second-level cache holds 50 to 60 MB
+PIECE = 16 << 20  # bytes of a dequantised piece, at least; an H200's second-level cache holds 50 to 60 MB
 LIBRARY_TILE = 128 * 128  # of the result, about what cuBLAS gives a multiprocessor at once
 
 
@@ -121,9 +121,9 @@ def gemm(
     for first in range(0, geometry.stripes, step):
         stripes = min(step, geometry.stripes - first)
         start, stop = first * STRIPE, min((first + stripes) * STRIPE, geometry.rows)
-        widened = dequantize(weight, buffer[:, : stripes * STRIPE], first)[:, : stop - start]
+        dense = dequantize(weight, buffer[:, : stripes * STRIPE], first)[:, : stop - start]
         if bias is None:
-            torch.mm(x, widened, out=out[:, start:stop])
+            torch.mm(x, dense, out=out[:, start:stop])
         else:
-            torch.addmm(bias[start:stop], x, widened, out=out[:, start:stop])
+            torch.addmm(bias[start:stop], x, dense, out=out[:, start:stop])
     return out

@@ -1,4 +1,4 @@
-"""x times the weights of a layer that lie below each other: for every number of tokens the way that should be fastest.
+"""Multiplies x with the weights of a layer, in the way that should be fastest for the number of tokens.
 
     up to the crossover   the fused kernel (`gemm.py`), planned in `tiles.py`
     above                 dequantise and cuBLAS (`dequantize.py`), or with activations of 8 bits int8 (`int8.py`)

@@ -1,7 +1,8 @@
-"""Weights of a mixture of experts in the runtime layout: one after the other, each as `layout.RuntimeWeight` says."""
+"""The weights of all experts of a layer, stacked in the runtime layout: each expert's are a `layout.RuntimeWeight`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -39,7 +40,7 @@ class ExpertWeights:
             parts = (weight.packed, weight.scales, weight.zeros)
             if i == 0:
                 geometry = weight.geometry
-                stacked = [None if part is None else part.new_empty((count, *part.shape)) for part in parts]
+                stacked: list[Any] = [None if part is None else part.new_empty((count, *part.shape)) for part in parts]
             if weight.geometry != geometry:
                 raise ValueError(f"expert {i} is {weight.geometry}, expert 0 {geometry}; they must be alike")
             for whole, part in zip(stacked, parts, strict=True):

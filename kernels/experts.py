@@ -1,9 +1,9 @@
-"""Products of a mixture of experts: every token with the weights of the experts that it is routed to, in one launch.
+"""Multiplies every token with the weights of the experts that it is routed to, in one launch.
 
     out[t, i] = router[t, i] * (x[t, i] W[ids[t, i]]^T + bias[ids[t, i]])
 
 Entries (t, i) are sorted by expert and filled up to whole tiles (`routing`), so that a program works for one expert
-only; the product is the walk of `k_loop.py`. Weights of all experts lie behind each other in the runtime layout
+only; the product is the loop of `k_loop.py`. Weights of all experts lie one after the other in the runtime layout
 (`layout.py`), each tensor with one dimension more in front. K is not divided: several experts times the tiles of each
 fill a GPU. All on the device, without waiting for it, so that CUDA graphs can hold it.
 """
@@ -29,7 +29,7 @@ def experts_kernel(
     router,  # [n_entries]
     out,  # [n_entries, N]
     entries,  # [blocks * BM] int32: rows of out, n_entries where filled up
-    owners,  # [blocks] int32: the expert of a block, -1 when nobody's here
+    owners,  # [blocks] int32: the expert of a block, -1 for ids that are no expert of here
     n_entries,
     n_each,  # entries that share a row of x
     N,
@@ -80,17 +80,18 @@ def experts_kernel(
         tl.store(p_out, b_acc.to(out.dtype.element_ty), mask=m_out)
 
 
-def routing(ids: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def routing(ids: torch.Tensor, n_experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(entries [blocks * block], owners [blocks]) int32 of ids [tokens, experts each].
 
     Entry numbers, sorted by expert and filled up with their number to whole blocks, and each block's expert; ids that
     are no expert of here share blocks whose owner is -1. The number of blocks is the most that there can be.
     """
     flat = ids.flatten().long()
-    here = torch.where((flat >= 0) & (flat < experts), flat, experts)
+    here = torch.where((flat >= 0) & (flat < n_experts), flat, n_experts)
     count = len(flat)
-    most = min(count, experts + 1) + max(count - 1, 0) // block + 1
-    counts = torch.zeros(experts + 1, dtype=torch.long, device=ids.device).scatter_add_(0, here, torch.ones_like(here))
+    most = min(count, n_experts + 1) + max(count - 1, 0) // block + 1
+    counts = torch.zeros(n_experts + 1, dtype=torch.long, device=ids.device)
+    counts.scatter_add_(0, here, torch.ones_like(here))
     ends = ((counts + block - 1) // block).cumsum(0)  # blocks up to each expert's last
     order = here.argsort(stable=True)
     rank = torch.arange(count, device=ids.device) - (counts.cumsum(0) - counts)[here[order]]
@@ -99,7 +100,7 @@ def routing(ids: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, 
     entries = torch.full((most * block,), count, dtype=torch.int32, device=ids.device)
     entries[first[here[order]] + rank] = order.int()
     owners = torch.searchsorted(ends, torch.arange(most, device=ids.device), right=True)
-    return entries, torch.where(owners < experts, owners, -1).int()
+    return entries, torch.where(owners < n_experts, owners, -1).int()
 
 
 def multiply(
@@ -121,7 +122,7 @@ def multiply(
     if out.numel() == 0:
         return out
     if tile is None:  # which is legal, and looked up
-        tile = tiles.plan(-(-ids.numel() // len(experts)), geometry, machine).tile
+        tile = tiles.plan_for(-(-ids.numel() // len(experts)), geometry, machine).tile
     elif reason := tiles.why_not(tiles.Plan(tile), ids.numel(), geometry, machine):
         raise ValueError(reason)
     entries, owners = routing(ids, len(experts), tile.tokens)
@@ -132,7 +133,18 @@ def multiply(
     return out
 
 
-def arguments(x, experts: ExpertWeights, ids, bias, router, out, entries, owners, tile, machine) -> dict:
+def arguments(
+    x: torch.Tensor,
+    experts: ExpertWeights,
+    ids: torch.Tensor,
+    bias: torch.Tensor | None,
+    router: torch.Tensor | None,
+    out: torch.Tensor,
+    entries: torch.Tensor,
+    owners: torch.Tensor,
+    tile: tiles.Tile,
+    machine: hardware.Hardware,
+) -> dict:
     """What the kernel is called with."""
     geometry = experts.geometry
     return dict(

@@ -1,9 +1,9 @@
-"""x W^T + bias by one launch: the kernel for every width and every number of tokens up to the crossover.
+"""The fused kernel: multiplies tokens with a packed weight, x W^T + bias, in one launch.
 
-A program computes a tile of `k_loop.py`, over all of K or over one of `splits` parts of it, which meet in `split_k.py`.
-What is launched for how many tokens is decided in `tiles.py`, buffers come from `workspace.py`, the choice between this
-and dequantising is made in `dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before
-this module's import.
+It serves every width, and every number of tokens up to the crossover. A program computes a tile of `k_loop.py`, over
+all of K or over one of `splits` parts of it, which meet in `split_k.py`. What is launched for how many tokens is
+decided in `tiles.py`, buffers come from `workspace.py`, the choice between this and dequantising is made in
+`dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
 """
 
 import torch
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles, workspace
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.k_loop import walk
 from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight, check_tensor
 from vlmq_vllm.kernels.split_k import meet
@@ -96,7 +97,7 @@ def gemm(
 ) -> torch.Tensor:
     """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype.
 
-    x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan`. `token_scales`
+    x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan_for`. `token_scales`
     float32 [M] multiply the float32 sums of each row of x W^T, where x holds the integers of
     `vlmq_vllm/activations.py`.
     """
@@ -107,7 +108,7 @@ def gemm(
         return out
     machine = hardware.of(x.device)
     if plan is None:  # which is legal, and looked up
-        plan = tiles.plan(len(x), weight.geometry, machine)
+        plan = tiles.plan_for(len(x), weight.geometry, machine)
     elif reason := tiles.why_not(plan, len(x), weight.geometry, machine):
         raise ValueError(reason)
     programs = tiles.output_tiles(len(x), weight.geometry, plan.tile) * plan.splits
@@ -153,8 +154,10 @@ def arguments(
     )
 
 
-def walk_arguments(weight, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware) -> dict:
-    """What all kernels that walk are compiled for, besides tokens; weight is a RuntimeWeight or ExpertWeights."""
+def walk_arguments(
+    weight: RuntimeWeight | ExpertWeights, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware
+) -> dict:
+    """What all kernels that call `k_loop.walk` are compiled for, besides tokens."""
     geometry = weight.geometry
     return dict(
         BITS=geometry.bits,

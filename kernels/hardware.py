@@ -1,4 +1,4 @@
-"""What a launch must know of the GPU it goes to."""
+"""The properties of a GPU that launches depend on."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -38,4 +38,4 @@ def of(device: torch.device) -> Hardware:
     if torch.version.hip:
         return Hardware(properties.gcnArchName.split(":")[0], properties.multi_processor_count, 64 << 10)
     arch = f"sm_{properties.major}{properties.minor}"
-    return Hardware(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    return Hardware(arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]

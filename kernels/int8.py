@@ -1,6 +1,7 @@
-"""s (q W^T) + bias by int8 tensor cores, where tokens are many: activations q and codes of the weight as bytes.
+"""Multiplies many tokens of 8-bit activations by int8 tensor cores: s (q W^T) + bias.
 
-With q [M, K] integers in [-127, 127], s [M] a float32 for every token, and W = scale * (u - zero) in codes u of b bits:
+Activations q and the codes of the weight are bytes. With q [M, K] integers in [-127, 127], s [M] a float32 for every
+token, and W = scale * (u - zero) in codes u of b bits:
 
     out[m, n] = s[m] * sum over groups scale[g, n] * D[m, n, g] + bias[n]
     D[m, n, g] = sum over k in g of q[m, k] * c[n, k] + (2^(b-1) - zero[g, n]) * sum over k in g of q[m, k]
@@ -24,7 +25,7 @@ from torch.nn.functional import pad
 from vlmq_vllm.kernels import hardware
 from vlmq_vllm.kernels.dequantize import PIECE, stripes_at_once
 from vlmq_vllm.kernels.gemm import check
-from vlmq_vllm.kernels.int8_codes import centre, width
+from vlmq_vllm.kernels.int8_codes import centre, filled_columns
 from vlmq_vllm.kernels.layout import STRIPE, Geometry, RuntimeWeight, aligned, check_tensor
 
 TILE = 128  # tokens of a program, and columns of a step at most
@@ -109,7 +110,7 @@ def gemm(
     if out.numel() == 0:
         return out
     geometry, machine = weight.geometry, hardware.of(q.device)
-    q = pad(q.to(torch.int8), (0, width(geometry) - geometry.columns))
+    q = pad(q.to(torch.int8), (0, filled_columns(geometry) - geometry.columns))
     sums = None if weight.zeros is None else step_sums(q, geometry)
     stripes = stripes_at_once(len(q), weight, machine, 2 * piece)  # which counts two bytes for a weight
     buffer = torch.empty(stripes * STRIPE, q.shape[1], dtype=torch.int8, device=q.device)
@@ -136,11 +137,11 @@ def rows_of(geometry: Geometry) -> int:
 
 def is_whole(geometry: Geometry) -> bool:
     """Whether one int32 holds the sum over all of K."""
-    return geometry.group == -1 and width(geometry) * LARGEST * geometry.format.levels < 1 << 31
+    return geometry.group == -1 and filled_columns(geometry) * LARGEST * geometry.format.levels < 1 << 31
 
 
 def step_sums(q: torch.Tensor, geometry: Geometry) -> torch.Tensor:
-    """Sums of q [M, width], int32: [M, steps], or [M, 1] where all of K is one."""
+    """Sums of q [M, filled columns], int32: [M, steps], or [M, 1] where all of K is one."""
     steps = q.view(len(q), 1, -1) if is_whole(geometry) else q.unflatten(1, (-1, step_of(geometry)))
     return aligned(steps.sum(-1, dtype=torch.int32))
 

@@ -1,4 +1,4 @@
-"""Codes of the runtime layout as signed bytes u - 2^(bits - 1), row by row: what int8 tensor cores read.
+"""Writes codes of the runtime layout as signed bytes u - 2^(bits - 1), row by row, for int8 tensor cores.
 
 Both operands of such an instruction want neighbours along K side by side, so the transpose that `dequantize.py` writes
 would not do. A piece of some stripes is written, [rows, K filled up to whole spans]; what is filled up meets zeros.
@@ -39,7 +39,7 @@ def centre_kernel(
 
 
 def centre(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Codes less 2^(b-1) into out int8 [rows, width(geometry)], of the stripes from `start` on."""
+    """Codes less 2^(b-1) into out int8 [rows, filled_columns(geometry)], of the stripes from `start` on."""
     with torch.cuda.device_of(out):
         programs = len(out) // STRIPE * weight.geometry.spans
         centre_kernel[(programs,)](**arguments(weight, out, start))
@@ -53,6 +53,6 @@ def arguments(weight: RuntimeWeight, out: torch.Tensor, start: int) -> dict:
     return given | dict(BITS=geometry.bits, W=geometry.slice, num_warps=4)
 
 
-def width(geometry: Geometry) -> int:
+def filled_columns(geometry: Geometry) -> int:
     """K filled up to whole spans."""
     return geometry.spans * geometry.span

@@ -1,4 +1,4 @@
-"""A tile of out^T [BN, BM] = W [BN, K] x^T: the walk along K that all products of this folder share.
+"""The loop over K that the fused kernels share: computes one tile of out^T [BN, BM] = W [BN, K] x^T.
 
 The product is transposed so that the weights are the left operand of the tensor core instruction, which may come from
 registers, and as few as 8 tokens the right one. A step takes one span of the runtime layout (`layout.py`): field j of

@@ -66,7 +66,7 @@ class Geometry:
         if reason:
             raise ValueError(reason)
         if self.slice not in _slices(self.format):
-            allowed = " or ".join(str(width) for width in _slices(self.format))
+            allowed = " or ".join(map(str, _slices(self.format)))
             raise ValueError(
                 f"slice is {self.slice}; at {self.format.bits} bits with group_size {self.format.group_size} "
                 f"it must be {allowed}"
@@ -78,9 +78,9 @@ class Geometry:
         reason = why_not(format, rows, columns)
         if reason:
             raise ValueError(reason)
-        filled = {width: -(-columns // (FIELDS[format.bits] * width)) * width for width in _slices(format)}
+        filled = {w: -(-columns // (FIELDS[format.bits] * w)) * w for w in _slices(format)}
         least = min(filled.values())
-        return cls(format, rows, columns, next(width for width in filled if filled[width] * 32 <= least * 33))
+        return cls(format, rows, columns, next(w for w in filled if filled[w] * 32 <= least * 33))
 
     @property
     def bits(self) -> int:

@@ -1,4 +1,4 @@
-"""PTX that turns a field of two words into two floats: the texts and the numbers in them.
+"""Writes the PTX that unpacks a field of two words to two floats.
 
 Two 16-bit words lie in a register. One LOP3 masks the field and sets the exponent above it (Kim et al. 2022, arXiv
 2211.10017): with base 2^7 (bfloat16) or 2^10 (float16), a code q at mantissa bit o reads as base + q 2^o, and

@@ -1,4 +1,4 @@
-"""The plain-torch twin of the kernels: the oracle of their tests and what runs on a CPU.
+"""The kernels' twin in plain torch: what their tests compare with, and what runs on a CPU.
 
 It writes and reads the runtime layout (`layout.py`), widens the whole weight to float32 in every call and leaves speed
 to the Triton kernels. Any device, float32 sums, no Triton.
@@ -53,7 +53,8 @@ def from_words(words: torch.Tensor, geometry: Geometry) -> torch.Tensor:
 def dequantize(weight: RuntimeWeight) -> torch.Tensor:
     """The weight [N, K] in float32."""
     geometry = weight.geometry
-    scale, zero = (None if part is None else part.T[: geometry.rows] for part in (weight.scales, weight.zeros))
+    scale = weight.scales.T[: geometry.rows]
+    zero = None if weight.zeros is None else weight.zeros.T[: geometry.rows]
     format = replace(geometry.format, group_size=geometry.group)
     return dequantize_codes(format, from_words(weight.packed, geometry), scale, zero)
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's tensors to the runtime layout, on the device where they lie.
+"""Converts a checkpoint's tensors to the runtime layout, on the device where they lie.
 
 vLLM first cuts and loads a layer's tensors as the checkpoint stores them (`vlmq_vllm/format.py`); then they are brought
 into the layout of `layout.py`, all parts of a fused layer that have one format into one weight. On a GPU a kernel
@@ -147,7 +147,7 @@ def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tenso
 
 
 def _rows(tensors: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-    """Rows start to stop of tensors that lie below each other."""
+    """Rows start to stop of tensors that are stacked along the rows."""
     pieces = []
     for tensor in tensors:
         pieces.append(tensor[max(start, 0) : max(stop, 0)])

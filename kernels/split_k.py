@@ -1,7 +1,8 @@
-"""Programs that compute one tile from different parts of K: each leaves its sums, and the last to arrive adds them.
+"""Split-K: store partial sums; the last program adds them in order and returns (sum, True).
 
-One launch, no atomic addition of floats, and parts are added in their order whoever is last. The tile's counter is set
-back to 0 for the next launch. Nobody waits, so any number of programs may share a GPU of any size.
+Programs compute one tile from different parts of K, in one launch. There is no atomic addition of floats, and parts are
+added in their order whoever is last. The tile's counter is set back to 0 for the next launch. Nobody waits, so any
+number of programs may share a GPU of any size.
 """
 
 import triton
@@ -12,7 +13,7 @@ from vlmq_vllm.kernels.k_loop import INTERPRETED
 
 @triton.jit
 def meet(b_acc, partials, p_counter, i_tile, i_part, n_parts, PTX: tl.constexpr):
-    """Leave this part's sums, and return (all parts' sums, True) in the last program to arrive.
+    """Store this part's sums; the last program to arrive adds all parts in order and returns (sum, True).
 
     The stores of all threads must be done before one thread counts. On NVIDIA the barrier orders them before its atomic
     addition, whose release and acquire reach the whole GPU and order them before the loads of the last program; `.cg`

@@ -1,8 +1,8 @@
-"""Which tile and how many parts a launch takes: from the tables (`tuned_tables.py`), else a small model; never tried
-out.
+"""Chooses a launch's tile and its number of parts of K, from the tables (`tuned_tables.py`) or by a small model.
 
-The table gives the tile of a bucket of tokens, and plans that were measured for single shapes. How many parts K is
-divided into follows from the waves that the programs make, unless measured. `why_not` says what can be launched at all.
+Nothing is tried out at run time. The table gives the tile of a bucket of tokens, and plans that were measured for
+single shapes. How many parts K is divided into follows from the waves that the programs make, unless measured.
+`why_not` says what can be launched at all.
 """
 
 import math
@@ -46,7 +46,7 @@ def why_not(plan: Plan, m: int, geometry: Geometry, machine: Hardware) -> str | 
     return None
 
 
-def plan(m: int, geometry: Geometry, machine: Hardware) -> Plan:
+def plan_for(m: int, geometry: Geometry, machine: Hardware) -> Plan:
     """What to launch for m tokens."""
     bucket = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
     return _plan(bucket, -(-m // bucket) if bucket == BUCKETS[-1] else 1, geometry, machine)
@@ -140,6 +140,6 @@ def _fit(tile: Tile, geometry: Geometry, machine: Hardware) -> Tile:
     while tile.warps > max(1, tile.tokens * geometry.slice // 64) and tile.rows > STRIPE:
         tile = replace(tile, warps=tile.warps // 2, rows=tile.rows // 2)
     while shared_bytes(tile, geometry, machine) > machine.shared:
-        smaller = {"stages": tile.stages - 1} if tile.stages > 2 else {"tokens": tile.tokens // 2}
-        tile = replace(tile, **smaller)
+        less = tile.stages > 2
+        tile = replace(tile, stages=tile.stages - 1) if less else replace(tile, tokens=tile.tokens // 2)
     return tile

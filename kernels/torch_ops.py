@@ -1,8 +1,8 @@
-"""The torch operators of the namespace vlmq, through which the plugin and torch.compile reach the kernels.
+"""Defines the torch operators of the namespace vlmq, through which the plugin and torch.compile reach the kernels.
 
     linear_v1(x [..., K], packed[], scales[], zeros[], bias | None, bits[], group_sizes[], rows[], columns,
               batch_invariant) -> [..., sum of rows]
-        x times the weights of a layer that lie below each other, which may differ in width, group and grid; entry i of
+        x times the weights of a layer, stacked along the rows, which may differ in bits, group and grid; entry i of
         every list belongs to weight i, whose tensors are those of `layout.RuntimeWeight` (zeros[i] None if symmetric).
 
     linear_int8_v1(q [..., K], token_scales [..., 1], and the others of linear_v1) -> [..., sum of rows]
@@ -100,8 +100,8 @@ def experts_fake(x, packed, scales, zeros, ids, bias, router, bits, group_size, 
 def _weights(packed, scales, zeros, bits, group_sizes, rows, columns) -> list[RuntimeWeight]:
     weights = []
     for parts in zip(packed, scales, zeros, bits, group_sizes, rows, strict=True):
-        words, scale, zero, width, group_size, count = parts
-        geometry = _geometry(width, group_size, zero is None, count, columns, words.shape[-2] // PLANES[width])
+        words, scale, zero, b, group_size, count = parts
+        geometry = _geometry(b, group_size, zero is None, count, columns, words.shape[-2] // PLANES[b])
         weights.append(RuntimeWeight(geometry, words, scale, zero))
     return weights
 

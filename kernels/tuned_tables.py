@@ -1,4 +1,4 @@
-"""Tables of tiles and plans by architecture, `tuned/ARCH.json`: data, read once and checked.
+"""Reads and checks the tables of tiles and plans, one for each architecture: `tuned/ARCH.json`.
 
     origin           where the figures come from
     dequantize_from  number of tokens from which weights are dequantised for cuBLAS

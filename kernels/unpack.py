@@ -1,4 +1,4 @@
-"""Codes minus zero point as floats, one field of the runtime layout's words at a time: device functions.
+"""Unpacks codes minus zero point to floats, one field of the runtime layout's words at a time; Triton functions.
 
 A field (`layout.py`) holds codes of `bits` bits at the same place of every 16-bit word. Two ways give the same numbers,
 exactly, for every word: PTX, two words at once (`ptx.py`), and for AMD and the interpreter, which has no inline

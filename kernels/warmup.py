@@ -1,4 +1,4 @@
-"""Everything that a layer can launch, launched once when it has been loaded.
+"""Launches once, when a layer has been loaded, every kernel that it can need.
 
 Triton compiles a kernel at its first launch with new properties of the arguments, and loads it into the GPU then. Both
 must have happened before a CUDA graph is captured and before requests wait for it; vLLM's `--jit-monitor-mode=error`

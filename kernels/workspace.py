@@ -1,4 +1,4 @@
-"""Scratch memory of launches that share a tile of the output: float32 sums and counters, one set for every stream.
+"""Scratch memory for split-K launches: float32 sums and counters, one set for every stream.
 
 Launches of one stream follow each other and may share a set, since the last program of each leaves the counters at
 zero; two streams must not. A launch cannot make a set while its stream is being captured into a CUDA graph: the zeros

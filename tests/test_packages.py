@@ -81,6 +81,7 @@ def test_wheel_holds_the_three_packages_and_no_top_level_kernels(tmp_path):
     for folder in ("kernels", "offline"):
         for path in (ROOT / folder).rglob("*.py"):
             assert f"vlmq_vllm/{path.relative_to(ROOT)}" in names
+    assert "vlmq_vllm/py.typed" in names
     for table in (ROOT / "kernels/tuned").iterdir():
         assert f"vlmq_vllm/kernels/tuned/{table.name}" in names
     assert {name.split("/")[0] for name in names if "dist-info" not in name} == {"vlmq_vllm"}

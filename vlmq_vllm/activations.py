@@ -1,4 +1,4 @@
-"""Activations at 8 bits: the input of a quantised linear layer rounded token by token, when the model runs.
+"""Rounds the inputs of quantised linear layers to 8 bits, token by token, while the model runs.
 
 A token's features x_t [I] become integers with one scale, dynamically (from the token itself) and symmetrically:
 

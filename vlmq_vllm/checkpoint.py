@@ -1,4 +1,4 @@
-"""What a vlmq checkpoint on disk says: its quantization_config, its safetensors headers, and that the two agree.
+"""Reads a vlmq checkpoint's quantization_config and safetensors headers, and checks that the two agree.
 
 The tensors are the truth: a module is quantised if and only if it owns `<module>.weight_packed`. The config names the
 format of each; width and shapes are checked against the headers before anything is allocated, and a disagreement is a
@@ -14,7 +14,7 @@ With `"activation_bits": 8` the inputs of every quantised module are rounded tok
 of version 1 do not know the key and would leave it out in silence, so such a checkpoint, and no other, is of version 2.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from vlmq_vllm.packing import OWN, Packing
 SCALE_DTYPES = ("F16", "BF16", "F32")
 VERSIONS = {16: FORMAT_VERSION, 8: FORMAT_VERSION + 1}  # by activation_bits
 BESIDE_ROUNDED = (4, 8)  # bits of weights whose inputs may be rounded to 8 bits
+ReadShape = Callable[[str], Sequence[int]]  # the two numbers of a weight_shape, by its tensor's name
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class QuantizationSpec:
-    """The parsed quantization_config: a default format and exceptions by exact module name.
+    """The parsed quantization_config: a default format and overrides by exact module name.
 
     `activation_bits`: 8 rounds the inputs of every quantised module. Raises CheckpointError for widths of inputs that
     do not exist, and of weights that are not served beside 8.
@@ -131,8 +132,10 @@ def read_modules(folder: Path) -> dict[str, ModuleInfo]:
     return modules
 
 
-def check_modules(spec: QuantizationSpec, headers: dict[str, TensorInfo], read_shape) -> dict[str, ModuleInfo]:
-    """Table of quantised modules from headers; `read_shape(tensor name)` gives the two numbers of weight_shape.
+def check_modules(
+    spec: QuantizationSpec, headers: dict[str, TensorInfo], read_shape: ReadShape
+) -> dict[str, ModuleInfo]:
+    """Table of quantised modules from headers.
 
     Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without module.
     """
@@ -166,7 +169,7 @@ def check_surplus(modules: Collection[str], headers: dict[str, TensorInfo], part
             )
 
 
-def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read_shape) -> ModuleInfo:
+def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read_shape: ReadShape) -> ModuleInfo:
     for part in ("weight_packed", "weight_scale", "weight_shape"):
         if part not in found:
             raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")

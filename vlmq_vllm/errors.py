@@ -1,4 +1,4 @@
-"""The exceptions that a user's mistake ends in: one line that says what was found and what to do. Loads nothing."""
+"""Exceptions that end a command: one line that says what was found and what to do. Imports nothing."""
 
 
 class CheckpointError(ValueError):
@@ -6,7 +6,7 @@ class CheckpointError(ValueError):
 
 
 class QuantizeError(ValueError):
-    """A quantisation that cannot be done as asked; nothing half-written is left behind."""
+    """A quantisation that cannot be done as asked; nothing half-written is left."""
 
 
 class RefusedError(QuantizeError):

@@ -14,6 +14,7 @@ Plain torch on any device. Rounding to codes belongs to `offline/`, layouts for 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,9 +28,9 @@ PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Width, grouping and grid of one quantised weight; `group_size` -1 is one group per row.
+    """Bits, grouping and grid of one quantised weight; `group_size` -1 is one group per row.
 
-    Raises ValueError for a width that does not exist and for groups that would begin inside a 32-bit word.
+    Raises ValueError for bits that do not exist and for groups that would begin inside a 32-bit word.
     """
 
     bits: int
@@ -135,7 +136,7 @@ class QuantizedWeight:
         return packed
 
     @classmethod
-    def from_tensors(cls, format: WeightFormat, tensors: dict[str, torch.Tensor]) -> "QuantizedWeight":
+    def from_tensors(cls, format: WeightFormat, tensors: Mapping[str, torch.Tensor]) -> "QuantizedWeight":
         """Back from a checkpoint's tensors; shapes must have been checked (`checkpoint.read_modules`)."""
         rows, columns = (int(n) for n in tensors["weight_shape"])
         codes = unpack(tensors["weight_packed"], format.bits, columns)

@@ -1,4 +1,4 @@
-"""The files of a model in Hugging Face's layout: config.json, and the safetensors files with their headers.
+"""Reads config.json and the safetensors headers of a model folder in Hugging Face's layout.
 
 Nothing here reads more weights than is asked for, or needs vLLM. A broken file is a CheckpointError that names it.
 """
@@ -114,12 +114,12 @@ class Tensors:
     def __init__(self, folder: Path, headers: dict[str, TensorInfo]) -> None:
         self.folder = folder
         self.headers = headers
-        self.files = {}
+        self.files: dict[str, safe_open] = {}
 
     def __enter__(self) -> "Tensors":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.files.clear()
 
     def get(self, name: str) -> torch.Tensor:

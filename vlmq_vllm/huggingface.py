@@ -1,4 +1,4 @@
-"""transformers' side: `from_pretrained` of a vlmq checkpoint gives its weights in 16 bits instead of random ones.
+"""Lets transformers load a vlmq checkpoint: `from_pretrained` gives a model with the dequantised weights.
 
 Packed weights are unpacked one after the other while transformers loads, on the device that each belongs to, with the
 numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype: it takes that memory and is saved as
@@ -14,6 +14,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.core_model_loading import (
@@ -35,12 +36,13 @@ from vlmq_vllm.headers import TensorInfo, read_headers
 from vlmq_vllm.names import EXPERT_PARTS
 
 logger = logging.getLogger(__name__)
+Model = Any  # a PreTrainedModel; transformers imports this file before it has defined the class
 
 
 class VLMQTransformersConfig(QuantizationConfigMixin):
     """The quantization_config of config.json, as far as transformers asks; the files are what is believed."""
 
-    def __init__(self, **fields) -> None:
+    def __init__(self, **fields: Any) -> None:
         spec = QuantizationSpec.from_dict(fields)
         self.__dict__ |= fields
         self.dequantize = spec.activation_bits == 16  # then transformers takes a loaded model for unquantised
@@ -49,17 +51,19 @@ class VLMQTransformersConfig(QuantizationConfigMixin):
 class VLMQQuantizer(HfQuantizer):
     """What from_pretrained calls, in this order. Raises CheckpointError."""
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files: list[str] | None = None, **_) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Model, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         if not checkpoint_files:
             raise CheckpointError("a vlmq model is loaded from its folder, not from a state_dict; leave it out")
         folder = Path(checkpoint_files[0]).parent
         self.modules, self.headers, self.model = read_modules(folder), read_headers(folder), model
         self.rounds = read_spec(folder).activation_bits == 8
 
-    def update_weight_conversions(self, weight_conversions: list, *_) -> list:
-        """transformers' rules from names in files to names in memory, behind ours for packed weights.
+    def update_weight_conversions(self, weight_conversions: list, *_: Any) -> list:
+        """Our rules for packed weights, then transformers' own, from names in files to names in memory.
 
-        From 5.23 on it hands over the model once more.
+        From 5.23 on transformers hands over the model once more.
         """
         unpack = Unpack(self)
         self.own = [WeightConverter([f"{part}$" for part in PARTS], "weight", [unpack])]
@@ -67,8 +71,8 @@ class VLMQQuantizer(HfQuantizer):
             sources = [rf"experts\.\d+\.{name}\.{part}$" for name in projections for part in PARTS]
             self.own.insert(0, WeightConverter(sources, f"experts.{fused}", [unpack]))
         rules = [*self.own, *weight_conversions]
-        unpack.places = find_places(self.model, rules, self.headers, self.modules)
-        self.rounded = [target.removesuffix(".weight") for target in unpack.places] if self.rounds else []
+        unpack.parameters = find_packed_parameters(self.model, rules, self.headers, self.modules)
+        self.rounded = [target.removesuffix(".weight") for target in unpack.parameters] if self.rounds else []
         linears = {name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)}
         for name in self.rounded:
             if name not in linears:
@@ -78,7 +82,7 @@ class VLMQQuantizer(HfQuantizer):
                 )
         return rules
 
-    def _process_model_after_weight_loading(self, model, **_) -> None:
+    def _process_model_after_weight_loading(self, model: Model, **_: Any) -> None:
         """Weights that had another name in the file came in the file's dtype; our rules are not for saving."""
         plan = {re.compile(name.replace("*", ".*")): dtype for name, dtype in model._get_dtype_plan(self.dtype).items()}
         for name, parameter in model.named_parameters():
@@ -107,13 +111,13 @@ class VLMQQuantizer(HfQuantizer):
         return True
 
 
-def _round_input(_, inputs: tuple) -> tuple:
+def _round_input(_: torch.nn.Module, inputs: tuple) -> tuple:
     """A forward pre-hook of a linear layer."""
     return round_tokens(inputs[0]), *inputs[1:]
 
 
 @dataclass(frozen=True)
-class Place:
+class PackedParameter:
     """The packed modules that make up a parameter of `shape`, by rows; `sources`: each one's rule without the part."""
 
     modules: tuple[ModuleInfo, ...]
@@ -129,34 +133,38 @@ class Unpack(ConversionOps):
 
     def __init__(self, hf_quantizer: VLMQQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
-        self.places: dict[str, Place] = {}
+        self.parameters: dict[str, PackedParameter] = {}
 
-    def __deepcopy__(self, memo) -> "Unpack":
+    def __deepcopy__(self, memo: dict) -> "Unpack":
         """transformers copies a rule for every tensor that it applies to."""
         return self
 
-    def convert(self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str, **_) -> dict[str, torch.Tensor]:
+    def convert(
+        self, input_dict: dict[str, list[torch.Tensor]], full_layer_name: str, **_: Any
+    ) -> dict[str, torch.Tensor]:
         """`input_dict`: by rule, the tensors of all modules in their natural order."""
-        place = self.places[full_layer_name]
+        packed = self.parameters[full_layer_name]
         queues = {rule: iter(tensors) for rule, tensors in input_dict.items()}
-        weight, row = None, 0
-        for module, source in zip(place.modules, place.sources, strict=True):
+        weight: torch.Tensor | None = None
+        row = 0
+        for module, source in zip(packed.modules, packed.sources, strict=True):
             parts = {
                 part: next(queues[f"{source}{part}$"]) for part in module.format.shapes(module.rows, module.columns)
             }
             scale = parts["weight_scale"]
             if weight is None:
-                weight = torch.empty(place.shape, dtype=scale.dtype, device=scale.device)
+                weight = torch.empty(packed.shape, dtype=scale.dtype, device=scale.device)
             rows = weight.view(-1, module.columns)[row : row + module.rows]
             rows.copy_(QuantizedWeight.from_tensors(module.format, parts).dequantize(scale.dtype))
             row += module.rows
+        assert weight is not None, "a packed parameter has modules"
         return {full_layer_name: weight}
 
 
-def find_places(
-    model: torch.nn.Module, rules: list, headers: dict[str, TensorInfo], modules: dict[str, ModuleInfo]
-) -> dict[str, Place]:
-    """In-memory name of every parameter that is packed -> its place.
+def find_packed_parameters(
+    model: Model, rules: list, headers: dict[str, TensorInfo], modules: dict[str, ModuleInfo]
+) -> dict[str, PackedParameter]:
+    """In-memory name of every parameter that is packed -> the modules that it is made of.
 
     Raises CheckpointError where the modules do not make up their parameter, and, unless the model's class is another
     than the one that was saved (one without lm_head, say), for modules without parameter and parameters without tensor.
@@ -177,10 +185,12 @@ def find_places(
             raise CheckpointError(f"{module} is packed, but transformers' {type(model).__name__} has no {target}")
     if missing and same:
         raise CheckpointError(f"{min(missing)} is in no file; copy the checkpoint again or quantise anew")
-    return {target: _place(target, empty[target].shape, found, modules) for target, found in packed.items()}
+    return {target: _packed_parameter(target, empty[target].shape, found, modules) for target, found in packed.items()}
 
 
-def _place(target: str, shape: torch.Size, found: list[tuple[str, str]], modules: dict[str, ModuleInfo]) -> Place:
+def _packed_parameter(
+    target: str, shape: torch.Size, found: list[tuple[str, str]], modules: dict[str, ModuleInfo]
+) -> PackedParameter:
     """Raises CheckpointError unless the modules `found`, (name, rule) in natural order, make up the parameter."""
     names, sources = zip(*found, strict=True)
     infos = tuple(modules[name] for name in names)
@@ -197,7 +207,7 @@ def _place(target: str, shape: torch.Size, found: list[tuple[str, str]], modules
             f"{names[0]} and what belongs to it ({len(names)} packed weights, together {rows} x {infos[0].columns}) do "
             f"not make up transformers' {target} {list(shape)}"
         )
-    return Place(infos, sources, shape)
+    return PackedParameter(infos, sources, shape)
 
 
 auto.register_quantization_config("vlmq")(VLMQTransformersConfig)

@@ -1,14 +1,15 @@
-"""Runs a function when a module has been imported by someone else, without importing it: `import vlmq_vllm` must stay
-cheap, and yet transformers has to know vlmq by the time it reads a config.json.
+"""Runs a function once another module has been imported, without importing that module.
 
-Only the standard library is used here, and nothing of the import is changed but what happens after it.
+`import vlmq_vllm` must stay cheap, and yet transformers has to know vlmq by the time it reads a config.json. Only the
+standard library is used here, and nothing of the import is changed but what happens after it.
 """
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
 
 def after_import(name: str, action: Callable[[], None]) -> None:
@@ -25,20 +26,22 @@ class _Finder(MetaPathFinder):
     def __init__(self, name: str, action: Callable[[], None]) -> None:
         self.name, self.action = name, action
 
-    def find_spec(self, fullname: str, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != self.name:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def exec_module(module) -> None:
+            def exec_module(module: ModuleType) -> None:
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
                 execute(module)
                 _call(self.action)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

@@ -1,4 +1,4 @@
-"""Which modules of a checkpoint a vLLM layer is made of.
+"""Finds, by name, the modules of a checkpoint that a vLLM layer is made of.
 
 Three name spaces meet here. A checkpoint says `model.layers.0.self_attn.q_proj`; vLLM builds that weight as part of a
 fused layer with the prefix `language_model.model.layers.0.self_attn.qkv_proj`; between them lie the mappers with which
@@ -48,8 +48,8 @@ class ModuleTable:
         """
         if prefix in self._index:
             return (self._index[prefix],)
-        for parts in self._parts(prefix, packed):
-            found = tuple(self._index.get(part) for part in parts)
+        for names in self._members(prefix, packed):
+            found = tuple(self._index.get(name) for name in names)
             if any(found):
                 return found
         return self._head(prefix)
@@ -64,10 +64,11 @@ class ModuleTable:
                     found[int(expert), projection] = module
         return found
 
-    def _parts(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+    def _members(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
+        """Names of the layers that the layer `prefix` is fused of, by vLLM's table, then by ours."""
         parent, dot, leaf = prefix.rpartition(".")
         for table in (packed, FUSED):
-            yield [f"{parent}{dot}{part}" for part in table.get(leaf, ())]
+            yield [f"{parent}{dot}{member}" for member in table.get(leaf, ())]
 
     def _head(self, prefix: str) -> tuple[str, ...]:
         """Some models ask for `lm_head`, others for `language_model.lm_head`: take the only one there is."""

@@ -1,4 +1,4 @@
-"""How a checkpoint's tensors become those of `format.py`: the packing of a checkpoint.
+"""A checkpoint's packing: turns the tensors in its files into those of `format.py`.
 
 Our own checkpoints need nothing done. Those of other quantisers (`foreign/`) have other names and layouts, and their
 packing knows them; it is plain data that goes to vLLM's workers with the configuration. Layers hold parameters under
@@ -41,7 +41,9 @@ class OwnPacking:
     def shapes(self, module: str, format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         return format.shapes(rows, columns)
 
-    def unpack(self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape) -> torch.Tensor:
+    def unpack(
+        self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape: tuple[int, int]
+    ) -> torch.Tensor:
         return tensor
 
 

@@ -1,8 +1,9 @@
-"""Linears that vLLM builds without a quantisation config, by family: a packed weight would find no place there."""
+"""Says which linear layers vLLM builds without a quantisation config, by model family: they cannot be quantised."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ SIGLIP = Unserved(
 )
 INTERNVL_TOWER = Unserved(r"vision_tower\..*", "vLLM builds InternVL's tower without a quantisation config")
 # Families whose layers are all known by name (tests/fixtures/layers).
-KNOWN = ("gemma3", "idefics3", "internvl", "llava", "llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
-KNOWN += ("qwen3_vl_moe", "smolvlm")
+KNOWN: tuple[str, ...] = ("gemma3", "idefics3", "internvl", "llava", "llava_onevision", "qwen2_5_vl", "qwen2_vl")
+KNOWN += ("qwen3_vl", "qwen3_vl_moe", "smolvlm")
 RULES = {
     "llava": (SIGLIP,),
     "llava_onevision": (SIGLIP, PROJECTOR),
@@ -46,10 +47,10 @@ RULES = {
 }
 
 
-def why_unserved(name: str, shape: tuple[int, ...], config: Mapping) -> str | None:
+def why_unserved(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> str | None:
     """Why vLLM takes no packed weight for the linear of that name and weight shape in a model of this config.json;
     None when it takes one, as far as the rules know."""
     vision = config.get("vision_config")
     tower = vision.get("model_type", "") if isinstance(vision, Mapping) else ""
-    rules = RULES.get(config.get("model_type"), ())
+    rules = RULES.get(config.get("model_type", ""), ())
     return next((rule.reason for rule in rules if rule.holds(name, shape, tower)), None)

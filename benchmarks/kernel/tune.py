@@ -114,7 +114,7 @@ class Tuner:
         for bucket in self.args.tokens:
             case, x = Case(layer, bits, bucket), gpu_timing.inputs(bucket, layer.columns, DTYPE, self.device)
             times: dict[Plan, float] = {}
-            usual = tiles.plan(bucket, geometry, self.machine)
+            usual = tiles.plan_for(bucket, geometry, self.machine)
             self.time([usual, *candidates(bucket, geometry, self.machine)], times, weights, x, oracle, case)
             for plan in sorted(times, key=times.get)[:FINALISTS]:
                 self.time(divided(plan, bucket, geometry, self.machine), times, weights, x, oracle, case)

@@ -30,16 +30,15 @@ from benchmarks.qvlm_fake.clipped_inputs import clip_rows
 from benchmarks.qvlm_fake.fake import PERCENTILES, rounding, row_ranges
 from benchmarks.qvlm_fake.fake_stack import RoundedStack, search_stack
 from evaluate import load
-from vlmq_vllm.offline.data.answer_labels import answer_labels
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
-from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.token_kinds import answer_labels, token_kinds, vision_ids
 from vlmq_vllm.offline.methods.qvlm.bounds import Hyperparameters, learn_bounds
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import linears_of, put
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture
 
 CPU = torch.device("cpu")
 PAIRS = 64  # chats of a run, and

@@ -1,9 +1,10 @@
 """Makes the checkpoints of the serve benchmark: one model at 16, 4, 3 and 2 bits, and as stock vLLM reads it.
 
 Of a shape in `benchmarks/shapes.py` they are drawn: codes are random words, which are codes as good as any and need no
-packing, so a 7B model takes as long as the disk does. The 16-bit model holds what the 4-bit one dequantises to. Whatever is not
-quantised (embeddings, vision tower, norms) lies in a file that all widths share by hard links. A model that exists is
-quantised by `vlmq quantize --method rtn` instead, which needs no data; speed does not depend on what weights say.
+packing, so a 7B model takes as long as the disk does. The 16-bit model holds what the 4-bit one dequantises to.
+Whatever is not quantised (embeddings, vision tower, norms) lies in a file that all widths share by hard links. A model
+that exists is quantised by `vlmq quantize --method rtn` instead, which needs no data; speed does not depend on what
+weights say.
 
 The packed bytes are also those of compressed-tensors' pack-quantized: for stock vLLM only config.json is another one.
 """

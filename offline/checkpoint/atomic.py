@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written aside, to disk, then renamed; and how a full disk is recognised."""
+"""Writes files that are there whole or not at all: aside, to disk, then renamed; and recognises a full disk."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from vlmq_vllm.errors import RefusedError
 
-ASIDE = ".partial"  # behind the name of a file that is being written
+ASIDE = ".partial"  # after the name of a file that is being written
 SPACE = (28, 27, 122)  # ENOSPC, EFBIG, EDQUOT
 
 

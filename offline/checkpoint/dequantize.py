@@ -1,4 +1,4 @@
-"""`vlmq dequantize`: the same model in 16 bits, for software that knows nothing of vlmq and for comparisons.
+"""Writes a checkpoint's weights back to 16 bits, for software that knows nothing of vlmq and for comparisons.
 
 Every packed weight becomes scale * (code - zero), computed in float32 and rounded once to the scale's dtype; all other
 tensors and files stay. What vLLM answers from this twin is what it must answer from the quantised checkpoint.

@@ -1,4 +1,4 @@
-"""`vlmq info`: what a vlmq checkpoint holds, from its headers, its config and the report of the run. Reads no weights.
+"""Tells what a checkpoint holds, from its headers, its config and the report of the run; reads no weights.
 
 Whether the files are whole is `vlmq verify`'s business.
 """

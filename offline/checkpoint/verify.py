@@ -1,4 +1,4 @@
-"""`vlmq verify`: whether a checkpoint on disk is whole and says the same in its hashes, config and tensors."""
+"""Verifies that a checkpoint on disk is whole and says the same in its hashes, config and tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Writing a checkpoint so that nothing unfinished ever looks finished, and nothing finished is lost.
+"""Writes a checkpoint so that nothing unfinished ever looks finished, and nothing finished is lost.
 
 Everything goes to a hidden folder `.NAME.partial` beside the destination, one file per unit (a layer, say). Each is
 written aside, read back, compared bit by bit and then renamed, so that a unit is there whole or not at all; what it

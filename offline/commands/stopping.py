@@ -1,4 +1,4 @@
-"""Ending a long run on SIGTERM: it finishes what it is at, says how to go on, and has an exit code of its own."""
+"""Ends a long run on SIGTERM: it finishes what it is at, says how to go on, and has an exit code of its own."""
 
 import signal
 import sys

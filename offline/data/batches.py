@@ -1,4 +1,4 @@
-"""Calibration samples put together into batches: only such as have the same length, so that nothing is ever padded."""
+"""Puts calibration samples of one length together into batches, so that nothing is ever padded."""
 
 from collections.abc import Iterable
 

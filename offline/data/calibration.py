@@ -1,15 +1,14 @@
-"""The calibration samples of a run as batches, with what is known of their tokens."""
+"""Draws the calibration samples of a run, as batches with what is known of their tokens."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from vlmq_vllm.offline.data.answer_labels import answer_labels
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import Intake, has_vision, load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
-from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.token_kinds import answer_labels, token_kinds, vision_ids
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.model.source import Source
@@ -44,7 +43,7 @@ def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, pr
             ids = inputs["input_ids"]
             inputs[KINDS] = token_kinds(chat, ids[0].tolist(), processor, vision_ids(source.config))[None]
         found.fingerprints.append(fingerprint(chat))
-    progress.samples(intake, settings.samples, sum(inputs["input_ids"].shape[1] for inputs in samples))
+    progress.say(_told(intake, settings.samples, sum(inputs["input_ids"].shape[1] for inputs in samples)))
     probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1])
     found.probe = {name: value for name, value in probe.items() if name != KINDS}
     found.batches = ranks.own(batched(samples))
@@ -53,3 +52,14 @@ def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, pr
         pairs = zip(found.batches, found.kinds, strict=True)
         found.labels = [answer_labels(batch["input_ids"], kinds) for batch, kinds in pairs]
     return found
+
+
+def _told(intake: Intake, wanted: int, tokens: int) -> str:
+    """What became of the calibration data."""
+    notes = [
+        (intake.used < wanted, f"asked for {wanted}: there are no more that fit"),
+        (intake.too_long, f"{intake.too_long} left out for their length"),
+        (intake.shrunk, f"{intake.shrunk} pictures shrunk"),
+    ]
+    noted = "".join(f"; {note}" for holds, note in notes if holds)
+    return f"calibrating with {intake.used} samples, {tokens} tokens{noted}"

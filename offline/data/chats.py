@@ -1,4 +1,4 @@
-"""What one line, caption or row of calibration data becomes: a chat in the shape that chat templates take.
+"""Makes a chat, in the shape that chat templates take, of one line, caption or row of data.
 
 An entry is `{"messages": [{"role": ..., "content": ...}]}` in the shape of OpenAI and Hugging Face, or
 `{"conversations": [{"from": "human", "value": ...}]}` in that of LLaVA. `content` is a string or a list of parts:

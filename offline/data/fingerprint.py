@@ -1,4 +1,4 @@
-"""Fingerprints of chats and pictures by content, to find the same sample twice or in two data sets.
+"""Takes fingerprints of chats and pictures by content, to find the same sample twice or in two data sets.
 
 A picture's fingerprint covers its RGB pixels as the model gets them, before any resizing; a chat's covers its roles and
 texts with its pictures in place. File names, paths, `data:` URLs, lossless formats and the spelling of JSON make no

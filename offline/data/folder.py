@@ -1,4 +1,4 @@
-"""Calibration data as a folder of pictures with captions.
+"""Reads calibration data from a folder of pictures with captions.
 
 Either the folder has a `metadata.jsonl` as Hugging Face's imagefolder does, with lines `{"file_name": ..., "text" or
 "caption": ..., "question": ... (optional)}`, or every picture NAME.jpg (.jpeg, .png, .webp; also in subfolders) has its

@@ -1,4 +1,5 @@
-"""Calibration data as a Hugging Face data set: `hf:NAME[/CONFIG][@SPLIT]`, through the optional `datasets` package.
+"""Reads calibration data from a Hugging Face data set: `hf:NAME[/CONFIG][@SPLIT]`, through the optional `datasets`
+package.
 
 NAME is owner/name on the hub, or a folder on this machine where it begins with `/`, `.` or `~`. SPLIT is "train" unless
 given; `@train[:2000]` takes the first 2000 rows. Columns are found by their names:

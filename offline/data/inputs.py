@@ -1,4 +1,4 @@
-"""Chats as inputs of the model: its own chat template and processor, one sample at a time and never padded.
+"""Turns chats into inputs of the model by its own template and processor, one sample at a time, never padded.
 
 A sample longer than the limit is left out whole: a cut inside a picture's tokens would leave features without tokens.
 """

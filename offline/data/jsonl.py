@@ -1,4 +1,5 @@
-"""Calibration data as a JSONL file: one chat per line (`chats.py`), pictures and videos as paths or `data:` URLs.
+"""Reads calibration data from a JSONL file: one chat per line (`chats.py`), pictures and videos as paths or `data:`
+URLs.
 
 Paths are relative to the file. Nothing is fetched from the network, and no picture is opened here.
 """

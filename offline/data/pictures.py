@@ -1,4 +1,4 @@
-"""Pictures and videos of a chat as RGB pixels, the way a server hands them to the model's processor.
+"""Reads pictures and videos of a chat as RGB pixels, the way a server hands them to the model's processor.
 
 A picture's place is a path, a `data:` URL, or an object that gives the file's bytes when called (a row of a data set).
 A video's place is a list of pictures' places, its frames, or the path of a video file. What the model's processor does

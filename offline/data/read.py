@@ -1,4 +1,4 @@
-"""Where calibration data comes from: a JSONL file, a folder of pictures, or a Hugging Face data set."""
+"""Reads chats from a JSONL file, a folder of pictures, or a Hugging Face data set."""
 
 import random
 from pathlib import Path

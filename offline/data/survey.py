@@ -1,4 +1,4 @@
-"""What a set of chats holds, as plain values: pictures, duplicates, tokens, and what it shares with another set.
+"""Surveys a set of chats: pictures, duplicates, tokens, and what it shares with another set, as plain values.
 
 The same limits and the same drawing as in a quantisation run (`inputs.py`); nothing is written, no model is loaded.
 """

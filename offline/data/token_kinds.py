@@ -1,4 +1,4 @@
-"""What the tokens of a sample are: vision placeholders, user's text, the assistant's answer, and the rest.
+"""Tells what each token of a sample is: vision placeholder, user's text, the assistant's answer, or other.
 
 Vision placeholders are counted by the ids that config.json gives. To tell the texts from what the chat template writes
 around them, the template is run once more with marks in their place.
@@ -6,7 +6,7 @@ around them, the template is run once more with marks in their place.
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
@@ -16,6 +16,7 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import render, tokenizing
 
 KINDS = ("vision", "user", "answer", "special")
+IGNORED = -100  # label of a token that is not to be predicted
 OTHER, VISION, ANSWER = range(3)  # what a token is to a method that tells them apart
 UNKNOWN = "which tokens are its answer's cannot be told"
 UNKNOWN_ADVICE = "leave it out, or choose a saliency that needs no answers"
@@ -54,7 +55,7 @@ def count_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> dict
 def token_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> torch.Tensor:
     """OTHER, VISION or ANSWER for each of a sample's input ids, int8 [T].
 
-    Answers are the assistant's texts with the mark behind them that ends a turn: a model is trained to write it. Raises
+    Answers are the assistant's texts with the mark after them that ends a turn: a model is trained to write it. Raises
     QuantizeError where answers cannot be found again among `ids`.
     """
     plain = _plain(chat, processor)
@@ -74,11 +75,21 @@ def token_kinds(chat: dict, ids: list[int], processor, vision: set[int]) -> torc
     return kinds
 
 
+def answer_labels(ids: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
+    """Labels int64 [B, T]: the ids [B, T] of tokens of kind ANSWER, IGNORED elsewhere."""
+    return torch.where(kinds == ANSWER, ids, IGNORED)
+
+
+def count_labels(labels: Sequence[torch.Tensor]) -> int:
+    """Tokens that are predicted; nothing comes before the first of a sample."""
+    return sum(int((one[:, 1:] != IGNORED).sum()) for one in labels)
+
+
 @dataclass(frozen=True)
 class _Token:
     """A token of the rendered chat, before pictures are put in. role: whose text it begins in, or None.
 
-    answer: whether it holds a part of an answer or is the mark behind one.
+    answer: whether it holds a part of an answer or is the mark after one.
     """
 
     id: int
@@ -101,7 +112,7 @@ def _plain(chat: dict, processor) -> list[_Token] | None:
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **tokenizing(text, processor))
     marks = _marks(processor.tokenizer, encoded["input_ids"])
     tokens = []
-    open_turn = False  # nothing but white space has come behind the last text of an assistant's message
+    open_turn = False  # nothing but white space has come after the last text of an assistant's message
     for number, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         first, last = (at(begin), at(end - 1)) if end > begin else (None, None)
         inner = last if first is None else first
@@ -123,7 +134,7 @@ def _marks(tokenizer, ids: list[int]) -> set[int]:
 
 @dataclass(frozen=True)
 class _Part:
-    """A text of a chat. last: nothing comes behind it in its message."""
+    """A text of a chat. last: nothing comes after it in its message."""
 
     role: str
     text: str

@@ -1,4 +1,4 @@
-"""The device that a run computes on."""
+"""Finds the device that a run computes on."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""`vlmq doctor`: whether this machine and this installation can quantise and serve. Asks no network.
+"""Finds whether this machine and this installation can quantise and serve. Asks no network.
 
 vLLM is loaded in a process of its own with a time limit, because an installation that is broken may hang or crash.
 """

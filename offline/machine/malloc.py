@@ -1,4 +1,4 @@
-"""What a process keeps of memory that it has freed."""
+"""Makes a process give freed memory back to the system."""
 
 import ctypes
 

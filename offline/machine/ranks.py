@@ -1,5 +1,7 @@
-"""Several processes at one quantisation (`torchrun -m vlmq_vllm.offline quantize ...`): samples are split over them,
-second moments are summed, and the solving is shared out. One process alone is rank 0 of 1, and nothing is exchanged.
+"""Shares one quantisation among processes (`torchrun -m vlmq_vllm.offline quantize ...`).
+
+Samples are split over them, Hessians are summed, and the solving is shared out. One process alone is rank 0 of 1, and
+nothing is exchanged.
 """
 
 import os
@@ -51,7 +53,7 @@ class Ranks:
             dist.broadcast(tensor, owner)
 
     def first(self, found: Any) -> Any:
-        """What the lowest rank found that found anything (not None)."""
+        """The first value in the order of ranks that is not None, on every rank."""
         if self.size == 1:
             return found
         everyone: list[Any] = [None] * self.size

@@ -1,4 +1,4 @@
-"""What the settings of a run mean for a linear: how grids are found, and how codes are chosen on them."""
+"""Turns the settings of a run into a grid search and a solver for its linears."""
 
 from vlmq_vllm.offline.methods.gptq.solve import Solver
 from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, MSE, GridSearch

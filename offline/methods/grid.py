@@ -1,4 +1,4 @@
-"""Quantisation grids: the scale and zero point of every row and group, and rounding to them.
+"""Finds quantisation grids, the scale and zero point of every row and group, and rounds to them.
 
 Scales are rounded to the dtype in which they will be stored before anything is rounded with them, so that what the
 solver sees is what is served.

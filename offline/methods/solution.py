@@ -1,5 +1,4 @@
-"""A solved weight with what is said of it, and its way between processes. How it is found is `methods/gptq/solve.py`'s
-business."""
+"""A solved weight with what is said of it: its way between processes, and its row in the report of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -48,3 +47,25 @@ class Solution:
             replace(self, weight=QuantizedWeight(w.format, codes, scale, zero), loss=loss)
             for codes, scale, zero, loss in parts
         ]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A linear in the report: `loss` per token and row, `damp` and `dead` as in Solution (None and 0 where nothing is
+    solved).
+
+    tokens: "saliency" or "modality" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no
+    signal" where they should have been but all gradients are zero or some not finite (as in the first layer, where both
+    streams are equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is
+    compensated.
+    scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled, and all but the
+    decoder's.
+    """
+
+    module: str
+    loss: float | None
+    damp: float | None
+    dead: int
+    tokens: str
+    base: str | None
+    scaling: float | None = None

@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers with one linear per expert and projection, in the place of transformers' fused tensors.
+"""Gives mixture-of-experts layers one linear per expert and projection, in the place of fused tensors.
 
 transformers keeps all experts of a layer in two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], and
 computes with slices of them. A quantiser needs linears with inputs of their own, and what is written is one packed

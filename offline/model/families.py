@@ -1,4 +1,5 @@
-"""Model families as rows: where a model's parts are. Which linears share an input is seen in its forward (`groups.py`).
+"""The table of model families: where a model's parts are. Which linears share an input is seen in its forward
+(`groups.py`).
 
 Module names are those of transformers in memory; the files' names come from transformers' own renaming rules
 (`file_names.py`). Which linears vLLM does not take is in the plugin's `vlmq_vllm/unserved.py`.

@@ -1,6 +1,8 @@
-"""Where in the files a parameter lies: transformers renames modules in memory (`model.layers` in a file may be
-`model.language_model.layers`), and fused tensors of experts hold many of our linears. Its own rules give the way from
-one to the other; what is written keeps the files' names.
+"""Finds where in the files a parameter lies.
+
+transformers renames modules in memory (`model.layers` in a file may be `model.language_model.layers`), and fused
+tensors of experts hold many of our linears. Its own rules give the way from one to the other; what is written keeps
+the files' names.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Hooks on modules for a while: linears whose inputs are rounded as they will be when the model is served."""
+"""Puts hooks on modules for a while, such as rounding a linear's inputs as they will be when the model is served."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""The linears and parameters of a layer: their names, and others in their places."""
+"""Names the linears and parameters of a layer, and puts others in their places."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

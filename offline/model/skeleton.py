@@ -1,4 +1,4 @@
-"""A model without weights: transformers' own class on the meta device, with the buffers that are in no file."""
+"""Builds a model without weights: transformers' own class on the meta device, with the buffers that are in no file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The 16-bit model that is quantised: an empty skeleton of it, and its weights, one module at a time.
+"""Reads the 16-bit model that is quantised: an empty skeleton, and its weights one module at a time.
 
 The skeleton is transformers' own model class on the meta device. Weights come from the safetensors files when a module
 is materialised and go when it is released, so that no more than one decoder layer is in memory. Where a parameter lies

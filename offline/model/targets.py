@@ -1,4 +1,4 @@
-"""What a run quantises, part by part: decoder layers, and by option the vision tower's blocks and the connectors.
+"""Finds what a run quantises: decoder layers, and by option the vision tower's blocks and the connectors.
 
 A unit is one of these modules; it is quantised as a whole and becomes one file of the checkpoint. What is left of the
 source model follows in units of its own.
@@ -139,7 +139,7 @@ def stored_bytes(source: Source, name: str) -> int:
 
 
 def _blocks_used(config: dict, count: int) -> int:
-    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those behind it.
+    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those after it.
 
     `vision_feature_layer` counts outputs from the embeddings (0) on, or from the end; LLaVA-1.5 has -2.
     """

@@ -1,8 +1,8 @@
-"""The walk in front of each part of a model: which streams a method needs there, and what weighs tokens and scales
-channels on the way.
-"""
+"""Chooses what quantises the decoder, tower or connector, and gives it activations, token weights and scaling."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -12,23 +12,40 @@ from vlmq_vllm.offline.data.calibration import Samples
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of
-from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockWalk
-from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerWalk
-from vlmq_vllm.offline.methods.saliency.modality import Modality, modality_ratios
-from vlmq_vllm.offline.methods.saliency.qig import Integrated
-from vlmq_vllm.offline.methods.saliency.vlmq import Weighing
+from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockQuantizer
+from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
+from vlmq_vllm.offline.methods.saliency.modality import ModalityWeights, modality_ratios
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights
+from vlmq_vllm.offline.methods.saliency.vlmq import VLMQWeights
+from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher
+from vlmq_vllm.offline.methods.solution import Row
+from vlmq_vllm.offline.model.capture import capture
+from vlmq_vllm.offline.model.hooks import Rounding
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, capture
+from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import Unit
-from vlmq_vllm.offline.run.layer_quantizer import Walk
+from vlmq_vllm.offline.run.layer_quantizer import LayerQuantizer
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 
-AnyWalk = Walk | BlockWalk | TowerWalk
+
+class Quantizer(Protocol):
+    """Quantises a stack of layers one after the other, with the activations that reach them."""
+
+    def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
+        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows.
+
+        last: nothing comes after it, so that activations need not move on.
+        """
+        ...
+
+    def replay(self, name: str, index: int) -> None:
+        """Move activations past a layer that has been quantised before."""
+        ...
 
 
 @dataclass
-class Walks:
-    """What all walks of a run share. formats: of the linears that are quantised, by their in-memory names."""
+class Quantizers:
+    """What all quantisers of a run share. formats: of the linears that are quantised, by their in-memory names."""
 
     source: Source
     settings: Settings
@@ -37,28 +54,37 @@ class Walks:
     ranks: Ranks
     samples: Samples
 
-    def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> AnyWalk:
-        """The walk in front of `stack`, whose modules are `units`. moved: what comes before it has been quantised."""
-        shared = self.source, self.settings, self.formats, self.device, self.ranks
+    def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> Quantizer:
+        """The quantiser of `stack`, whose modules are `units`. moved: what comes before it has been quantised."""
         if self.settings.row.joint:
             return self._jointly(component, stack, [unit.module for unit in units], moved)
         quantized, full = self._streams(component, stack, moved)
         weigh = scale = None
         if component == "language" and quantized:
-            weigh, scale = self._weighing(full or quantized), self._scaling()
-        return Walk(*shared, quantized, full, weigh, scale)
+            weigh, scale = self._weigher(full or quantized), self._scaling()
+        return self._by_layer(quantized, full, weigh, scale)
 
-    def _jointly(self, component: str, stack: str, names: list[str], moved: bool) -> AnyWalk:
-        """Q-VLM's walks: the tower's bounds are learnt, the decoder's searched; a connector is rounded to nearest."""
+    def _by_layer(
+        self,
+        quantized: list[Stream],
+        full: list[Stream],
+        weigh: TokenWeigher | None = None,
+        scale: Scaling | None = None,
+    ) -> Quantizer:
+        shared = self.source, self.settings, self.formats, self.device, self.ranks
+        return LayerQuantizer(*shared, quantized, full, weigh, scale)
+
+    def _jointly(self, component: str, stack: str, names: list[str], moved: bool) -> Quantizer:
+        """Q-VLM's: the tower's bounds are learnt, the decoder's searched; a connector is rounded to nearest."""
         shared = self.source, names, self.formats.get, self.device, self.ranks
         if component == "vision":
-            return TowerWalk(*shared, self.samples.batches, self.samples.labels, grid_of(self.settings))
+            return TowerQuantizer(*shared, self.samples.batches, self.samples.labels, grid_of(self.settings))
         if component == "connector":
-            return Walk(self.source, self.settings, self.formats, self.device, self.ranks, [], [])
-        return BlockWalk(*shared, *self._streams(component, stack, moved), grid_of(self.settings))
+            return self._by_layer([], [])
+        return BlockQuantizer(*shared, *self._streams(component, stack, moved), grid_of(self.settings))
 
     def _streams(self, component: str, stack: str, moved: bool) -> tuple[list[Stream], list[Stream]]:
-        """U behind all that has been quantised before the stack, and where a method needs it F behind originals."""
+        """U after all that has been quantised before the stack, and where a method needs it F after originals."""
         batches, options = self.samples.batches, self.settings
         if not batches:
             return [], []
@@ -75,24 +101,29 @@ class Walks:
             full = [stream and replace(stream) for stream in quantized]
         return [stream for stream in quantized if stream], [stream for stream in full if stream]
 
-    def _weighing(self, streams: list[Stream]) -> Weighing | Integrated | Modality | None:
-        """What weighs the decoder's tokens. streams: in front of its first layer."""
-        options, source = self.settings, self.source
-        if options.saliency == "vlmq":
-            return Weighing(source.family, options, self.ranks)
-        if options.saliency == "qig":
-            return Integrated(self.ranks, None if options.activation_bits == KEPT else round_tokens)
-        if options.saliency == "modality":
-            labels, kinds = self.samples.labels, self.samples.kinds
-            streams = [replace(stream, rounded=frozenset()) for stream in streams]
-            ratios = modality_ratios(source, streams, labels, kinds, self.device, self.ranks)
-            return Modality(source.family, ratios, kinds)
-        return None
+    def _weigher(self, streams: list[Stream]) -> TokenWeigher | None:
+        """What weighs the decoder's tokens. streams: before its first layer."""
+        begin: dict[str, Callable[[list[Stream]], TokenWeigher | None]] = {
+            "none": lambda streams: None,
+            "vlmq": lambda streams: VLMQWeights(self.source.family, self.settings, self.ranks),
+            "qig": lambda streams: QIGWeights(self.ranks, self._rounded_inputs()),
+            "modality": self._by_modality,
+        }
+        return begin[self.settings.saliency](streams)
+
+    def _by_modality(self, streams: list[Stream]) -> TokenWeigher:
+        source, labels, kinds = self.source, self.samples.labels, self.samples.kinds
+        streams = [replace(stream, rounded=frozenset()) for stream in streams]
+        ratios = modality_ratios(source, streams, labels, kinds, self.device, self.ranks)
+        return ModalityWeights(source.family, ratios, kinds)
 
     def _scaling(self) -> Scaling | None:
         """What scales the decoder's channels."""
         options = self.settings
         if not options.row.scales_channels:
             return None
-        inputs = None if options.activation_bits == KEPT else round_tokens
-        return Scaling(grid_of(options), self.ranks, options.scale_loss, inputs)
+        return Scaling(grid_of(options), self.ranks, options.scale_loss, self._rounded_inputs())
+
+    def _rounded_inputs(self) -> Rounding | None:
+        """What 8-bit activations do to what a linear reads."""
+        return None if self.settings.activation_bits == KEPT else round_tokens

@@ -1,14 +1,14 @@
-"""The walk through a stack of layers: weigh tokens, collect moments, solve, put the result in its place, go on.
+"""Quantises a stack layer by layer: weighs tokens, sums Hessians, solves, puts the result in its place, goes on.
 
-Two streams run through the stack, U behind the quantised layers and F behind the full-precision ones (where a method
-needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's moments are
-collected after the stages before it have been replaced, unless a method does not calibrate in sequence. Where channels
+Two streams run through the stack, U after the quantised layers and F after the full-precision ones (where a method
+needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's Hessians are
+summed after the stages before it have been replaced, unless a method does not calibrate in sequence. Where channels
 are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +17,8 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
-from vlmq_vllm.offline.methods.gptq.solve import Solution, round_to_nearest
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
 from vlmq_vllm.offline.model.layers import holding, linears_of, parameters_of, put, set_parameter, with_parameters
 from vlmq_vllm.offline.model.source import Source
@@ -25,33 +26,12 @@ from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.settings.quantize import Settings
 
 
-@dataclass(frozen=True)
-class Row:
-    """A linear in the report: `loss` per token and row, `damp` and `dead` as in gptq.Solution (None and 0 for "rtn").
+class LayerQuantizer:
+    """Quantises layers in turn, with the streams before the next one; without streams weights are rounded as they come.
 
-    tokens: "saliency" or "modality" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no
-    signal" where they should have been but all gradients are zero or some not finite (as in the first layer, where both
-    streams are equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is
-    compensated.
-    scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled, and all but the
-    decoder's.
-    """
-
-    module: str
-    loss: float | None
-    damp: float | None
-    dead: int
-    tokens: str
-    base: str | None
-    scaling: float | None = None
-
-
-class Walk:
-    """The streams in front of a stack's next layer, none where weights are rounded as they come.
-
-    formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`saliency/`). scale:
-    folds channel scales into a layer (`scaling/`). `quantized` moves on behind the quantised layers, unless the
-    settings say that layers are not calibrated in sequence.
+    formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`methods/saliency/`).
+    scale: folds channel scales into a layer (`methods/awq/`). `quantized` moves on after the quantised layers, unless
+    the settings say that layers are not calibrated in sequence.
     """
 
     def __init__(
@@ -75,7 +55,7 @@ class Walk:
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
         """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows.
 
-        last: nothing comes behind it, so that the streams need not move on.
+        last: nothing comes after it, so that the streams need not move on.
         """
         layer = self.source.materialise(name, self.device)
         originals = parameters_of(layer)
@@ -104,7 +84,7 @@ class Walk:
 
     @torch.no_grad()
     def replay(self, name: str, index: int) -> None:
-        """Move both streams behind a layer that has been quantised before."""
+        """Move both streams past a layer that has been quantised before."""
         if self.quantized:
             layer = self.source.materialise(name, self.device)
             originals = parameters_of(layer)

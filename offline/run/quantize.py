@@ -1,9 +1,11 @@
-"""A quantisation run from beginning to end: prepare samples, walk through the stacks, write each unit, finish.
+"""Runs a quantisation from beginning to end: reads samples, quantises one unit after the other, writes each, finishes.
 
 A run that was stopped goes on where it was (`resume`): finished units are read back from their files, and the streams
-move behind them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
+move past them by running the layers again, which costs a forward pass instead of a solve and gives the same numbers.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,13 +22,15 @@ from vlmq_vllm.offline.data.read import check_exists
 from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.solution import Row
+from vlmq_vllm.offline.model.capture import check_replay
 from vlmq_vllm.offline.model.source import Source, find
-from vlmq_vllm.offline.model.streams import check_replay
 from vlmq_vllm.offline.model.targets import ORDER, Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
-from vlmq_vllm.offline.run.begin import AnyWalk, Walks
-from vlmq_vllm.offline.run.layer_quantizer import Row
+from vlmq_vllm.offline.run.begin import Quantizer, Quantizers
 from vlmq_vllm.offline.run.resume import identity, reader, unit_reader
 from vlmq_vllm.offline.settings.quantize import Settings
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -72,7 +76,7 @@ class _Run:
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
         if self.settings.row.calibrated:
             self.samples = read_samples(data, self.source, self.settings, self.ranks, self.progress)
-        self.walks = Walks(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
+        self.quantizers = Quantizers(self.source, self.settings, self.formats, self.device, self.ranks, self.samples)
         keys = [*(unit.key for unit in self.units), *self.rest]
         if self.ranks.rank > 0:
             self.ranks.wait()  # for the writer
@@ -102,41 +106,42 @@ class _Run:
         for component in ORDER:
             units = [unit for unit in self.units if unit.component == component]
             if not all(parts.done(unit.key) for unit in units):
-                for walk, unit in self._walks(component, units):
+                for quantizer, unit in self._quantizers(component, units):
                     last = component == "connector" or unit.module == units[-1].module
-                    self._unit(unit, walk, parts, writer, last)
-                    del walk  # its streams go before the next walk's are caught
+                    self._unit(unit, quantizer, parts, writer, last)
+                    del quantizer  # its streams go before the next one's are caught
 
     def _check_replay(self) -> None:
         if self.samples.probe is not None:
             check_replay(self.source, self.samples.probe, self.device)
 
-    def _walks(self, component: str, units: list[Unit]) -> Iterator[tuple[AnyWalk, Unit]]:
-        """Each unit of a component with the walk that stands in front of it."""
+    def _quantizers(self, component: str, units: list[Unit]) -> Iterator[tuple[Quantizer, Unit]]:
+        """Each unit of a component with what quantises it, and its streams before it."""
         moved = component != "vision" and any(unit.component != "language" for unit in self.units)
         if component == "connector":  # not a stack: every one gets its inputs from the tower
             for unit in units:
-                yield self.walks.begin(component, unit.module, [unit], moved), replace(unit, index=0)
+                yield self.quantizers.begin(component, unit.module, [unit], moved), replace(unit, index=0)
             return
         stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}[component]
-        walk = self.walks.begin(component, stack, units, moved)
+        quantizer = self.quantizers.begin(component, stack, units, moved)
         if component == "language":
             self.samples.batches = []
         for unit in self.progress.track(units, f"quantising {component}"):
-            yield walk, unit
+            yield quantizer, unit
 
-    def _unit(self, unit: Unit, walk: AnyWalk, parts: Parts, writer: Writer | None, last: bool) -> None:
+    def _unit(self, unit: Unit, quantizer: Quantizer, parts: Parts, writer: Writer | None, last: bool) -> None:
         if parts.done(unit.key):
-            walk.replay(unit.module, unit.index)
+            quantizer.replay(unit.module, unit.index)
             return
         if self.ranks.any(self.stop()):
             raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
-        tensors, rows = walk.layer(unit.module, unit.index, last)
+        tensors, rows = quantizer.layer(unit.module, unit.index, last)
         if writer:
             kept = {name: self.source.read(name) for name in self.kept[unit.key]}
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
-        self.progress.layer(unit.module, rows, self.settings.damp)
+        self.progress.say(_told(unit.module, rows))
+        _warn(rows, self.settings.damp)
 
     def _header(self) -> dict:
         """The quantization_config of config.json."""
@@ -144,3 +149,21 @@ class _Run:
         overrides = {target.module: target.format for target in self.targets if target.format != default}
         tool = {"name": "vlmq-vllm", "version": vlmq_vllm.__version__, "settings": self.settings.to_dict()}
         return QuantizationSpec(default, overrides, self.settings.activation_bits).to_dict(tool)
+
+
+def _told(name: str, rows: list[Row]) -> str:
+    """One finished layer."""
+    losses = [row.loss for row in rows if row.loss is not None]
+    summed = f", loss {sum(losses):.3g}" if losses else ""
+    tokens = Counter(row.tokens for row in rows if row.tokens != "equal")
+    noted = "".join(f", {count} with {what}" for what, count in tokens.items())
+    return f"{name}: {len(rows)} linears{summed}{noted}"
+
+
+def _warn(rows: list[Row], damp: float) -> None:
+    """Name, on every console, linears that needed more than `damp` or were not solved."""
+    for row in rows:
+        if row.damp is not None and row.damp > damp:
+            log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
+        if row.loss is not None and row.damp is None:
+            log.warning("%s was rounded to nearest: its Hessian stayed singular under damping", row.module)

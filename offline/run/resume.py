@@ -1,4 +1,4 @@
-"""What a run needs to go on where another was stopped: proof that both are the same run, and what it has written."""
+"""Lets a run go on where another was stopped: proof that both are the same run, and what it has written."""
 
 import hashlib
 from collections.abc import Callable

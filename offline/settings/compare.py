@@ -1,4 +1,4 @@
-"""What a comparison may be asked for, checked before anything is read."""
+"""The settings of `vlmq compare`, checked before anything is read."""
 
 from dataclasses import dataclass
 

@@ -7,7 +7,11 @@ the program asks the row. The algorithms are in `methods/`, and `run/begin.py` s
 from dataclasses import dataclass, field
 from typing import Literal
 
-NEAREST, CLIPPED, COMPENSATED, JOINT = "nearest", "clipped", "compensated", "joint"
+Rounding = Literal["nearest", "clipped", "compensated", "joint"]
+NEAREST: Rounding = "nearest"
+CLIPPED: Rounding = "clipped"
+COMPENSATED: Rounding = "compensated"
+JOINT: Rounding = "joint"
 COMPENSATION = ("base", "alpha", "damp", "act_order")
 
 
@@ -26,7 +30,7 @@ class Method:
     """
 
     help: str
-    rounding: Literal["nearest", "clipped", "compensated", "joint"]
+    rounding: Rounding
     token_weights: tuple[str, ...] = ("none",)
     scales_channels: bool = False
     sequential: bool = True
@@ -136,7 +140,7 @@ def defaults_of(method: str, bits: int) -> dict:
 
 def unread(method: str, saliency: str, names: list[str]) -> list[str]:
     """Which of these settings a run with this method and these token weights does not read."""
-    rows = [*METHODS.values(), *TOKEN_WEIGHTS.values()]
+    rows: list[Method | TokenWeights] = [*METHODS.values(), *TOKEN_WEIGHTS.values()]
     special = {name for row in rows for name in row.options}
     read = {*METHODS[method].options, *TOKEN_WEIGHTS[saliency].options}
     return [name for name in names if name in special - read]

@@ -1,10 +1,11 @@
-"""Everything that decides the numbers of a quantisation run, checked before any work.
+"""The settings of `vlmq quantize`: all that decides the numbers of a run, checked before any work.
 
 Loads no torch, for `vlmq --help` reads the settings: the weight format, which does, is imported where it is made.
 """
 
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vlmq_vllm.errors import QuantizeError
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 BITS = tuple(BEST)
 COMPONENTS = ("language", "vision", "connector")
-FORMAT, METHOD, CALIBRATION, SALIENCY = "Format", "Method", "Calibration data", "Token weights"  # panels of --help
+# Headings of --help.
+formatting, method_option = partial(option, panel="Format"), partial(option, panel="Method")
+calibration, weighting = partial(option, panel="Calibration data"), partial(option, panel="Token weights")
 BY_WIDTH = "Default: what measured best for the width."
 GROUPS = "Columns that share a scale, usually 32, 64 or 128; -1: all."
 GRID_POINTS = "Without zero points, or with one per group."
@@ -29,86 +32,75 @@ def _listed(rows: dict) -> str:
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of `vlmq quantize` and `vlmq plan`. A field that is None takes what measured best for `bits` and
-    `method`.
+    """Settings of `vlmq quantize` and `vlmq plan`.
 
-    Raises QuantizeError for a value that cannot be, and for settings that contradict each other.
+    What is not given takes what measured best for `bits` and `method`; no field is None afterwards. Raises QuantizeError
+    for a value that cannot be, and for settings that contradict each other.
     """
 
-    bits: int = option(3, "Width of the decoder's weights.", BITS, panel=FORMAT)
-    group_size: int = option(128, GROUPS, panel=FORMAT)
-    symmetric: bool = option(False, GRID_POINTS, panel=FORMAT)
-    vision_bits: int = option(
-        KEPT, f"Width of the vision tower's blocks; {KEPT}: as they are.", (*BITS, KEPT), panel=FORMAT
-    )
-    connector_bits: int = option(KEPT, f"Width of the connector; {KEPT}: as it is.", (*BITS, KEPT), panel=FORMAT)
-    activation_bits: int = option(
+    bits: int = formatting(3, "Width of the decoder's weights.", BITS)
+    group_size: int = formatting(128, GROUPS)
+    symmetric: bool = formatting(False, GRID_POINTS)
+    vision_bits: int = formatting(KEPT, f"Width of the vision tower's blocks; {KEPT}: as they are.", (*BITS, KEPT))
+    connector_bits: int = formatting(KEPT, f"Width of the connector; {KEPT}: as it is.", (*BITS, KEPT))
+    activation_bits: int = formatting(
         KEPT,
         f"8: round inputs of quantised layers per token when served (weights of 4 or 8 bits); {KEPT}: not.",
         (8, KEPT),
-        panel=FORMAT,
     )
-    method: str = option("vlmq", f"How weights are quantised. {_listed(METHODS)}.", tuple(METHODS), panel=METHOD)
-    saliency: str | None = option(
+    method: str = method_option("vlmq", f"How weights are quantised. {_listed(METHODS)}.", tuple(METHODS))
+    saliency: str = weighting(
         None,
         f"Token weights. {_listed(TOKEN_WEIGHTS)}. They stand in the Hessian, those of awq in the search for channel "
         "scales alone; gptq takes all, awq all but vlmq. Default: none, for method vlmq its own.",
         tuple(TOKEN_WEIGHTS),
-        panel=SALIENCY,
     )
-    scale_loss: str = option(
-        "mae", "Error in AWQ's search for channel scales: mean absolute or squared.", ("mae", "mse"), panel=METHOD
+    scale_loss: str = method_option(
+        "mae", "Error in AWQ's search for channel scales: mean absolute or squared.", ("mae", "mse")
     )
-    base: str | None = option(
+    base: str = method_option(
         None,
         "gptq reproduces a layer on the inputs that it gets; gptaq (column by column, as its authors do) and aligned "
         "(in closed form beforehand) aim at the full-precision layer's outputs. Default: gptq, for method vlmq what "
         "measured best for the width.",
         tuple(ALPHA),
-        panel=METHOD,
     )
-    alpha: float | None = option(
-        None, "Share of the residual between both streams that gptaq (0.25) and aligned (1) use.", panel=METHOD
+    alpha: float = method_option(
+        None, "Share of the residual between both streams that gptaq (0.25) and aligned (1) use."
     )
-    samples: int = option(128, "Calibration samples to use.", least=1, panel=CALIBRATION)
-    max_tokens: int = option(2048, "Leave out longer samples, whole.", least=1, panel=CALIBRATION)
-    max_pixels: int = option(0, "Shrink larger pictures to this; 0: leave them.", least=0, panel=CALIBRATION)
-    seed: int = option(42, "Decides which samples are drawn.", panel=CALIBRATION)
-    damp: float | None = option(
-        None, f"Part of the Hessian's mean diagonal that is added to its diagonal. {BY_WIDTH}", panel=METHOD
-    )
-    act_order: str | None = option(
+    samples: int = calibration(128, "Calibration samples to use.", least=1)
+    max_tokens: int = calibration(2048, "Leave out longer samples, whole.", least=1)
+    max_pixels: int = calibration(0, "Shrink larger pictures to this; 0: leave them.", least=0)
+    seed: int = calibration(42, "Decides which samples are drawn.")
+    damp: float = method_option(None, f"Part of the Hessian's mean diagonal that is added to its diagonal. {BY_WIDTH}")
+    act_order: str = method_option(
         None,
         "Order of columns: static, by falling diagonal of the Hessian with groups as in the file; none, as in the "
         f"file. {BY_WIDTH}",
         ("static", "none"),
-        panel=METHOD,
     )
-    grid: str | None = option(
+    grid: str = method_option(
         None,
         "Scales from a group's range (minmax), by the least |error|^2.4 over shrunk ranges (mse), or by the least "
         f"squared error weighted with the Hessian's diagonal (mse-h). {BY_WIDTH} awq: minmax, and it clips by itself.",
         ("mse", "mse-h", "minmax"),
-        panel=METHOD,
     )
-    saliency_power: int = option(
-        2, "p in the token weight g^p: 2 is version 2 of the VLMQ paper, 1 version 1.", (1, 2), panel=SALIENCY
+    saliency_power: int = weighting(
+        2, "p in the token weight g^p: 2 is version 2 of the VLMQ paper, 1 version 1.", (1, 2)
     )
-    saliency_scope: str | None = option(
+    saliency_scope: str = weighting(
         None,
         f"Projections with token weights: attention (the paper), or all for gate, up and down too. {BY_WIDTH}",
         ("attention", "all"),
-        panel=SALIENCY,
     )
-    saliency_fallback: str = option(
+    saliency_fallback: str = weighting(
         "ones",
         "Without a signal: tokens count alike (ones), or by the error of rounded weights (rtn).",
         ("ones", "rtn"),
-        panel=SALIENCY,
     )
-    saliency_floor: float = option(0.0, "Least g / mean g; 0: none.", least=0, panel=SALIENCY)
-    saliency_cap: float = option(0.0, "Greatest g / mean g; 0: none.", least=0, panel=SALIENCY)
-    force: bool = option(False, "Take also layers that vLLM would not load.", panel=FORMAT)
+    saliency_floor: float = weighting(0.0, "Least g / mean g; 0: none.", least=0)
+    saliency_cap: float = weighting(0.0, "Greatest g / mean g; 0: none.", least=0)
+    force: bool = formatting(False, "Take also layers that vLLM would not load.")
     modules: dict = option(
         {},
         "Overrides: from a linear's name in the files, or a pattern of names (*), to its width, or to a mapping of "

@@ -1,10 +1,10 @@
-"""Recipes: YAML files of settings, and what the command line adds to them."""
+"""Reads recipes, which are YAML files of settings, and adds what the command line says."""
 
 from pathlib import Path
-from typing import Any, get_args
+from types import NoneType
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.settings.option import options_of
+from vlmq_vllm.offline.settings.option import Option, options_of
 from vlmq_vllm.offline.settings.quantize import Settings
 
 
@@ -30,14 +30,14 @@ def settings_from(recipe: dict, options: dict) -> Settings:
     for key, value in recipe.items():
         if key not in declared:
             raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(declared)}")
-        allowed = types_of(declared[key].type)
+        allowed = types_of(declared[key])
         if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            wanted = " or ".join(kind.__name__ for kind in allowed if kind is not type(None))
+            wanted = " or ".join(kind.__name__ for kind in allowed if kind is not NoneType)
             raise QuantizeError(f"the recipe's {key} is {value!r}; it must be of type {wanted}")
     return Settings(**recipe | {key: value for key, value in options.items() if key in declared})
 
 
-def types_of(annotation: Any) -> tuple[type, ...]:
-    """The types that a value of an option may have in YAML, where a whole number may stand for a float."""
-    allowed = get_args(annotation) or (annotation,)
-    return (*allowed, int) if float in allowed else allowed
+def types_of(declared: Option) -> tuple[type, ...]:
+    """The types that a value may have in YAML: a whole number may stand for a float, null for a default left open."""
+    allowed = (declared.type, int) if declared.type is float else (declared.type,)
+    return (*allowed, NoneType) if declared.default is None else allowed

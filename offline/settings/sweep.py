@@ -1,6 +1,8 @@
-"""What a study may be asked for, checked before anything is read."""
+"""The settings of `vlmq sweep`, checked before anything is read."""
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.settings.methods import METHODS
@@ -12,44 +14,41 @@ BY = ("component", "third", "kind", "layer", "module")
 DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing but the grids of AWQ's trials differs between configurations.
-SOLVER = {"base": "gptq", "act_order": "static", "damp": 0.01}
-DESIGN, FORMAT, DATA = "Study", "Format", "Data"  # panels of --help
+SOLVER: dict[str, Any] = {"base": "gptq", "act_order": "static", "damp": 0.01}
+# Headings of --help.
+designing, formatting, reading = (partial(option, panel=name) for name in ("Study", "Format", "Data"))
 
 
 @dataclass(frozen=True)
 class StudySettings:
     """Settings of `vlmq sweep`. Raises QuantizeError for a value that cannot be."""
 
-    bits: tuple[int, ...] = option((2, 3, 4), f"Widths that parts are given, besides {KEPT}.", BITS, panel=FORMAT)
-    methods: tuple[str, ...] = option(
-        ("rtn", "gptq"), "How weights are rounded; each method is a study of its own.", STUDIED, panel=DESIGN
+    bits: tuple[int, ...] = formatting((2, 3, 4), f"Widths that parts are given, besides {KEPT}.", BITS)
+    methods: tuple[str, ...] = designing(
+        ("rtn", "gptq"), "How weights are rounded; each method is a study of its own.", STUDIED
     )
-    by: str = option("component", "What a part is.", BY, panel=DESIGN)
-    design: str = option(
-        "one", "one part at a time; grid: all combinations; random: some of them.", DESIGNS, panel=DESIGN
-    )
-    runs: int = option(128, "Configurations of a random design; the most that a grid may have.", least=1, panel=DESIGN)
-    components: tuple[str, ...] | None = option(
+    by: str = designing("component", "What a part is.", BY)
+    design: str = designing("one", "one part at a time; grid: all combinations; random: some of them.", DESIGNS)
+    runs: int = designing(128, "Configurations of a random design; the most that a grid may have.", least=1)
+    components: tuple[str, ...] | None = designing(
         None,
         "Components that are studied. Default: all that can be served by component, else language; with --resume those "
         "that the study has.",
         COMPONENTS,
-        panel=DESIGN,
     )
-    group_size: int = option(128, GROUPS, panel=FORMAT)
-    symmetric: bool = option(False, GRID_POINTS, panel=FORMAT)
-    budget: float | None = option(
+    group_size: int = formatting(128, GROUPS)
+    symmetric: bool = formatting(False, GRID_POINTS)
+    budget: float | None = designing(
         None,
         f"Also find widths of modules for so many bits per weight (below {KEPT}), on average over all linears of the "
         "components, scales and zero points included, and write a recipe.",
-        panel=DESIGN,
     )
-    samples: int | None = option(None, "Held-out chats to use, drawn by --seed. Default: all.", least=1, panel=DATA)
-    calibration_samples: int = option(128, "Calibration chats to use.", least=1, panel=DATA)
-    max_tokens: int = option(2048, "Leave out longer chats, held-out ones too.", least=1, panel=DATA)
-    max_pixels: int = option(0, "Shrink larger calibration pictures to this; 0: leave them.", least=0, panel=DATA)
-    dtype: str = option("float32", "Type in which the model is judged.", DTYPES, panel=DESIGN)
-    seed: int = option(42, "Decides drawn chats, random designs and the forest.", panel=DATA)
+    samples: int | None = reading(None, "Held-out chats to use, drawn by --seed. Default: all.", least=1)
+    calibration_samples: int = reading(128, "Calibration chats to use.", least=1)
+    max_tokens: int = reading(2048, "Leave out longer chats, held-out ones too.", least=1)
+    max_pixels: int = reading(0, "Shrink larger calibration pictures to this; 0: leave them.", least=0)
+    dtype: str = designing("float32", "Type in which the model is judged.", DTYPES)
+    seed: int = reading(42, "Decides drawn chats, random designs and the forest.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))

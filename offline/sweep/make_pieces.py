@@ -23,10 +23,11 @@ from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.gptq.problem import Problem, collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest, solve
+from vlmq_vllm.offline.model.capture import capture, check_replay
 from vlmq_vllm.offline.model.groups import Group, find_stages
 from vlmq_vllm.offline.model.layers import parameters_of, with_parameters
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, capture, check_replay
+from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import Target, Unit
 from vlmq_vllm.offline.settings.quantize import Settings
 from vlmq_vllm.offline.sweep.parts import Subject

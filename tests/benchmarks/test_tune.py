@@ -69,7 +69,7 @@ def test_the_fastest_right_plan_is_kept(tuner, monkeypatch, tmp_path):
     for cached in (tuned_tables.table_of, tiles._plan):
         cached.cache_clear()
     monkeypatch.setenv("VLMQ_TUNED", str(tmp_path))
-    assert tiles.plan(8, Geometry.of(WeightFormat(3, 32, True), 64, 1024), H200) == best
+    assert tiles.plan_for(8, Geometry.of(WeightFormat(3, 32, True), 64, 1024), H200) == best
     monkeypatch.undo()
     for cached in (tuned_tables.table_of, tiles._plan):
         cached.cache_clear()

@@ -10,12 +10,12 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from family_models import build
-from vlmq_vllm.offline.data.answer_labels import answer_labels
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.read import read_all
-from vlmq_vllm.offline.data.token_kinds import token_kinds, vision_ids
+from vlmq_vllm.offline.data.token_kinds import answer_labels, token_kinds, vision_ids
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, capture
+from vlmq_vllm.offline.model.streams import Stream
 
 CPU = torch.device("cpu")
 IMAGE = {"type": "image"}

@@ -47,7 +47,7 @@ def launch(
 
     format = WeightFormat(bits, group, symmetric)
     shape = Geometry.of(format, rows, columns) if slice is None else Geometry(format, rows, columns, slice)
-    plan = tiles.plan(tokens, shape, machine(arch))
+    plan = tiles.plan_for(tokens, shape, machine(arch))
     with torch.device("meta"):
         dtype = getattr(torch, dtype)
         packed = torch.empty(shape.packed_shape, dtype=torch.int16)
@@ -66,12 +66,12 @@ def launch(
             words = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32)
             kernel, arguments = repack.repack_kernel, repack.arguments(words, packed, 0, shape)
         elif kind == "centred":
-            wide = torch.empty(64, int8_codes.width(shape), dtype=torch.int8)
+            wide = torch.empty(64, int8_codes.filled_columns(shape), dtype=torch.int8)
             kernel = int8_codes.centre_kernel
             arguments = int8_codes.arguments(RuntimeWeight(shape, packed, scales, zeros), wide, 0)
         elif kind == "int8":
             weight, bias = RuntimeWeight(shape, packed, scales, zeros), torch.empty(rows, dtype=dtype)
-            q, part = (torch.empty(n, int8_codes.width(shape), dtype=torch.int8) for n in (tokens, rows))
+            q, part = (torch.empty(n, int8_codes.filled_columns(shape), dtype=torch.int8) for n in (tokens, rows))
             sums = None if symmetric else int8.step_sums(q, shape)
             each = torch.empty(tokens)
             kernel = int8.int8_kernel

@@ -48,7 +48,7 @@ def test_streams(weight):
     """Two streams at once, each with products of the same weight that meet in a workspace."""
     runtime = prepare(weight, BF16)
     warm([runtime], BF16, with_bias=False)
-    assert tiles.plan(8, runtime.geometry, hardware.of(torch.device("cuda", 0))).splits > 1
+    assert tiles.plan_for(8, runtime.geometry, hardware.of(torch.device("cuda", 0))).splits > 1
     streams, inputs = [torch.cuda.Stream() for _ in range(2)], [tokens(8) for _ in range(2)]
     torch.cuda.synchronize()
     outs = [[], []]

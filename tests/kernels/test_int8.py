@@ -39,7 +39,7 @@ def test_centred_codes(bits, rows, columns, group, width, device):
     """Each code less the middle, to the bit, in its row and column; in any piece."""
     weight = make_weight(bits, True, rows, columns, group, device=device)
     runtime = prepare(weight, FP16, width)
-    stripes, wide = runtime.geometry.stripes, int8_codes.width(runtime.geometry)
+    stripes, wide = runtime.geometry.stripes, int8_codes.filled_columns(runtime.geometry)
     whole = torch.full((64 * stripes, wide), -1, dtype=torch.int8, device=device)
     int8_codes.centre(runtime, whole)
     middle = weight.format.middle
@@ -197,5 +197,5 @@ def test_steps_fit_into_groups():
             for columns in (1, 33, 700, 5000):
                 shape = Geometry.of(WeightFormat(bits, group, True), 64, columns)
                 step = int8.step_of(shape)
-                assert step in (32, 64, 128) and int8_codes.width(shape) % step == 0
+                assert step in (32, 64, 128) and int8_codes.filled_columns(shape) % step == 0
                 assert shape.group == -1 or (shape.group % step == 0 and shape.span % step == 0)

@@ -143,7 +143,7 @@ from vlmq_vllm.format import WeightFormat
 
 def way(bits, m, rows, columns, arch):
     # What the kernel's constants depend on besides the layer.
-    plan = tiles.plan(m, Geometry.of(WeightFormat(bits, 128, True), rows, columns), machine(arch))
+    plan = tiles.plan_for(m, Geometry.of(WeightFormat(bits, 128, True), rows, columns), machine(arch))
     return plan.tile, plan.splits > 1
 
 SIZES = [  # rows, columns

@@ -49,7 +49,7 @@ def test_every_plan_is_legal(bits, group, machine):
     for rows, columns in SHAPES:
         shape = geometry(bits, rows, columns, group)
         for m in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300, 511):
-            plan = tiles.plan(m, shape, machine)
+            plan = tiles.plan_for(m, shape, machine)
             assert why_not(plan, m, shape, machine) is None
             assert m > plan.tile.tokens // 2 or plan.tile.tokens <= 16  # no tile twice as large as the tokens
             assert group != -1 or not plan.tile.scaled
@@ -57,13 +57,13 @@ def test_every_plan_is_legal(bits, group, machine):
 
 def test_parts_fill_the_gpu():
     """Small layers are divided until every multiprocessor has work, large ones hardly; the figures are the model's."""
-    qkv, gate_up = (tiles.plan(1, geometry(4, rows), H200) for rows in (4608, 37888))
+    qkv, gate_up = (tiles.plan_for(1, geometry(4, rows), H200) for rows in (4608, 37888))
     assert tiles.output_tiles(1, geometry(4, 4608), qkv.tile) * qkv.splits >= H200.multiprocessors
     assert qkv.splits > gate_up.splits
     for m in (1, 64, 500):
         for rows, columns in SHAPES:
             shape = geometry(4, rows, columns)
-            plan = tiles.plan(m, shape, H200)
+            plan = tiles.plan_for(m, shape, H200)
             programs = tiles.output_tiles(m, shape, plan.tile)
             assert plan.splits == 1 or programs <= COUNTERS
             assert plan.splits == 1 or programs * plan.splits * plan.tile.rows * plan.tile.tokens <= PARTIALS
@@ -116,9 +116,9 @@ def test_measured_plans_come_first(tuned):
     tile = {"rows": 128, "tokens": 8, "warps": 4, "stages": 3}
     table["measured"] = {tuned_tables.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
     (tuned / "sm_90.json").write_text(json.dumps(table))
-    assert tiles.plan(5, geometry(), H200) == Plan(Tile(**tile), 7)
-    assert tiles.plan(9, geometry(), H200).tile.tokens == 16
-    assert tiles.plan(5, geometry(3), H200).tile == Tile(128, 8, 4, 3)
+    assert tiles.plan_for(5, geometry(), H200) == Plan(Tile(**tile), 7)
+    assert tiles.plan_for(9, geometry(), H200).tile.tokens == 16
+    assert tiles.plan_for(5, geometry(3), H200).tile == Tile(128, 8, 4, 3)
 
 
 def test_measured_plan_that_cannot_be(tuned):
@@ -127,7 +127,7 @@ def test_measured_plan_that_cannot_be(tuned):
     table["measured"] = {tuned_tables.key_of(geometry(), 8): {"tile": tile, "splits": 7}}
     (tuned / "sm_90.json").write_text(json.dumps(table))
     with pytest.raises(ValueError, match="sm_90.json has no usable entry for 4 128 symmetric 3584x3584 8: rows is 96"):
-        tiles.plan(5, geometry(), H200)
+        tiles.plan_for(5, geometry(), H200)
 
 
 def test_the_table_of_an_unknown_gpu():
@@ -159,15 +159,15 @@ def test_the_table_of_an_unknown_gpu():
 def test_damaged_table(tuned, damage):
     (tuned / "sm_90.json").write_text(damage)
     with pytest.raises(ValueError, match="sm_90.json is no table of tiles"):
-        tiles.plan(1, geometry(), H200)
+        tiles.plan_for(1, geometry(), H200)
 
 
 def test_narrow_slices_have_fewer_threads():
     """A slice of 16 columns by 8 tokens has 4 bytes for 64 threads, and what has less is not copied asynchronously."""
     narrow = geometry(3, columns=3600)
     assert narrow.slice == 16
-    assert tiles.plan(1, narrow, H200).tile == Tile(64, 8, 2, 3)
-    assert tiles.plan(9, narrow, H200).tile == tiles.plan(9, geometry(3), H200).tile
+    assert tiles.plan_for(1, narrow, H200).tile == Tile(64, 8, 2, 3)
+    assert tiles.plan_for(9, narrow, H200).tile == tiles.plan_for(9, geometry(3), H200).tile
 
 
 def test_less_shared_memory_than_the_table_knows(tuned):
@@ -176,4 +176,4 @@ def test_less_shared_memory_than_the_table_knows(tuned):
     small = Hardware("sm_86", 84, 99 << 10)
     for bits in BITS:
         for m in BUCKETS:
-            assert why_not(tiles.plan(m, geometry(bits), small), m, geometry(bits), small) is None
+            assert why_not(tiles.plan_for(m, geometry(bits), small), m, geometry(bits), small) is None

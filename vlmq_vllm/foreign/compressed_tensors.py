@@ -1,4 +1,6 @@
-"""compressed-tensors' `pack-quantized`, as llm-compressor writes it: integers of 2, 3, 4 and 8 bits with 16-bit inputs.
+"""Reads compressed-tensors' `pack-quantized` checkpoints, as llm-compressor writes them.
+
+They hold integers of 2, 3, 4 and 8 bits and are served with 16-bit inputs.
 
 Names and meaning are ours (`format.py`): codes with an offset of 2^(bits - 1), packed along I, zero points along O.
 Since compressed-tensors 0.18 the bytes are, too. Before that a word held whole codes only, ten of 3 bits with two bits
@@ -7,6 +9,7 @@ unused; which of the two a module has shows in the width of its weight_packed.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +37,9 @@ class PackQuantizedPacking:
                 shapes["weight_zero_point"] = (whole_words(rows, format.bits), format.groups(columns))
         return shapes
 
-    def unpack(self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape) -> torch.Tensor:
+    def unpack(
+        self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape: tuple[int, int]
+    ) -> torch.Tensor:
         if module not in self.whole or name in ("weight_scale", "weight_shape"):
             return tensor
         if name == "weight_zero_point":
@@ -62,7 +67,8 @@ class PackQuantizedSpec:
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[PackQuantizedPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers and weight_shapes of `folder`. Raises CheckpointError."""
-        modules, whole = {}, set()
+        modules: dict[str, ModuleInfo] = {}
+        whole: set[str] = set()
         with Tensors(folder, headers) as tensors:
             for name in headers:
                 module, _, leaf = name.rpartition(".")
@@ -78,7 +84,7 @@ class PackQuantizedSpec:
         _check_types(module, found, headers)
         rows, columns = check_size(module, *tensors.get(f"{module}.weight_shape").tolist())
         shapes = {part: info.shape for part, info in found.items()}
-        fitting = {}
+        fitting: dict[tuple[ModuleInfo, bool], None] = {}
         for bits, group_size, symmetric in self.formats:
             format = WeightFormat(bits, group_size if group_size < columns else -1, symmetric)
             for whole in (False, True)[: 1 + (WORD % bits != 0)]:
@@ -107,7 +113,7 @@ def _whole_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2)
 
 
-def _format(name: str, group, config: dict) -> tuple[int, int, bool]:
+def _format(name: str, group: Any, config: dict) -> tuple[int, int, bool]:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"config_groups.{name} says nothing about weights; vlmq reads pack-quantized checkpoints")
@@ -127,7 +133,7 @@ def _format(name: str, group, config: dict) -> tuple[int, int, bool]:
             f"config_groups.{name} has {bits} bits by {strategy}; vlmq reads {', '.join(map(str, BITS))} bits by group "
             "or channel"
         )
-    group_size = weights.get("group_size") if strategy == "group" else -1
+    group_size: Any = weights.get("group_size") if strategy == "group" else -1
     symmetric = bool(weights.get("symmetric", True))
     try:
         WeightFormat(bits, group_size, symmetric)

@@ -1,4 +1,4 @@
-"""GPTQ's files, as GPTQModel and its forerunners write them, and AutoRound in its `auto_gptq` packing.
+"""Reads checkpoints in GPTQ's format, as GPTQModel and its forerunners write them, and AutoRound by `auto_gptq`.
 
 A linear layer [O, I] is stored along I first, every tensor turned over against ours:
 
@@ -45,7 +45,9 @@ class GPTQPacking:
             "qzeros": (groups, words(rows, format.bits)),
         }
 
-    def unpack(self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape):
+    def unpack(
+        self, module: str, name: str, tensor: torch.Tensor, format: WeightFormat, shape: tuple[int, int]
+    ) -> torch.Tensor | None:
         if name != "qzeros":
             return tensor.T
         return None if format.symmetric else self.zeros(tensor, format.bits, shape[0])
@@ -87,9 +89,9 @@ class GPTQSpec:
                     f"quantization_config has {key} {config.get(key)!r}; vlmq reads {', '.join(map(str, BITS))} bits "
                     "and group sizes that are positive or -1"
                 )
-        exceptions = [*_entries(config, "dynamic"), *_entries(config, "extra_config")]
-        sizes = [entry.get("group_size") for entry in (config, *exceptions)]
-        sizes = tuple(dict.fromkeys(size for size in sizes if type(size) is int))
+        overrides = [*_entries(config, "dynamic"), *_entries(config, "extra_config")]
+        said = [entry.get("group_size") for entry in (config, *overrides)]
+        sizes = tuple(dict.fromkeys(size for size in said if type(size) is int))
         return cls(config["bits"], sizes, bool(config.get("sym", False)), known[name], bool(config.get("desc_act")))
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
@@ -178,7 +180,9 @@ def _entries(config: dict, key: str) -> list[dict]:
     return [entry for entry in found.values() if isinstance(entry, dict)] if isinstance(found, dict) else []
 
 
-def _check_order(module: str, headers, tensors: Tensors, columns: int, format: WeightFormat) -> None:
+def _check_order(
+    module: str, headers: dict[str, TensorInfo], tensors: Tensors, columns: int, format: WeightFormat
+) -> None:
     name = f"{module}.g_idx"
     shape = headers[name].shape if name in headers else None
     if shape != (columns,) or not torch.equal(tensors.get(name).long(), format.group_of(columns)):

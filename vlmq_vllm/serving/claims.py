@@ -1,4 +1,4 @@
-"""Which quantised modules of a checkpoint have found their layer, and the table at start that says so."""
+"""Records which quantised modules have found their vLLM layer, logs a table of them, and refuses to leave any out."""
 
 import re
 from collections import Counter

@@ -3,21 +3,24 @@
 import inspect
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from vllm import _custom_ops as ops
+
+from vlmq_vllm.serving.segments import Layer
 
 # 0.26 takes an activation order between zeros and bias.
 _ORDER = (None,) if "g_idx" in inspect.signature(ops.cpu_gemm_wna16).parameters else ()
 _CODES_PER_WORD = 8
 
 
-def map_name(mapper, name: str) -> str | None:
+def map_name(mapper: Any, name: str) -> str | None:
     """A tensor name through a WeightsMapper; 0.26 has only the private spelling."""
     return getattr(mapper, "map_name", mapper._map_name)(name)
 
 
-def complete_head(layer: torch.nn.Module, prefix: str) -> None:
+def complete_head(layer: Layer, prefix: str) -> None:
     """Give a ParallelLMHead what every linear layer knows of itself; 0.26 leaves it out."""
     if not hasattr(layer, "input_size"):
         first = layer.shard_indices.padded_org_vocab_start_index
@@ -32,12 +35,12 @@ def lacks_router() -> bool:
     return current_platform.is_cpu() and find_spec("vllm.model_executor.layers.fused_moe.cpu_fused_moe") is not None
 
 
-def select_experts(layer: torch.nn.Module, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def select_experts(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """0.26's own routing on a CPU: weights and ids [T, k] for x [T, H] and router logits [T, E]."""
     from vllm.model_executor.layers.fused_moe.cpu_fused_moe import select_experts
 
-    names = ("top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group", "custom_routing_function")
-    names += ("scoring_func", "routed_scaling_factor", "e_score_correction_bias")
+    names: tuple[str, ...] = ("top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group")
+    names += ("custom_routing_function", "scoring_func", "routed_scaling_factor", "e_score_correction_bias")
     return select_experts(x, logits, **{name: getattr(layer, name) for name in names})
 
 

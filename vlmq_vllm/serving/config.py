@@ -1,4 +1,4 @@
-"""VLMQConfig: what `--quantization vlmq` means to vLLM, and which of a model's layers are quantised.
+"""VLMQConfig, which vLLM asks under `--quantization vlmq` how each of a model's layers is quantised.
 
 The front end parses config.json and reads the safetensors headers once into a plain table module name -> ModuleInfo,
 which is pickled to the workers. A worker then asks for every layer it builds; the table alone decides, through the
@@ -10,17 +10,19 @@ and its text in a report of all arguments.
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.foreign import SPECS
+from vlmq_vllm.foreign import SPECS, Spec
 from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.names import ModuleTable
 from vlmq_vllm.packing import OWN, Packing
 from vlmq_vllm.serving.claims import Claims
+from vlmq_vllm.serving.segments import Layer
 from vlmq_vllm.unserved import KNOWN, why_unserved
 
 OWNED = ("weight", "bias")
@@ -30,7 +32,7 @@ HOW_TO = "leave out --quantization to serve it as it is, or quantise it first wi
 class VLMQConfig(QuantizationConfig):
     """Plain data: the parsed config.json (None when there is nothing to parse) and the table of quantised modules."""
 
-    def __init__(self, spec=None) -> None:
+    def __init__(self, spec: Spec | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.packing: Packing = OWN
@@ -38,7 +40,7 @@ class VLMQConfig(QuantizationConfig):
         self.plain: set[str] = set()  # modules that own an unpacked weight
         self.biased: set[str] = set()  # quantised modules that own a bias
         self.known = False  # whether the family's layers are all known by name, so that none can be missed
-        self.mappers: list = []
+        self.mappers: list[Any] = []
         self.tables: dict[str, ModuleTable] = {}
         self.activation_bits = spec.activation_bits if isinstance(spec, QuantizationSpec) else 16
         self.claims = Claims(self.activation_bits)
@@ -63,7 +65,7 @@ class VLMQConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict) -> "VLMQConfig":
         method = str(config.get("quant_method")).lower()
-        specs = {"vlmq": QuantizationSpec} | SPECS
+        specs: dict[str, type[Spec]] = {"vlmq": QuantizationSpec} | SPECS
         if method not in specs:
             raise RuntimeError(
                 f"--quantization vlmq was given, but the model is quantised with {method!r}; vlmq serves "
@@ -75,7 +77,9 @@ class VLMQConfig(QuantizationConfig):
             raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}") from None
 
     @classmethod
-    def override_quantization_method(cls, hf_quant_cfg, user_quant, hf_config=None) -> str | None:
+    def override_quantization_method(
+        cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
         """vLLM asks this for every quantised model in the world, so only what is ours or asked for is taken.
 
         Any method's model that a user wants served as vlmq is taken: from_config says why where it cannot be.
@@ -83,7 +87,7 @@ class VLMQConfig(QuantizationConfig):
         method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
         return "vlmq" if "vlmq" in (method, user_quant) else None
 
-    def maybe_update_config(self, model_name: str, hf_config=None, revision: str | None = None) -> None:
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Read the headers. Raises RuntimeError for a model that is not quantised and for a damaged checkpoint."""
         if self.spec is None:
             raise RuntimeError(
@@ -107,13 +111,13 @@ class VLMQConfig(QuantizationConfig):
         reasons = {name: why_unserved(name, (info.rows, info.columns), config) for name, info in self.modules.items()}
         self.claims.reasons = {name: reason for name, reason in reasons.items() if reason}
 
-    def apply_vllm_mapper(self, hf_to_vllm_mapper) -> None:
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Called once per nested model, sometimes twice for the same."""
         if hf_to_vllm_mapper not in self.mappers:
             self.mappers.append(hf_to_vllm_mapper)
             self.tables.clear()
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str):
+    def get_quant_method(self, layer: Layer, prefix: str) -> QuantizeMethodBase | None:
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -142,7 +146,7 @@ class VLMQConfig(QuantizationConfig):
             self.claims.missing.append(prefix)
         return UnquantizedLinearMethod()
 
-    def get_cache_scale_mapper(self):
+    def get_cache_scale_mapper(self) -> Any:
         """vLLM's common loader asks for this when the model is built and loading begins: the moment to check.
 
         It also drops GPTQ's g_idx, which `foreign/` has read; vLLM 0.26 has no other place to say so.
@@ -165,15 +169,15 @@ class VLMQConfig(QuantizationConfig):
             self.tables[kind] = ModuleTable(names, [partial(map_name, mapper) for mapper in self.mappers])
         return self.tables[kind]
 
-    def _linear_method(self, prefix: str, names: tuple[str | None, ...]):
+    def _linear_method(self, prefix: str, names: tuple[str | None, ...]) -> QuantizeMethodBase:
         from vlmq_vllm.serving.linear import VLMQLinearMethod
 
         missing = f"{prefix} (a shard that is not quantised)"
-        shards = [(name, self.modules[name]) if name else (missing, None) for name in names]
+        shards = [(name or missing, self.modules[name] if name else None) for name in names]
         self.claims.add(prefix, shards)
         return VLMQLinearMethod(shards, self)
 
-    def _experts_method(self, layer: torch.nn.Module, prefix: str):
+    def _experts_method(self, layer: Layer, prefix: str) -> QuantizeMethodBase | None:
         found = self._table("quantised").experts(prefix)
         if not found:
             self.claims.add_plain(prefix)
@@ -196,9 +200,9 @@ def _folder(model_name: str, revision: str | None) -> Path:
         return Path(model_name)
     from huggingface_hub import snapshot_download
 
-    files = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*", "consolidated*"]}
+    wanted, unwanted = ["*.json", "*.safetensors"], ["*/*", "consolidated*"]
     try:
-        return Path(snapshot_download(model_name, revision=revision, **files))
+        return Path(snapshot_download(model_name, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted))
     except Exception as error:
         raise RuntimeError(
             f"the safetensors headers of {model_name} cannot be read ({error}); download the model and give its folder"

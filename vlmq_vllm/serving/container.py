@@ -1,6 +1,6 @@
-"""The parameters into which vLLM's loaders put a layer's tensors, and what has arrived of them.
+"""Holds a layer's tensors while vLLM loads them, and checks that all have arrived.
 
-While weights arrive, all segments of a layer (`segments.py`) lie one behind the other in flat parameters that bear the
+While weights arrive, all segments of a layer (`segments.py`) lie one after the other in flat parameters that bear the
 names of the checkpoint's tensors, one element order per name, so that vLLM's loaders find them and shards may differ
 in width. In a checkpoint of our own, with a prefix for experts:
 
@@ -14,6 +14,7 @@ the rest. vLLM's reload restores the flat parameters and goes the same way again
 import math
 from collections.abc import Callable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -21,9 +22,10 @@ from vllm.logger import init_logger
 
 from vlmq_vllm.format import PARTS
 from vlmq_vllm.serving.launch import Piece
-from vlmq_vllm.serving.segments import DENSE, Segment
+from vlmq_vllm.serving.segments import DENSE, Layer, Segment
 
 logger = init_logger(f"vllm.{__name__}")
+Flat = Any  # a torch.nn.Parameter with what `Container.register` gives it
 
 
 class Container:
@@ -37,17 +39,17 @@ class Container:
         self.dummy = _is_dummy_load()
         self.offsets = {name: self._offsets_of(name) for name in self._names()}
 
-    def register(self, layer: torch.nn.Module, loader: Callable) -> None:
+    def register(self, layer: Layer, loader: Callable) -> None:
         """Give `layer` the parameters, each with `loader` (bound to the layer) as its weight_loader."""
         for name, (part, offsets) in self.offsets.items():
             floating = part in ("weight_scale", DENSE)
             dtype = self.dtype if floating else torch.int64 if part == "weight_shape" else torch.int32
-            param = add_parameter(layer, self.prefix + name, torch.zeros(offsets[-1], dtype=dtype))
+            param: Flat = add_parameter(layer, self.prefix + name, torch.zeros(offsets[-1], dtype=dtype))
             param.vlmq_name = name
             param.vlmq_prefix = self.prefix
             param.weight_loader = loader
 
-    def load(self, param: torch.nn.Parameter, index: int, tensor: torch.Tensor) -> None:
+    def load(self, param: Flat, index: int, tensor: torch.Tensor) -> None:
         """Copy this rank's piece of a tensor of segment `index` into its place in the flat parameter.
 
         vLLM's reload first calls with a parameter on the meta device and counts copied elements, to know when a layer
@@ -62,11 +64,11 @@ class Container:
             self._check_rounding(index, name, piece, place)
         self.arrived.add((index, name))
 
-    def is_full(self, layer: torch.nn.Module) -> bool:
+    def is_full(self, layer: Layer) -> bool:
         """Whether the parameters are still those of a load, and not yet turned into others."""
         return getattr(layer, self.prefix + self._first()).numel() > 0
 
-    def pieces(self, layer: torch.nn.Module) -> list[Piece]:
+    def pieces(self, layer: Layer) -> list[Piece]:
         """What has arrived, segment by segment. Raises ValueError for what has not, and for values not finite.
 
         Dummy weights never arrive; what is loaded into such a model later is checked.
@@ -75,7 +77,7 @@ class Container:
             self._check_arrived()
         return [self._piece(layer, i) for i in range(len(self.segments))]
 
-    def empty(self, layer: torch.nn.Module) -> None:
+    def empty(self, layer: Layer) -> None:
         """Drop the parameters, all but an empty one."""
         empty = getattr(layer, self.prefix + self._first()).new_empty(0)
         for name in self.offsets:
@@ -97,7 +99,7 @@ class Container:
         sizes = [math.prod(_shape(segment, name)) for segment in self.segments]
         return part, [0, *accumulate(sizes)]
 
-    def _view(self, param: torch.Tensor, index: int) -> torch.Tensor:
+    def _view(self, param: Flat, index: int) -> torch.Tensor:
         """The place of a segment's tensor in its flat parameter."""
         _, offsets = self.offsets[param.vlmq_name]
         shape = _shape(self.segments[index], param.vlmq_name)
@@ -112,7 +114,7 @@ class Container:
                         "skips it; copy the checkpoint again, or quantise without this layer"
                     )
 
-    def _piece(self, layer: torch.nn.Module, index: int) -> Piece:
+    def _piece(self, layer: Layer, index: int) -> Piece:
         segment = self.segments[index]
         tensors = {}
         for name, part in segment.parts().items():
@@ -132,7 +134,7 @@ class Container:
     def _check_rounding(self, index: int, name: str, piece: torch.Tensor | None, place: torch.Tensor) -> None:
         """Say that scales are rounded to the model's dtype; raises ValueError where that makes zeros of them."""
         part, _ = self.offsets[name]
-        if part != "weight_scale" or piece.dtype == self.dtype:
+        if part != "weight_scale" or piece is None or piece.dtype == self.dtype:
             return
         logger.warning_once("Scales are stored as %s and rounded to %s at load", piece.dtype, self.dtype)
         if ((piece != 0) & (place == 0).to(piece.device)).any():
@@ -142,10 +144,11 @@ class Container:
             )
 
 
-def add_parameter(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
+def add_parameter(layer: Layer, name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
     """Make `tensor` a parameter of the layer, frozen."""
-    layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-    return layer._parameters[name]
+    param = torch.nn.Parameter(tensor, requires_grad=False)
+    layer.register_parameter(name, param)
+    return param
 
 
 def _shape(segment: Segment, name: str) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
-"""Weights of 2, 3 and 4 bits for vLLM's CPU kernel, which knows 4-bit integers only: codes are widened, exactly.
+"""Widens weights of 2, 3 and 4 bits to the 4-bit integers that vLLM's CPU kernel takes; no value changes.
 
 A symmetric code c of b bits becomes c + 8 - 2^(b - 1), an asymmetric one stays as it is with its zero point, so every
-(code - zero) keeps its value. Weights that lie below each other in one layer become one product: they share the finest
-group among them by repeating scales. With N rows and K columns, both filled up to what the kernel takes:
+(code - zero) keeps its value. The weights of a layer, stacked along the rows, become one product: they share the
+finest group among them by repeating scales. With N rows and K columns, both filled up to what the kernel takes:
 
     packed  int32 [N / 16, K * 2]  16 rows a block; in it column by column two words with the codes of 8 rows each
     scales  activation dtype [G, N]
@@ -54,7 +54,7 @@ def isa(dtype: torch.dtype) -> str:
 
 
 def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
-    """The tensors above for weights [N_i, K] that lie below each other."""
+    """The tensors above for weights [N_i, K], stacked along the rows."""
     columns = weights[0].codes.shape[1]
     group = _common_group([weight.format.width(columns) for weight in weights], columns)
     padded = -(-columns // math.lcm(group, STEP)) * math.lcm(group, STEP)

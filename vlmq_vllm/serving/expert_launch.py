@@ -1,4 +1,4 @@
-"""What a loaded mixture of experts runs: one product for gate and up, one for down, each for all experts of a rank.
+"""Runs a loaded mixture of experts: one product for gate and up, one for down, each for all experts of a rank.
 
     triton  the grouped kernel of `kernels/`                         tensors packed, scales, zeros  [E, ...]
     int4    expert by expert through vLLM's CPU kernel (`cpu.py`)    tensors packed, scales, zeros  [E, ...]
@@ -8,17 +8,23 @@ The caller keeps the tensors; a launch holds numbers and their names only. The l
 `vlmq::experts_on_cpu_v1`: which experts have tokens is not known when vLLM compiles a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import gelu, linear, silu
 
+from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.serving import cpu
 from vlmq_vllm.serving.launch import Piece, check_triton, choose, kind_of
 
 Tensors = Mapping[str, torch.Tensor]
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": silu,
+    "gelu": gelu,
+    "gelu_tanh": lambda x: gelu(x, approximate="tanh"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ class ExpertLaunch:
         """Every token with its experts: x [T, columns] or [T, k, columns], ids [T, k] (-1: not here, gives zeros),
         router [T, k] as a factor or None: [T, k, rows]."""
         if self.kind == "triton":
-            parts = (tensors["packed"], tensors["scales"], tensors.get("zeros"))
+            packed = (tensors["packed"], tensors["scales"], tensors.get("zeros"))
             sizes = (self.bits, self.group_size, self.rows, self.columns)
-            return torch.ops.vlmq.experts_v1(x, *parts, ids, None, router, *sizes)
+            return torch.ops.vlmq.experts_v1(x, *packed, ids, None, router, *sizes)
         parts = [tensors.get(name) for name in ("weight", "packed", "scales", "zeros")]
         out = torch.ops.vlmq.experts_on_cpu_v1(x, *parts, ids, self.rows, self.isa)
         return out if router is None else (out.float() * router.unsqueeze(-1)).to(x.dtype)
@@ -60,21 +66,24 @@ def prepare(
     kind = kind_of(pieces[0], dtype)
     rows, columns = sum(piece.shape[0] for piece in experts[0]), pieces[0].shape[1]
     if kind == "triton":
-        tensors = _triton(experts, dtype, experts_per_token, with_router)
         format = pieces[0].format
+        assert format is not None, "kernels are for quantised weights"
+        tensors = _triton(experts, format, dtype, experts_per_token, with_router)
         return ExpertLaunch(kind, rows, columns, tuple(tensors), format.bits, format.group_size), tensors
     one_by_one = [_int4(expert, dtype) if kind == "int4" else _dense(expert, dtype) for expert in experts]
     tensors = {name: torch.stack([tensors[name] for tensors in one_by_one]) for name in one_by_one[0]}
     return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=cpu.isa(dtype) if kind == "int4" else ""), tensors
 
 
-def _triton(experts: list[list[Piece]], dtype: torch.dtype, experts_per_token: int, with_router: bool) -> Tensors:
+def _triton(
+    experts: list[list[Piece]], format: WeightFormat, dtype: torch.dtype, experts_per_token: int, with_router: bool
+) -> Tensors:
     check_triton()
     from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
     from vlmq_vllm.kernels.expert_weights import ExpertWeights
     from vlmq_vllm.kernels.repack import repack
 
-    weights = (repack(expert[0].format, [piece.tensors for piece in expert]) for expert in experts)
+    weights = (repack(format, [piece.tensors for piece in expert]) for expert in experts)
     stacked = ExpertWeights.stack(weights, len(experts))
     if stacked.packed.is_cuda:
         from vlmq_vllm.kernels.warmup import warm_experts
@@ -93,24 +102,37 @@ def _dense(expert: list[Piece], dtype: torch.dtype) -> Tensors:
     return {"weight": torch.cat([piece.codes().dequantize(dtype) for piece in expert])}
 
 
-def experts_on_cpu(x, weight, packed, scales, zeros, ids, rows, isa):
+def experts_on_cpu(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    packed: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    zeros: torch.Tensor | None,
+    ids: torch.Tensor,
+    rows: int,
+    isa: str,
+) -> torch.Tensor:
     """Expert by expert, the tokens that are routed to it: [T, k, rows]."""
     out = x.new_zeros((*ids.shape, rows))
-    count = len(packed if weight is None else weight)
+    held = packed if weight is None else weight
+    assert held is not None
     for expert in ids.unique().tolist():
-        if not 0 <= expert < count:
+        if not 0 <= expert < len(held):
             continue
         token, slot = torch.where(ids == expert)
         own = x[token] if x.ndim == 2 else x[token, slot]
         if weight is not None:
             out[token, slot] = linear(own, weight[expert])
         else:
+            assert scales is not None
             zero = None if zeros is None else zeros[expert]
-            out[token, slot] = cpu.int4_linear(own, packed[expert], scales[expert], zero, None, rows, isa)
+            out[token, slot] = cpu.int4_linear(own, held[expert], scales[expert], zero, None, rows, isa)
     return out
 
 
-def experts_on_cpu_fake(x, weight, packed, scales, zeros, ids, rows, isa):
+def experts_on_cpu_fake(
+    x: torch.Tensor, weight: Any, packed: Any, scales: Any, zeros: Any, ids: torch.Tensor, rows: int, isa: str
+) -> torch.Tensor:
     """Shape and dtype of the result, for tracing."""
     return x.new_empty((*ids.shape, rows))
 

@@ -1,4 +1,4 @@
-"""What a loaded layer runs: a list of launches, each a matrix product that gives a slice of the layer's outputs.
+"""Runs a loaded linear layer as a list of launches, each a matrix product that gives a slice of the layer's outputs.
 
     triton  neighbouring segments through `kernels/`              tensors packed0, scales0, zeros0, packed1, ...
     int4    neighbouring segments widened for vLLM's CPU kernel   tensors packed, scales, zeros (`cpu.py`)
@@ -45,10 +45,12 @@ class Piece:
     @property
     def shape(self) -> tuple[int, int]:
         shape = self.tensors["weight"].shape if self.format is None else self.tensors["weight_shape"].tolist()
-        return tuple(shape)
+        rows, columns = shape
+        return rows, columns
 
     def codes(self) -> QuantizedWeight:
-        """The weight with every code in a byte."""
+        """The weight with every code in a byte; only of a piece that has a format."""
+        assert self.format is not None
         return QuantizedWeight.from_tensors(self.format, self.tensors)
 
 
@@ -56,14 +58,14 @@ class Piece:
 class Launch:
     """One product of `rows` outputs from the tensors `names`; `rounded`: its inputs are integers with tokens' scales.
 
-    `isa` belongs to "int4". To "triton" belong `columns` and `parts`, (bits, group_size, rows) of the weights in it.
+    `isa` belongs to "int4". To "triton" belong `columns` and `weights`, (bits, group_size, rows) of each.
     """
 
     kind: str
     rows: int
     names: tuple[str, ...]
     isa: str = ""
-    parts: tuple[tuple[int, int, int], ...] = ()
+    weights: tuple[tuple[int, int, int], ...] = ()
     columns: int = 0
     batch_invariant: bool = False
     rounded: bool = False
@@ -85,9 +87,12 @@ class Launch:
         packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
         return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
 
-    def _triton(self, tensors: Tensors, x: torch.Tensor, bias, token_scales) -> torch.Tensor:
-        lists = [[tensors.get(f"{name}{i}") for i in range(len(self.parts))] for name in ("packed", "scales", "zeros")]
-        bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.parts, strict=True))
+    def _triton(
+        self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None, token_scales: torch.Tensor | None
+    ) -> torch.Tensor:
+        count = range(len(self.weights))
+        lists = [[tensors.get(f"{name}{i}") for i in count] for name in ("packed", "scales", "zeros")]
+        bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.weights, strict=True))
         given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
         if token_scales is None:
             return torch.ops.vlmq.linear_v1(x, *given)
@@ -167,18 +172,17 @@ def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: b
         from vlmq_vllm.kernels.warmup import warm
 
         warm(weights, dtype, with_bias, invariant, rounded)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for i, weight in enumerate(weights):
         tensors |= {f"packed{i}": weight.packed, f"scales{i}": weight.scales}
         if weight.zeros is not None:
             tensors[f"zeros{i}"] = weight.zeros
     shapes = [weight.geometry for weight in weights]
-    parts = tuple((shape.bits, shape.format.group_size, shape.rows) for shape in shapes)
     launch = Launch(
         "triton",
         sum(shape.rows for shape in shapes),
         tuple(tensors),
-        parts=parts,
+        weights=tuple((shape.bits, shape.format.group_size, shape.rows) for shape in shapes),
         columns=shapes[0].columns,
         batch_invariant=invariant,
         rounded=rounded,

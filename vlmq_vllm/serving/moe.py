@@ -1,4 +1,4 @@
-"""The method of vlmq for mixtures of experts: how vLLM's RoutedExperts receives and applies quantised experts.
+"""VLMQMoEMethod: receives, checks and applies the quantised experts of a vLLM layer (RoutedExperts).
 
 Every expert has three weights, gate_proj and up_proj [I, H] and down_proj [H, I], that the checkpoint holds one by one;
 vLLM calls the first two w13 and the last one w2. They arrive in two containers (`container.py`), expert by expert, and
@@ -7,16 +7,20 @@ holds a part of I of every expert, with expert parallelism some experts whole.
 """
 
 from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.serving.compat import lacks_router, select_experts
-from vlmq_vllm.serving.container import Container, add_parameter
+from vlmq_vllm.serving.container import Container, Flat, add_parameter
 from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare
 from vlmq_vllm.serving.partition import cut_format
-from vlmq_vllm.serving.segments import Segment
+from vlmq_vllm.serving.segments import Layer, Segment
+
+if TYPE_CHECKING:
+    from vlmq_vllm.serving.config import VLMQConfig
 
 W13, W2 = "w13_", "w2_"
 SHARDS = {"w1": 0, "w3": 1, "w2": 0}
@@ -25,10 +29,12 @@ SHARDS = {"w1": 0, "w3": 1, "w2": 0}
 class VLMQMoEMethod(FusedMoEMethodBase):
     """Serves one layer; `experts` maps (expert, projection) to checkpoint module and format.
 
-    `config` (a VLMQConfig) knows the checkpoint's packing and is told when a layer has been loaded.
+    `config` knows the checkpoint's packing and is told when a layer has been loaded.
     """
 
-    def __init__(self, moe, prefix: str, experts: dict[tuple[int, str], tuple[str, ModuleInfo]], config) -> None:
+    def __init__(
+        self, moe: Any, prefix: str, experts: dict[tuple[int, str], tuple[str, ModuleInfo]], config: "VLMQConfig"
+    ) -> None:
         super().__init__(moe)
         self.prefix = prefix
         self.experts = experts
@@ -37,12 +43,12 @@ class VLMQMoEMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Layer,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs,
+        **extra_weight_attrs: Any,
     ) -> None:
         names = [getattr(layer, f"ckpt_{part}_proj_name", f"{part}_proj") for part in ("gate", "up", "down")]
         self._check(layer, names)
@@ -57,7 +63,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         for container in layer.vlmq_experts.values():
             container.register(layer, MethodType(vlmq_expert_loader, layer))
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Layer) -> None:
         if not layer.vlmq_experts[W13].is_full(layer):
             return
         self.config.check_complete()
@@ -72,44 +78,49 @@ class VLMQMoEMethod(FusedMoEMethodBase):
                 add_parameter(layer, f"vlmq_{prefix}{name}", tensor)
             layer.vlmq_launches[prefix] = launch
 
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> None:
+    def get_fused_moe_quant_config(self, layer: Layer) -> None:
         """None: vLLM's own kernels for experts are not used."""
 
     def apply(
         self,
-        layer: torch.nn.Module,
+        layer: Layer,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        shared_experts=None,
-        shared_experts_input=None,
+        shared_experts: Any = None,
+        shared_experts_input: Any = None,
     ) -> torch.Tensor:
         """x [T, H] with the experts topk_ids [T, k], each result times its weight of topk_weights [T, k]: [T, H].
 
         Shared experts are run by vLLM.
         """
         ids = topk_ids if layer._expert_map is None else layer._expert_map[topk_ids.long()]
+        router: torch.Tensor | None = topk_weights
         if layer.apply_router_weight_on_input:
-            x, topk_weights = x * topk_weights.to(x.dtype), None
+            x, router = x * topk_weights.to(x.dtype), None
         gate, up = self._run(layer, W13, x, ids, None).chunk(2, dim=-1)
         inner = ACTIVATIONS[layer.activation.value](gate) * up
-        return self._run(layer, W2, inner, ids, topk_weights).sum(dim=1)
+        return self._run(layer, W2, inner, ids, router).sum(dim=1)
 
     @property
     def is_monolithic(self) -> bool:
         """Whether vLLM calls `apply_monolithic` in place of `apply`."""
         return self.routes
 
-    def apply_monolithic(self, layer, x: torch.Tensor, router_logits: torch.Tensor, input_ids=None) -> torch.Tensor:
+    def apply_monolithic(
+        self, layer: Layer, x: torch.Tensor, router_logits: torch.Tensor, input_ids: Any = None
+    ) -> torch.Tensor:
         """`apply` with the experts that router_logits [T, E] choose."""
         return self.apply(layer, x, *select_experts(layer, x, router_logits))
 
-    def _run(self, layer, prefix: str, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None) -> torch.Tensor:
+    def _run(
+        self, layer: Layer, prefix: str, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None
+    ) -> torch.Tensor:
         launch = layer.vlmq_launches[prefix]
         tensors = {name: getattr(layer, f"vlmq_{prefix}{name}") for name in launch.names}
         return launch.run(tensors, x, ids, router)
 
-    def _check(self, layer: torch.nn.Module, names: list[str]) -> None:
+    def _check(self, layer: Layer, names: list[str]) -> None:
         """All experts must be there, with one format for all gates and ups and one for all downs."""
         if self.moe.is_lora_enabled:
             raise ValueError(
@@ -158,8 +169,8 @@ class VLMQMoEMethod(FusedMoEMethodBase):
 
 
 def vlmq_expert_loader(
-    layer: torch.nn.Module,
-    param: torch.nn.Parameter,
+    layer: Layer,
+    param: Flat,
     loaded_weight: torch.Tensor,
     weight_name: str,
     shard_id: str,

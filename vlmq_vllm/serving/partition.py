@@ -1,17 +1,17 @@
-"""Which rows and columns of each tensor in the files a rank holds of a vLLM layer, and which cuts cannot be served."""
+"""Finds the rows and columns of each tensor in the files that a rank holds, and refuses cuts that cannot be served."""
 
 from collections.abc import Sequence
 
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.packing import OWN, Packing
-from vlmq_vllm.serving.segments import Segment
+from vlmq_vllm.serving.segments import Layer, Segment
 
 Rows = tuple[tuple[int, int], ...]
 
 
-def plan(
-    layer,
+def segments_of(
+    layer: Layer,
     shards: Sequence[tuple[str, ModuleInfo | None]],
     columns: int,
     outputs: Sequence[int],
@@ -44,22 +44,22 @@ def plan(
             )
         padding = sum(outputs) - sum(stop - start for start, stop in rows) if _is_vocabulary(layer) else 0
         stored = None if info is None else info.format
-        format = None if info is None else cut_format(layer.prefix, stored, layer.input_size, columns)
-        segments.append(Segment(name, stored, format, expected, rows, span, padding, packing))
+        part = None if stored is None else cut_format(layer.prefix, stored, layer.input_size, columns)
+        segments.append(Segment(name, stored, part, expected, rows, span, padding, packing))
     return segments
 
 
-def _is_vocabulary(layer) -> bool:
+def _is_vocabulary(layer: Layer) -> bool:
     return hasattr(layer, "org_vocab_size")
 
 
-def _row_pieces(layer, outputs: Sequence[int]) -> list[tuple[Rows, int]]:
+def _row_pieces(layer: Layer, outputs: Sequence[int]) -> list[tuple[Rows, int]]:
     """For every part of the layer the rows of this rank and the number of rows that all ranks have together."""
     if _is_vocabulary(layer):
         indices = layer.shard_indices
         return [(((indices.org_vocab_start_index, indices.org_vocab_end_index),), layer.org_vocab_size)]
     ranks = layer.output_size // sum(outputs)
-    pieces = []
+    pieces: list[tuple[Rows, int]] = []
     for i, size in enumerate(outputs):
         # A rank that shares its key and value heads with others holds the same rows as they do.
         sharing = getattr(layer, "num_kv_head_replicas", 1) if i > 0 else 1
@@ -79,7 +79,7 @@ def _joined(pieces: list[tuple[Rows, int]]) -> tuple[Rows, int]:
     return tuple(rows), total
 
 
-def _column_span(layer, columns: int) -> tuple[int, int]:
+def _column_span(layer: Layer, columns: int) -> tuple[int, int]:
     start = layer.tp_rank * columns if layer.input_size > columns else 0
     return start, start + columns
 

@@ -1,4 +1,4 @@
-"""What one rank holds of a layer: its segments, one for every checkpoint tensor that the layer is made of.
+"""Cuts what one rank holds of a layer out of the checkpoint's tensors: a segment of every module of the layer.
 
 A segment says which rows and columns of the tensor on disk belong to this rank, and cuts them out of the tensors as
 they arrive, after the checkpoint's packing has turned them into those of `format.py`. Segments of a fused layer may
@@ -12,12 +12,14 @@ Which rows and columns these are is found in `partition.py`; what becomes of the
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from vlmq_vllm.format import WORD, WeightFormat, pack, unpack
 from vlmq_vllm.packing import OWN, Packing
 
+Layer = Any  # a layer that vLLM built: a torch.nn.Module with attributes of vLLM's, whose types are not known here
 DENSE = "weight"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = {DENSE: FLOATS, "weight_scale": FLOATS, "weight_shape": (torch.int64, torch.int32)}  # others: int32
@@ -62,19 +64,20 @@ class Segment:
         is not the tensor expected."""
         self._check(name, tensor)
         part = self.parts()[name]
+        found: torch.Tensor | None = tensor
         if self.stored is not None:
-            tensor = self.packing.unpack(self.name, name, tensor, self.stored, self.disk)
-        if tensor is None or part == "weight_shape":
-            return tensor
+            found = self.packing.unpack(self.name, name, tensor, self.stored, self.disk)
+        if found is None or part == "weight_shape":
+            return found
         if part == "weight_zero_point":
-            return self._cut_zeros(tensor)
-        return self._cut_rows(tensor)[:, self._columns_of(part)]
+            return self._cut_zeros(found)
+        return self._cut_rows(found)[:, self._columns_of(part)]
 
     def _check(self, name: str, tensor: torch.Tensor) -> None:
         part, where = self.parts().get(name), f"{self.name}.{name}"
         if part is None:
             raise ValueError(f"{where} was found, but {self.name} has no such tensor by config.json; export it again")
-        expected = self.disk
+        expected: tuple[int, ...] = self.disk
         if self.stored is not None:
             expected = self.packing.shapes(self.name, self.stored, *self.disk)[name]
         if tuple(tensor.shape) != expected:
@@ -96,6 +99,7 @@ class Segment:
 
     def _cut_zeros(self, packed: torch.Tensor) -> torch.Tensor:
         """Zero points are packed along the rows, whose ranges need not fall on words: unpack, cut and pack."""
+        assert self.format is not None, "a weight at 16 bits has no zero points"
         zeros = unpack(packed.T, self.format.bits, self.disk[0]).T
         zeros = self._cut_rows(zeros)[:, self._columns_of("weight_zero_point")]
         return pack(zeros.T, self.format.bits).T
@@ -105,6 +109,7 @@ class Segment:
         start, stop = self.columns
         if part == DENSE:
             return slice(start, stop)
+        assert self.stored is not None and self.format is not None
         if part == "weight_packed":
             return slice(start * self.stored.bits // WORD, -(-stop * self.stored.bits // WORD))
         columns = stop - start

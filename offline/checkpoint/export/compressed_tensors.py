@@ -1,4 +1,4 @@
-"""compressed-tensors, format pack-quantized: the tensors are ours byte by byte, only the header is another.
+"""Exports to compressed-tensors, format pack-quantized: the tensors are ours byte by byte, the header is another.
 
 3-bit weights are packed densely, as compressed-tensors does from 0.18 on and vLLM 0.32 expects; older ones pack ten to
 a word and stop at the tensors' shapes.

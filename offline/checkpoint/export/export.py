@@ -1,4 +1,4 @@
-"""`vlmq export`: the same codes, scales and zero points in the layout and under the header of other software.
+"""Exports a checkpoint: the same codes, scales and zero points in the layout and under the header of other software.
 
 Nothing is rounded again. What the target cannot hold is refused before anything is written; files are rewritten one
 after the other, each module's tensors in the file that has its codes.

@@ -1,4 +1,4 @@
-"""GPTQ's layout, as AutoGPTQ made it common and GPTQModel reads it. Per linear [O, I], with G groups:
+"""Exports to GPTQ's layout, as AutoGPTQ made it common and GPTQModel reads it. Per linear [O, I], with G groups:
 
     qweight [I * bits / 32, O] int32    codes packed along I: our dense stream, transposed (3 bits too: 32 in 3 words)
     qzeros  [G, O * bits / 32] int32    zero points packed along O; version 1 ("gptq") stores them less one

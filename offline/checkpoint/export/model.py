@@ -1,4 +1,4 @@
-"""What an export starts from: the quantised modules of a checkpoint, and the names that other software has for them.
+"""Reads what an export starts from: the quantised modules of a checkpoint, and their names in other software.
 
 Stock software matches names of config.json with those of modules in memory, and engines with those in the files; where
 transformers renames (`model.layers` becomes `model.language_model.layers`) a header has to name both.

@@ -1,6 +1,6 @@
-"""Folding scales into a layer: columns are multiplied, what is in front of them is divided, the function stays.
+"""Folds scales into a layer: columns are multiplied, what comes before them is divided, the function stays.
 
-For a group of linears W [O, I] behind a source with R output channels and scales s [R],
+For a group of linears W [O, I] after a source with R output channels and scales s [R],
 
     W[:, i] <- W[:, i] * s[channel_i],      norm:    weight + offset <- (weight + offset) / s,  bias <- bias / s
                                             linear:  W'[r, :] <- W'[r, :] / s_r,                bias_r <- bias_r / s_r

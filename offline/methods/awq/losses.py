@@ -1,4 +1,4 @@
-"""What rounded weights under given scales cost at the output of the module that a group is inspected by.
+"""Measures what rounded weights under given channel scales cost at the output of the module around them.
 
 For a candidate's scales s [R] the group's linears hold Q(W s) / s, Q rounding to nearest with the values that will be
 served, and the loss over all tokens n of all batches is

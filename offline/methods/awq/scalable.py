@@ -1,4 +1,4 @@
-"""Which linears of a layer can have their columns scaled: what lies in front of them and can be divided instead.
+"""Finds which linears of a layer can have their columns scaled: those after something that can be divided instead.
 
 AWQ (2306.00978, section 3.2) multiplies the columns of a group's weights by s and divides what they read by s; the
 division must be folded into the operation that makes it. Two kinds of operation can take it:
@@ -48,7 +48,7 @@ class Scalable:
 def find_scalable(layer: torch.nn.Module, index: int, stage: list[Group], stream: Stream) -> list[Scalable]:
     """What can be scaled of a stage's groups, all of them or none; `stream` in front of layer `index`, short is enough.
 
-    Groups of several experts can be scaled behind linears only: a norm in front of experts feeds their router too.
+    Groups of several experts can be scaled after linears only: a norm before experts feeds their router too.
     """
     seen = _Seen(layer, index, stage, stream)
     for found in _candidates(layer, stage, seen):
@@ -92,7 +92,7 @@ def _is_norm(module: torch.nn.Module) -> bool:
 
 
 def _candidates(layer: torch.nn.Module, stage: list[Group], seen: _Seen) -> Iterator[list[Scalable]]:
-    """The stage's groups each behind a module that might take the division."""
+    """The stage's groups, each after a module that might take the division."""
     columns = [layer.get_submodule(group[0]).in_features for group in stage]
     if len(stage) == 1:
         inputs = seen.inputs[stage[0][0]]

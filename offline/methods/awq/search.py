@@ -1,4 +1,4 @@
-"""The search for channel scales (AWQ, 2306.00978, section 3.2; with token weights as in MBQ and QIG, 2603.17809).
+"""Searches channel scales (AWQ, 2306.00978, section 3.2; with token weights as in MBQ and QIG, 2603.17809).
 
 For a group of linears with inputs x_n [I] an exponent r is chosen,
 

@@ -1,4 +1,4 @@
-"""One pass over the columns of weights: round each, and let the columns behind it make good what was lost.
+"""Rounds weights column by column; later columns make good the error of each (GPTQ, 2210.17323).
 
 With H = U U^T, U upper triangular, the weighted error of a row is |delta U|^2 for delta = target - rounded, and the
 best value for column k, given the columns before it, is

@@ -3,7 +3,7 @@
 In plain torch a column takes a dozen launches, and starting them is what a GPU would wait for; here a block of columns
 takes one. Rows (O) never meet, so each program owns a tile of them in one of the B problems and walks over the columns.
 A column fetches what the block's columns before it leave to it when its turn comes, instead of each handing it on to
-all behind: the tiles of deltas and values stay in registers, and memory is read and written once.
+all later ones: the tiles of deltas and values stay in registers, and memory is read and written once.
 
 All in float32: divisions and halves are rounded as torch does, sums of products in another order.
 Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.

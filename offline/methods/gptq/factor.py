@@ -1,4 +1,4 @@
-"""The triangular factor of second moments H, and what the residual D makes of weights with its help."""
+"""Factorises the Hessian H, damped where it must be, and moves weights by the residual D with the factor."""
 
 import torch
 
@@ -60,7 +60,7 @@ def aligned(
 
 
 def push_of(residual: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """triu(D U^-T, 1) U^-1: how far a column's value moves the targets of those behind it (GPTAQ's public form).
+    """triu(D U^-T, 1) U^-1: how far a column's value moves the targets of later ones (GPTAQ's public form).
 
     In place of D, in strips of rows: what stands left of a strip's first diagonal element neither counts nor is needed.
     """

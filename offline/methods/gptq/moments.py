@@ -1,6 +1,6 @@
-"""Second moments of a linear's inputs, with token weights: all that the column solver needs to know of the data.
+"""Sums up the Hessian of a linear's inputs, with token weights: all that the solver needs to know of the data.
 
-For inputs x_n [I] behind the quantised layers, the same tokens' inputs f_n behind the full-precision layers, and token
+For inputs x_n [I] after the quantised layers, the same tokens' inputs f_n after the full-precision layers, and token
 weights lambda_n,
 
     H = sum_n lambda_n x_n x_n^T                    lambda = 1: GPTQ (2210.17323); lambda = g^2 or g: VLMQ (2508.03351)

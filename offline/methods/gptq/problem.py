@@ -1,5 +1,6 @@
-"""The problems of a stage: linears that share second moments are one; moments are collected in one pass over the data,
-and problems of one shape are solved together, each on its rank.
+"""Linears with the same input, token weights and format share one Hessian and are solved as one problem.
+
+Hessians of a stage are summed in one pass over the data; problems of one shape are solved together, each on its rank.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from vlmq_vllm.offline.model.groups import Group
 from vlmq_vllm.offline.model.layers import is_clipped, with_parameters
 from vlmq_vllm.offline.model.streams import Stream
 
-TOGETHER = 1 << 28  # bytes of moments that are solved as one batch of problems
+TOGETHER = 1 << 28  # bytes of Hessians that are solved as one batch of problems
 
 
 @dataclass
@@ -91,7 +92,7 @@ def collect(
     full: list[Stream],
     originals: dict[str, torch.Tensor],
 ) -> None:
-    """One pass over the batches: second moments of every problem, with GPTAQ's residual where the moments hold one.
+    """One pass over the batches: the Hessian of every problem, and GPTAQ's residual where its moments hold one.
 
     originals: the layer's full-precision parameters by their names in it, for the residual.
     """

@@ -1,7 +1,7 @@
-"""GPTQ on tensors: from a weight and the second moments of its inputs to codes.
+"""Solves weights by GPTQ: from a weight and the Hessian of its inputs to codes.
 
-For weights W [O, I] and moments H, D (`moments.py`) the rounded weight Q is chosen column by column (`columns.py`) for
-a small
+For weights W [O, I], the Hessian H and the residual D (`moments.py`) the rounded weight Q is chosen column by column
+(`columns.py`) for a small
 
     sum_n lambda_n | Q x_n - W f_n |^2.
 
@@ -73,7 +73,7 @@ def solve(
     residual: torch.Tensor | None = None,
     clipped: torch.Tensor | None = None,
 ) -> list[Solution]:
-    """Quantise weights [B, O, I] float32 with moments H [B, I, I]; scales are stored in `dtype`.
+    """Quantise weights [B, O, I] float32 with Hessians H [B, I, I]; scales are stored in `dtype`.
 
     residual: D [B, I, I], or where the solver is `aligned` and O < I perhaps W D [B, O, I]; overwritten. The B
     problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding

@@ -23,17 +23,17 @@ from vlmq_vllm.offline.methods.grid import MSE, GridSearch
 from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH, Hidden, find_blocks, measure_entropies, search_block
 from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, Ranges, find_ranges
 from vlmq_vllm.offline.methods.qvlm.search import BlockChoice
+from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
-from vlmq_vllm.offline.run.layer_quantizer import Row
 
 ENTROPY_BITS = 4  # the grid on which D is measured; the paper's lower width of activations
 
 Tensors = dict[str, torch.Tensor]
 
 
-class BlockWalk:
+class BlockQuantizer:
     """The streams in front of a stack whose layers have the in-memory names `names`, in order.
 
     format_of: the format of a linear by its in-memory name, None where it stays as it is. quantized, full: U and F,
@@ -124,7 +124,7 @@ class BlockWalk:
 class _SearchedLayer:
     """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
 
-    def __init__(self, walk: BlockWalk, index: int) -> None:
+    def __init__(self, walk: BlockQuantizer, index: int) -> None:
         self.walk, self.index, self.name = walk, index, walk.names[index]
         self.module = walk.source.materialise(self.name, walk.device)
         self.originals = weights_of(self.module)

@@ -28,13 +28,13 @@ import torch
 from torch.nn import functional as F
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.answer_labels import count_labels
 from vlmq_vllm.offline.data.inputs import has_vision
+from vlmq_vllm.offline.data.token_kinds import count_labels
 from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges
 from vlmq_vllm.offline.methods.saliency import answer_loss
+from vlmq_vllm.offline.model.capture import catch
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import catch
 
 LEAST = 0.05  # of a factor; at 0 a range would be empty
 UNTAUGHT = (

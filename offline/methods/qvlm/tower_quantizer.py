@@ -22,16 +22,16 @@ from vlmq_vllm.offline.methods.qvlm.bounds import (
     teaches,
 )
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges, find_ranges
+from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.run.layer_quantizer import Row
 
 
-class TowerWalk:
+class TowerQuantizer:
     """A tower whose blocks have the in-memory names `names`; `losses` are those of each epoch.
 
-    format_of: as in BlockWalk. batches, labels: as in `learn_bounds`; of several processes the first that has pictures
-    learns, from its own share, and the others take over what it found.
+    format_of: as in BlockQuantizer. batches, labels: as in `learn_bounds`; of several processes the first that has
+    pictures learns, from its own share, and the others take over what it found.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The answers' cross-entropy and its gradients through a decoder of which one layer at a time is in memory.
+"""Computes the answers' cross-entropy and its gradients, with one decoder layer at a time in memory.
 
     L = - 1/n sum over answer tokens t of log p(id_t | tokens before t)        in nats, over all samples
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.answer_labels import IGNORED, count_labels
+from vlmq_vllm.offline.data.token_kinds import IGNORED, count_labels
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream, hidden_of
@@ -87,7 +87,7 @@ def _at(stream: Stream, hidden: torch.Tensor, device: torch.device) -> Stream:
 
 
 def _forward(source: Source, streams: list[Stream], device: torch.device) -> list[list[torch.Tensor]]:
-    """By layer and stream the layers' inputs, and the last one's outputs behind them."""
+    """By layer and stream the layers' inputs, and after them the last one's outputs."""
     kept = [[stream.hidden.cpu() for stream in streams]]
     for index in range(len(source.layers())):
         name = f"{source.family.layers}.{index}"

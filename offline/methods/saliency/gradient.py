@@ -1,4 +1,4 @@
-"""Token saliency: how much a block's output suffers from what happens at each token (VLMQ, 2508.03351).
+"""Computes token saliency by a gradient: how much a block's output suffers from each token (VLMQ, 2508.03351).
 
 For a decoder layer with inputs F (full-precision prefix) and U (quantised prefix), [B, T, d] each,
 

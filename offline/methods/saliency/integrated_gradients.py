@@ -1,4 +1,4 @@
-"""Integrated gradients of the quantisation error along a straight path to a module's input (QIG, 2603.17809).
+"""Computes integrated gradients of the quantisation error along a straight path to a module's input (QIG, 2603.17809).
 
 For a module M, the same module Mq quantised, and an input Z1 [B, T, C] of M,
 

@@ -1,4 +1,4 @@
-"""Token weights by modality: how far the answers' loss depends on vision beside answer tokens (MBQ, 2412.19509).
+"""Weighs tokens by modality: how far the answers' loss depends on vision beside answer tokens (MBQ, 2412.19509).
 
 With L the answers' cross-entropy (`answer_loss.py`) and Z the output of a layer's attention (o_proj) or MLP
 (down_proj),
@@ -10,19 +10,17 @@ At the last layer vision tokens have no gradient at all: that is what the floor 
 vision token r_l, every other token 0.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from math import isfinite
 from statistics import median
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.answer_labels import IGNORED, count_labels
-from vlmq_vllm.offline.data.token_kinds import ANSWER, VISION
+from vlmq_vllm.offline.data.token_kinds import ANSWER, IGNORED, VISION, count_labels
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.answer_loss import backward
 from vlmq_vllm.offline.methods.saliency.gradient import in_attention
+from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.families import Family
 from vlmq_vllm.offline.model.layers import linears_of
@@ -43,7 +41,7 @@ def modality_ratios(
 ) -> Ratios:
     """r of each layer's attention and MLP, from streams in front of the first layer with full-precision weights.
 
-    labels: per stream int64 [B, T] as in `answers.backward`; kinds: int8 [B, T] as in `data/token_kinds.py`. Raises
+    labels: per stream int64 [B, T] as in `answer_loss.backward`; kinds: int8 [B, T] as in `data/token_kinds.py`. Raises
     QuantizeError where no sample has both vision and answer tokens, or where answer tokens have no gradient.
     """
     ranks = ranks or Ranks(device)
@@ -93,8 +91,8 @@ def _floored(ratios: list[float]) -> list[float]:
     return [max(median(ratios), ratio) for ratio in ratios]
 
 
-class Modality:
-    """Weighs tokens by what they are; takes the place of `weighing.Weighing`.
+class ModalityWeights:
+    """Weighs tokens by what they are; a TokenWeigher.
 
     kinds: int8 [B, T] of every batch, in the order of the streams.
     """
@@ -108,8 +106,8 @@ class Modality:
         index: int,
         full: list[Stream],
         quantized: list[Stream],
-        rounding: Callable[[], AbstractContextManager],
-    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+        rounding: Rounded,
+    ) -> tuple[Weights, dict[str, str]]:
         """Token weights [N] float32 per batch of each linear but experts', and what the report says of them all.
 
         All linears of the attention have the same list, and so have all others.

@@ -1,4 +1,4 @@
-"""Token weights from integrated gradients of the quantisation error (QIG, 2603.17809, sections 3 and 4).
+"""Weighs tokens by integrated gradients of the quantisation error (QIG, 2603.17809, sections 3 and 4).
 
 For the module M that a group of linears feeds (their common parent, or the linear itself) and the same module Mq with
 the layer's rounded weights, `integrated_gradients.py` gives IG [T, C] of every sample. Where weights alone are
@@ -19,11 +19,11 @@ import torch
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
     STEPS,
-    Switch,
     call_of,
     input_of,
     integrated_gradients,
 )
+from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.groups import find_stages, inspected
 from vlmq_vllm.offline.model.hooks import Rounding, rounding_inputs
@@ -51,8 +51,8 @@ def token_weights(
     return (score / score.sum(1, keepdim=True)).flatten().float(), silent.flatten()
 
 
-class Integrated:
-    """Weighs the tokens of every group of a layer; takes the place of `weighing.Weighing`.
+class QIGWeights:
+    """Weighs the tokens of every group of a layer; a TokenWeigher.
 
     activations: rounds what a linear gets, where it will be served so; None for weights alone. Without a signal (as at
     the first layer with activations, where both streams are equal) tokens count alike.
@@ -67,8 +67,8 @@ class Integrated:
         index: int,
         full: list[Stream],
         quantized: list[Stream],
-        rounding: Switch,
-    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+        rounding: Rounded,
+    ) -> tuple[Weights, dict[str, str]]:
         """Token weights [N] per batch of each weighted linear, and what the report says of them all.
 
         Linears of a group have the same list; its mean is 1. `rounding()` puts the layer's own rounded weights in

@@ -1,12 +1,10 @@
-"""Which tokens count how much at a layer: the linears that are weighted, their signal, and what stands in for none."""
-
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+"""Weighs tokens by the gradient of a local loss (VLMQ, 2508.03351): which linears, and what stands in for no signal."""
 
 import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, rounded_norms, token_weights
+from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.families import Family
 from vlmq_vllm.offline.model.layers import linears_of
@@ -24,7 +22,7 @@ def weighted_linears(family: Family, linears: list[str], scope: str) -> list[str
     return [n for n in linears if in_attention(family, n) or (scope == "all" and not is_expert(n))]
 
 
-class Weighing:
+class VLMQWeights:
     """What weighing needs besides a layer and its streams."""
 
     def __init__(self, family: Family, settings: Settings, ranks: Ranks) -> None:
@@ -36,8 +34,8 @@ class Weighing:
         index: int,
         full: list[Stream],
         quantized: list[Stream],
-        rounding: Callable[[], AbstractContextManager],
-    ) -> tuple[dict[str, list[torch.Tensor]], dict[str, str]]:
+        rounding: Rounded,
+    ) -> tuple[Weights, dict[str, str]]:
         """Token weights [N] per batch of each weighted linear with a signal, and what the report says of them all.
 
         `rounding()` puts the layer's own rounded weights in place, for the fallback "rtn".

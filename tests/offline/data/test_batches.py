@@ -11,10 +11,10 @@ from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.calibration import read_samples
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.saliency.qig import Integrated
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.layers import holding, weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture
 from vlmq_vllm.offline.settings.quantize import Settings
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_a_samples_token_weights_do_not_depend_on_the_others(demo_model, calibra
         streams = capture(source, source.family.layers, samples.batches, CPU)
         layer = source.materialise(f"{source.family.layers}.0", CPU)
         rounded = {name: (weight * 32).round() / 32 for name, weight in weights_of(layer).items()}
-        weigh = Integrated(Ranks(CPU), steps=2)
+        weigh = QIGWeights(Ranks(CPU), steps=2)
         weights, _ = weigh(layer, 0, [], streams, functools.partial(holding, layer, rounded))
         found = {}
         for i, batch in enumerate(samples.batches):

@@ -19,13 +19,13 @@ from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.gptq.solve import Solver, round_to_nearest, solve
 from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, blocks_of
-from vlmq_vllm.offline.methods.saliency.modality import Modality, modality_ratios
-from vlmq_vllm.offline.methods.saliency.qig import Integrated
-from vlmq_vllm.offline.methods.saliency.vlmq import Weighing
+from vlmq_vllm.offline.methods.saliency.modality import ModalityWeights, modality_ratios
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights
+from vlmq_vllm.offline.methods.saliency.vlmq import VLMQWeights
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import holding, linears_of, put, weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -105,11 +105,11 @@ def token_weights(run, layer, index, full, quantized):
     if saliency == "modality":
         ratios = modality_ratios(source, full, run.samples.labels, run.samples.kinds, CPU)
         source.materialise(run.name(index), CPU)
-        weigh = Modality(source.family, ratios, run.samples.kinds)
+        weigh = ModalityWeights(source.family, ratios, run.samples.kinds)
     elif saliency == "vlmq":
-        weigh = Weighing(source.family, run.settings, Ranks(CPU))
+        weigh = VLMQWeights(source.family, run.settings, Ranks(CPU))
     else:
-        weigh = Integrated(Ranks(CPU), eight if run.settings.activation_bits == 8 else None)
+        weigh = QIGWeights(Ranks(CPU), eight if run.settings.activation_bits == 8 else None)
     return weigh(layer, index, full, quantized, rounding)[0]
 
 

@@ -21,8 +21,8 @@ from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.model import families
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture
 from vlmq_vllm.offline.model.targets import find_targets, find_units
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import family_models
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.groups import find_stages
 from vlmq_vllm.offline.model.layers import linears_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture
 from vlmq_vllm.offline.plan.make import make_plan
 from vlmq_vllm.offline.plan.sizes import load_of
 from vlmq_vllm.offline.plan.solver import Solve, moments_bytes, stages_of, working_bytes

@@ -11,7 +11,7 @@ from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import ORDER, find_targets, find_units
 from vlmq_vllm.offline.plan.make import make_plan
-from vlmq_vllm.offline.run.begin import Walks
+from vlmq_vllm.offline.run.begin import Quantizers
 from vlmq_vllm.offline.settings.quantize import Settings
 
 BATCHES = 2
@@ -61,7 +61,7 @@ def test_streams_hold_what_is_predicted(family, options):
     settings = Settings(bits=4, group_size=32, samples=BATCHES, force=True, **options)
     units = find_units(source, settings)
     formats = {target.name: target.format for target in find_targets(source, settings, units)}
-    walks = Walks(source, settings, formats, CPU, Ranks(CPU), Samples(batches=[inputs] * BATCHES))
+    walks = Quantizers(source, settings, formats, CPU, Ranks(CPU), Samples(batches=[inputs] * BATCHES))
     moved = any(unit.component != "language" for unit in units)
     stacks = {"vision": source.family.blocks, "language": source.family.layers}
     for component in ORDER:

@@ -18,9 +18,10 @@ from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.methods.gptq.moments import Moments
 from vlmq_vllm.offline.methods.gptq.solve import Solver, solve
 from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, token_weights
-from vlmq_vllm.offline.model import streams
+from vlmq_vllm.offline.model import capture
 from vlmq_vllm.offline.model.families import FAMILIES
 from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -108,7 +109,7 @@ def test_dequantized_twin_has_the_sources_names_and_nearby_weights(quantized, de
 
 def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_model, calibration, tmp_path, monkeypatch):
     """Positions shifted by one for the replay alone, as a quantiser that rebuilds them by hand might have them."""
-    catch = streams.catch
+    catch = capture.catch
 
     def shifted(*args):
         caught = catch(*args)
@@ -116,7 +117,7 @@ def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_mode
             kwargs["position_embeddings"] = tuple(t.roll(1, dims=1) for t in kwargs["position_embeddings"])
         return caught
 
-    monkeypatch.setattr(streams, "catch", shifted)
+    monkeypatch.setattr(capture, "catch", shifted)
     with pytest.raises(QuantizeError, match=r"replaying model.language_model.layers.0 differs"):
         quantize(str(demo_model), tmp_path / "out", calibration, Settings())
     assert not list(tmp_path.iterdir())
@@ -215,7 +216,7 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
     for sample in samples:
         full, kwargs, full_behind = inputs_of_layer_1(original, sample)
         found, _, found_behind = inputs_of_layer_1(twin, sample)
-        streams = [streams.Stream(hidden, [((), kwargs)]) for hidden in (full, found)]
+        streams = [Stream(hidden, [((), kwargs)]) for hidden in (full, found)]
         norms.append(gradient_norms(layer, 0, FAMILIES["qwen2_vl"], *streams, linears))
         attention = [layer.input_layernorm(hidden)[0] for hidden in (found, full)]
         batches.append(dict(zip(linears, (attention, (found_behind, full_behind)), strict=True)))

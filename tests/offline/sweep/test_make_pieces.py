@@ -12,7 +12,7 @@ from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, MSE
-from vlmq_vllm.offline.model import streams
+from vlmq_vllm.offline.model import capture
 from vlmq_vllm.offline.settings.sweep import STUDIED, StudySettings
 from vlmq_vllm.offline.sweep import make_pieces as making
 
@@ -64,7 +64,7 @@ def test_moments_are_collected_once_for_all_widths(given, tmp_path, monkeypatch)
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_model_that_cannot_be_run_layer_by_layer_is_refused(given, tmp_path, monkeypatch, method):
     """Its streams forget what the tower adds behind the first decoder layers."""
-    catch = streams.catch
+    catch = capture.catch
 
     def forgetful(source, stack, batch, device):
         found = catch(source, stack, batch, device)
@@ -72,7 +72,7 @@ def test_a_model_that_cannot_be_run_layer_by_layer_is_refused(given, tmp_path, m
             found.terms.clear()
         return found
 
-    monkeypatch.setattr(streams, "catch", forgetful)
+    monkeypatch.setattr(capture, "catch", forgetful)
     with pytest.raises(QuantizeError, match=r"language_model.layers.1 differs from the model's own forward"):
         make_pieces(given, settings((method,)), tmp_path / "pieces", DECODER)
     assert not (tmp_path / "pieces").exists()

@@ -81,7 +81,7 @@ def test_launches_of_the_gpu_kernels(monkeypatch, formats, parts):
     layer = qkv_layer(config_of(weights))
     dense = load_qkv(layer, weights)
     check(finish(layer), dense, torch.randn(256, dtype=torch.bfloat16))
-    assert [len(step.parts) for step in layer.vlmq_launches] == parts
+    assert [len(step.weights) for step in layer.vlmq_launches] == parts
     assert [step.kind for step in layer.vlmq_launches] == ["triton" if count else "dense" for count in parts]
 
 

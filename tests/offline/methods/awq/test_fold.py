@@ -18,10 +18,11 @@ from vlmq_vllm.offline.methods.awq.scalable import Scalable, find_scalable
 from vlmq_vllm.offline.methods.awq.search import RATIOS, scales_of
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import MINMAX
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.groups import find_stages, inspected
 from vlmq_vllm.offline.model.layers import holding, is_clipped, linears_of, weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, capture
+from vlmq_vllm.offline.model.streams import Stream
 
 # By group: what is divided for it, and the offset of the norm's weight. Rows that differ from DENSE are in the table.
 DENSE = {

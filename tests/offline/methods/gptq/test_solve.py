@@ -116,7 +116,8 @@ def test_the_residual_brings_outputs_nearer_to_the_full_precision_ones():
 
 def test_aligned_rounds_the_least_squares_weight():
     """The target of base "aligned" is the minimiser of |Q x - W f|^2, found here by float64 least squares on tokens."""
-    weight, full, lam = torch.randn(32, 96), correlated(3000, 96), torch.rand(3000)
+    # a row that meets a value between two codes goes on with other errors: many rows, so that one hardly counts
+    weight, full, lam = torch.randn(256, 96), correlated(3000, 96), torch.rand(3000)
     inputs = full + 0.3 * correlated(3000, 96)
     collected = Moments(96, "cpu", residual=True)
     collected.add(inputs, lam, full)

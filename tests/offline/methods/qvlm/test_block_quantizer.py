@@ -10,11 +10,11 @@ from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockWalk
+from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockQuantizer
 from vlmq_vllm.offline.methods.qvlm.blocks import mean_square
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture
 
 FORMAT = WeightFormat(3, 64, False)
 CPU = torch.device("cpu")
@@ -33,16 +33,18 @@ def streams(demo_model, calibration):
 def begin(demo_model, streams):
     """A walk at its beginning, of a source of its own; with a threshold of 0 every run of neighbours is a block."""
 
-    def start(depth=3, threshold=0.0, formats=lambda name: FORMAT, **options) -> BlockWalk:
+    def start(depth=3, threshold=0.0, formats=lambda name: FORMAT, **options) -> BlockQuantizer:
         source = Source(demo_model)
         names = [f"{source.family.layers}.{i}" for i in range(len(source.layers()))]
         both = [[replace(stream) for stream in streams] for _ in range(2)]
-        return BlockWalk(source, names, formats, CPU, Ranks(CPU), *both, depth=depth, threshold=threshold, **options)
+        return BlockQuantizer(
+            source, names, formats, CPU, Ranks(CPU), *both, depth=depth, threshold=threshold, **options
+        )
 
     return start
 
 
-def walked(walk: BlockWalk) -> list[dict[str, torch.Tensor]]:
+def walked(walk: BlockQuantizer) -> list[dict[str, torch.Tensor]]:
     """The tensors of all layers."""
     last = len(walk.names) - 1
     return [walk.layer(name, i, i == last)[0] for i, name in enumerate(walk.names)]
@@ -62,7 +64,7 @@ def served(tensors: dict[str, torch.Tensor], format=FORMAT):
 
 
 @torch.no_grad()
-def error_after(walk: BlockWalk, streams, tensors, last: int) -> float:
+def error_after(walk: BlockQuantizer, streams, tensors, last: int) -> float:
     """Mean squared error after layer `last` with the written weights, run anew from the streams."""
     source, read = walk.source, served(tensors)
     quantized, full = [[replace(stream) for stream in streams] for _ in range(2)]

@@ -19,12 +19,13 @@ from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Hyperparameters, clip
 from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
 from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint_table
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
-from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerWalk
+from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
 from vlmq_vllm.offline.methods.saliency import answer_loss
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import capture, hidden_of
+from vlmq_vllm.offline.model.streams import hidden_of
 
 CPU = torch.device("cpu")
 FORMAT = WeightFormat(3, -1, False)
@@ -234,10 +235,10 @@ def test_a_batch_without_a_picture_teaches_nothing(source, data):
 
 
 def test_a_towers_walk_writes_what_was_learnt(source, data):
-    walk = TowerWalk(
+    walk = TowerQuantizer(
         source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
     )
-    again = TowerWalk(
+    again = TowerQuantizer(
         source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
     )
     for index, name in enumerate(names(source)):

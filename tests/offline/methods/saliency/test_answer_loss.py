@@ -11,13 +11,23 @@ from transformers import AutoModelForImageTextToText
 from family_models import FAMILIES, VIDEO
 from family_samples import CPU, make_samples, streams_of
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.answer_labels import answer_labels, count_labels
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import prepare
 from vlmq_vllm.offline.data.read import read_all
-from vlmq_vllm.offline.data.token_kinds import ANSWER, OTHER, VISION, count_kinds, token_kinds, vision_ids
+from vlmq_vllm.offline.data.token_kinds import (
+    ANSWER,
+    OTHER,
+    VISION,
+    answer_labels,
+    count_kinds,
+    count_labels,
+    token_kinds,
+    vision_ids,
+)
 from vlmq_vllm.offline.methods.saliency.answer_loss import backward
-from vlmq_vllm.offline.model.streams import Stream, capture, removing
+from vlmq_vllm.offline.model.capture import capture
+from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model.streams import Stream
 
 NAMES = ("self_attn.o_proj", "mlp.down_proj", "self_attn")
 

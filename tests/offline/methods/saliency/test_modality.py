@@ -9,9 +9,9 @@ from transformers import AutoModelForImageTextToText
 from family_samples import CPU, make_samples, streams_of
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.token_kinds import ANSWER, OTHER, VISION
-from vlmq_vllm.offline.methods.saliency.modality import Modality, modality_ratios
+from vlmq_vllm.offline.methods.saliency.modality import ModalityWeights, modality_ratios
+from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import linears_of
-from vlmq_vllm.offline.model.streams import removing
 
 LAST = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
@@ -79,7 +79,7 @@ def test_weights(made):
     source, samples, streams = made
     _, kinds = parts(samples)
     ratios = [{"attention": 0.25 + i, "mlp": 0.5 + i} for i in range(3)]
-    weigh = Modality(source.family, ratios, kinds)
+    weigh = ModalityWeights(source.family, ratios, kinds)
     layer = source.layers()[1]
     weights, notes = weigh(layer, 1, [], streams, None)
     assert notes == dict.fromkeys(linears_of(layer), "modality") and weights.keys() == notes.keys()
@@ -102,7 +102,7 @@ def test_a_mixture_is_judged_behind_all_its_experts(tmp_path):
     middle = statistics.median(raw)
     assert [ratio["mlp"] for ratio in ratios] == pytest.approx([max(middle, r) for r in raw], rel=1e-4)
     layer = source.layers()[1]
-    weights, notes = Modality(source.family, ratios, parts(samples)[1])(layer, 1, [], streams, None)
+    weights, notes = ModalityWeights(source.family, ratios, parts(samples)[1])(layer, 1, [], streams, None)
     assert weights.keys() == {f"self_attn.{part}_proj" for part in "qkvo"}
     assert sorted(set(notes.values())) == ["equal", "modality"] and len(notes) == 4 + 18
 

@@ -17,7 +17,7 @@ from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
     input_of,
     integrated_gradients,
 )
-from vlmq_vllm.offline.methods.saliency.qig import Integrated, token_weights
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights, token_weights
 from vlmq_vllm.offline.model.groups import find_stages, inspected
 from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
 from vlmq_vllm.offline.model.layers import holding, linears_of, weights_of
@@ -120,7 +120,7 @@ def test_a_layers_groups_share_a_list_each(opened):
         with holding(layer, rounded):
             yield
 
-    weights, notes = Integrated(Ranks(CPU), steps=3)(layer, 1, full, quantized, rounding)
+    weights, notes = QIGWeights(Ranks(CPU), steps=3)(layer, 1, full, quantized, rounding)
     assert len(entered) == 1  # rounding a layer is not cheap
     assert all(layer.get_submodule(name).weight is weight for name, weight in before.items())
     assert notes == dict.fromkeys(linears_of(layer), "saliency") and weights.keys() == notes.keys()
@@ -157,7 +157,7 @@ def test_weights_do_not_depend_on_the_batch(opened):
         key: tuple(map(doubled, value)) if isinstance(value, tuple) else doubled(value) for key, value in kwargs.items()
     }
     both = Stream(torch.cat([one.hidden, other.hidden]), [((), {}), ((), kwargs)])
-    weigh = Integrated(Ranks(CPU), steps=4)
+    weigh = QIGWeights(Ranks(CPU), steps=4)
     rounding = functools.partial(holding, layer, coarse(layer))
     together, _ = weigh(layer, 1, full[:1], [both], rounding)
     alone, _ = weigh(layer, 1, full[:1] * 2, [one, other], rounding)
@@ -172,7 +172,7 @@ def test_activations_are_rounded_on_a_path_from_the_quantised_input(opened):
     """
     layer, full, quantized = opened("qwen2_vl")
     rounded = coarse(layer)
-    weigh = Integrated(Ranks(CPU), coarse_tokens, steps=4)
+    weigh = QIGWeights(Ranks(CPU), coarse_tokens, steps=4)
     weights, notes = weigh(layer, 1, full, quantized, functools.partial(holding, layer, rounded))
     assert set(notes.values()) == {"saliency"}
     down = layer.mlp.down_proj
@@ -215,7 +215,7 @@ def test_linears_that_are_not_rounded_have_no_signal(opened):
     """Some stay at 16 bits: what their module does alike has no error, and their inputs are not rounded."""
     layer, full, quantized = opened("qwen2_vl")
     rounded = {name: weight for name, weight in coarse(layer).items() if name.startswith("mlp.")}
-    weigh = Integrated(Ranks(CPU), steps=2)
+    weigh = QIGWeights(Ranks(CPU), steps=2)
     weights, notes = weigh(layer, 1, full, quantized, functools.partial(holding, layer, rounded))
     assert weights.keys() == set(rounded)
     assert {name for name, note in notes.items() if note == "no signal"} == set(linears_of(layer)) - set(rounded)
@@ -226,7 +226,7 @@ def test_experts_count_tokens_alike(made):
     layer = source.materialise(f"{source.family.layers}.1", CPU)
     streams = streams_of(source, samples[:1])
     rounding = functools.partial(holding, layer, coarse(layer))
-    weights, notes = Integrated(Ranks(CPU), steps=2)(layer, 1, streams, streams, rounding)
+    weights, notes = QIGWeights(Ranks(CPU), steps=2)(layer, 1, streams, streams, rounding)
     source.release(f"{source.family.layers}.1")
     assert weights.keys() == {f"self_attn.{part}_proj" for part in "qkvo"}
     experts = [name for name, note in notes.items() if note == "equal"]

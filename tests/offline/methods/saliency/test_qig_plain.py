@@ -12,13 +12,14 @@ from family_samples import CPU, make_samples, streams_of
 from vlmq_vllm.offline.data.calibration import read_samples
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.saliency.qig import Integrated
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights
+from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import holding, weights_of
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, capture
+from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import find_targets, find_units
-from vlmq_vllm.offline.run.begin import Walks
+from vlmq_vllm.offline.run.begin import Quantizers
 from vlmq_vllm.offline.settings.quantize import Settings
 
 PARTS = {"mlp.down_proj": "mlp.down_proj", "self_attn.k_proj": "self_attn", "mlp.gate_proj": "mlp"}
@@ -64,7 +65,7 @@ def test_weights_of_a_linear_alone_have_a_closed_form(linear, together, prepared
         double = torch.cat([streams[0].hidden, streams[0].hidden.flip(2)])
         kwargs = streams[0].calls[1][1]
         streams = [Stream(double, [((), {}), ((), kwargs)]), *streams[1:]]
-    weights, _ = Integrated(Ranks(CPU))(layer, 1, [], streams, functools.partial(holding, layer, rounded))
+    weights, _ = QIGWeights(Ranks(CPU))(layer, 1, [], streams, functools.partial(holding, layer, rounded))
     delta = (layer.get_submodule(linear).weight - rounded[linear]).double().numpy()
     gradients, lengths = [], []
     for stream in streams:
@@ -101,7 +102,7 @@ def test_rounded_activations_against_plain_autograd(linear, prepared):
     """Every linear of the inspected module rounds, on every point of the path, and the gradient goes through."""
     layer, rounded, full = prepared
     quantized = [Stream(s.hidden + 0.05 * torch.randn_like(s.hidden), s.calls) for s in full]
-    weigh = Integrated(Ranks(CPU), coarse_tokens, steps=4)
+    weigh = QIGWeights(Ranks(CPU), coarse_tokens, steps=4)
     weights, _ = weigh(layer, 1, full, quantized, functools.partial(holding, layer, rounded))
     name, gradients = PARTS[linear], []
     original, other = layer.get_submodule(name), rounding_copy(layer, name, rounded)
@@ -130,7 +131,7 @@ def test_a_run_takes_32_midpoints(method, demo_model, calibration):
     units = find_units(source, settings)
     formats = {target.name: target.format for target in find_targets(source, settings, units)}
     stack = source.family.layers
-    walk = Walks(source, settings, formats, CPU, Ranks(CPU), samples).begin("language", stack, units, False)
+    walk = Quantizers(source, settings, formats, CPU, Ranks(CPU), samples).begin("language", stack, units, False)
     layer = source.materialise(f"{stack}.0", CPU)
     rounded = {name: (weight * 64).round() / 64 for name, weight in weights_of(layer).items()}
     (stream,) = streams = capture(source, stack, samples.batches, CPU)

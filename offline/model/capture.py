@@ -1,0 +1,132 @@
+"""Catches the inputs of a stack of layers from the model's own forward pass, and proves that replaying them is exact.
+
+What every layer is called with (hidden states of the first, positions, masks, and what the model adds between layers,
+as DeepStack does) is caught, never rebuilt: while inputs are captured the layers are replaced by stubs that take down
+their arguments and answer with zeros, so that whatever reaches the next one is what the model itself adds.
+`check_replay` proves on one batch that layer after layer on these inputs is what the real forward gives.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import torch
+
+from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.streams import Stop, Stream, hidden_of
+
+CACHE = ("past_key_values", "use_cache")
+
+
+@torch.no_grad()
+def capture(
+    source: Source,
+    stack: str,
+    batches: Iterable[dict],
+    device: torch.device,
+    quantized: bool = False,
+    rounded: frozenset[torch.nn.Module] = frozenset(),
+) -> list[Stream | None]:
+    """The streams of `batches` at the first layer of the ModuleList `stack` (or at a single module, a connector); None
+    for a batch that does not reach it.
+
+    quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
+    Stream, on the way to the stack as well.
+    """
+    with source.front(device, quantized), rounding_inputs(rounded):
+        found = [catch(source, stack, batch, device) for batch in batches]
+    return [stream and replace(stream, rounded=rounded) for stream in found]
+
+
+@torch.no_grad()
+def check_replay(source: Source, batch: dict, device: torch.device) -> None:
+    """Compare the streamed decoder with the model's own forward on one batch; raises at the first layer that differs.
+
+    Both run in float32 on the same kernels, so that 1e-4 of the layer's largest value is far above rounding.
+    """
+    with source.front(device):
+        stream = catch(source, source.family.layers, batch, device)
+        layers = source.layers()
+        number = {layer: i for i, layer in enumerate(layers)}
+
+        def load(layer, args):
+            name = f"{source.family.layers}.{number[layer]}"
+            source.materialise(name, device)
+            hidden = args[0] if args else None
+            if hidden is not None:
+                _compare(f"what reaches {name}", stream.hidden, hidden)
+
+        def compare(layer, args, out):
+            index = number[layer]
+            args, kwargs = stream.calls[index]
+            replayed = hidden_of(layer.forward(stream.hidden, *args, **kwargs))  # past the hooks, that is this one
+            stream.hidden = replayed + stream.terms.get(index, 0)
+            name = f"{source.family.layers}.{index}"
+            source.release(name)
+            _compare(name, replayed, hidden_of(out))
+            if layer is layers[-1]:
+                raise Stop
+
+        handles = [layer.register_forward_pre_hook(load) for layer in layers]
+        handles += [layer.register_forward_hook(compare) for layer in layers]
+        with suppress(Stop), removing(handles):
+            source.model(**_to(batch, device), use_cache=False)
+
+
+def _compare(name: str, replayed: torch.Tensor, real: torch.Tensor) -> None:
+    error = float((replayed - real).abs().max() / real.abs().max())
+    if not error < 1e-4:
+        raise QuantizeError(
+            f"replaying {name} differs from the model's own forward by {error:.1e} of its largest value; "
+            "this model passes something between its layers that vlmq does not know: please report it"
+        )
+
+
+def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stream | None:
+    """Run the model with stubs in the place of `stack`'s layers; it stops where the decoder has been seen."""
+    found: list[Stream] = []
+    layers = source.model.get_submodule(stack)
+    layers = list(layers) if isinstance(layers, torch.nn.ModuleList) else [layers]
+    last = None if stack == source.family.blocks else layers[-1]
+
+    def stub(index, layer):
+        def forward(*args, **kwargs):
+            hidden, *rest = args or (kwargs.pop("hidden_states"),)
+            call = (tuple(rest), {name: value for name, value in kwargs.items() if name not in CACHE})
+            if not found:
+                found.append(Stream(hidden, []))
+            elif hidden.any():
+                found[0].terms[index - 1] = hidden
+            found[0].calls.append(call)
+            if layer is last:
+                raise Stop
+            return torch.zeros_like(hidden)
+
+        return forward
+
+    def stop(module, args):
+        raise Stop
+
+    at_decoder = stack == source.family.layers
+    handles = [] if at_decoder else [source.layers()[0].register_forward_pre_hook(stop)]
+    with suppress(Stop), removing(handles), _replaced({layer: stub(i, layer) for i, layer in enumerate(layers)}):
+        source.model(**_to(batch, device), use_cache=False)
+    return found[0] if found else None
+
+
+@contextmanager
+def _replaced(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Other forward functions for these modules."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+
+
+def _to(batch: dict, device: torch.device) -> dict:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
