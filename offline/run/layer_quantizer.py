@@ -16,7 +16,7 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
-from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
+from vlmq_vllm.offline.methods.gptq.problem import Problem, collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
@@ -63,14 +63,14 @@ class LayerQuantizer:
         if self.weigh and self._linears(layer, name):
             streams = self.full, self.quantized
             weights, tokens = self.weigh(layer, index, *streams, lambda: holding(layer, self._all_rounded(layer, name)))
-        stages = self._stages(layer, index, name)
+        stages = self.stages(layer, index, name)
         tensors: dict[str, torch.Tensor] = {}
         rows = []
         if self.scale:
             ratios, tensors = self._scaled(layer, index, name, stages, weights)
             weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
         for stage in stages:
-            for linear, solution in self._solve(layer, index, name, stage, weights, originals):
+            for linear, solution in self.solve(layer, index, name, stage, weights, originals):
                 module = self.source.module_in_files(_full(name, linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
@@ -100,7 +100,7 @@ class LayerQuantizer:
         for stream in self.quantized if self.settings.sequential else []:
             stream.hidden = stream.run(layer, index)
 
-    def _stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
+    def stages(self, layer: torch.nn.Module, index: int, name: str) -> list[list[Group]]:
         """The stages of the layer, of linears that are quantised; without data every linear is one."""
         own = self._linears(layer, name)
         if not (self.settings.row.solves and own):
@@ -138,19 +138,24 @@ class LayerQuantizer:
             tensors[self.source.places[full].tensor] = self.source.restored(full, value)
         return found.ratios, tensors
 
-    def _solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
+    def solve(self, layer, index, name, stage, weights, originals) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         if not self.settings.row.solves:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._rounded(layer, name, linear), None, None, 0))
             return
-        format_of, dtype_of = functools.partial(self._format, name), functools.partial(self._dtype, name)
-        problems = find_problems(layer, stage, weights, self._base(stage), format_of, dtype_of, self.device)
-        collect(problems, layer, index, self.quantized, self.full, originals)
+        problems = self.problems(layer, index, name, stage, weights, originals)
         solutions = solve_all(problems, layer, self.solver, self.ranks)
         for problem, solution in zip(problems, solutions, strict=True):
             for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
                 yield self._placed(layer, linear, part)
+
+    def problems(self, layer, index, name, stage, weights, originals) -> list[Problem]:
+        """The problems of a stage, with the Hessians of their inputs."""
+        format_of, dtype_of = functools.partial(self._format, name), functools.partial(self._dtype, name)
+        problems = find_problems(layer, stage, weights, self._base(stage), format_of, dtype_of, self.device)
+        collect(problems, layer, index, self.quantized, self.full, originals)
+        return problems
 
     def _base(self, stage: list[Group]) -> str:
         """The two streams send different tokens to an expert: there is no residual between them."""

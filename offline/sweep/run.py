@@ -19,8 +19,7 @@ from vlmq_vllm.offline.data.read import check_exists
 from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.settings.compare import CompareSettings
-from vlmq_vllm.offline.settings.methods import METHODS
-from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
 from vlmq_vllm.offline.sweep.designs import Widths, find_design
 from vlmq_vllm.offline.sweep.forest import check_forest
 from vlmq_vllm.offline.sweep.held_out import read
@@ -64,9 +63,8 @@ def sweep(
         check_solver()
     if find_spec("matplotlib") is None:
         say('matplotlib is not installed (pip install ".[sweep]"): pareto.png is left out')
-    uncalibrated = [name for name, row in METHODS.items() if not row.calibrated]
-    if calibration is None and not set(settings.methods) <= set(uncalibrated):
-        named = " and ".join(uncalibrated)
+    if calibration is None and set(settings.methods) - set(UNCALIBRATED):
+        named = " and ".join(UNCALIBRATED)
         raise QuantizeError(f"methods other than {named} need calibration data; give --calibration FILE.jsonl")
     for source in filter(None, (data, calibration)):
         check_exists(source)
