@@ -28,7 +28,7 @@ from data import write
 from evaluate import answer, embed, load
 from pictures import Picture, ask
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
-from vlmq_vllm.offline.plan.plan import plan
+from vlmq_vllm.offline.plan.make import make_plan
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.offline.settings.recipe import read_recipe
@@ -178,7 +178,7 @@ def main() -> None:
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
     if args.recipe:
         extra |= widths(args.recipe)
-        args.bits = [round(plan(str(MODEL), Settings(**extra)).bits_per_weight, 3)]
+        args.bits = [round(make_plan(str(MODEL), Settings(**extra)).bits_per_weight, 3)]
     judge = Judge(args.questions)
 
     def options(bits: int, name: str, seed: int) -> dict:

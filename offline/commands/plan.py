@@ -23,10 +23,10 @@ def plan(
     from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
 
     chosen = settings_from(read_recipe(recipe) if recipe else {}, given(context))
-    from vlmq_vllm.offline.plan.plan import plan as make
+    from vlmq_vllm.offline.plan.make import make_plan
     from vlmq_vllm.offline.plan.show import show
 
-    found = make(model, chosen, default_device(device), tokens)
+    found = make_plan(model, chosen, default_device(device), tokens)
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:

@@ -1,4 +1,4 @@
-"""What a model is made of: every tensor of its files sorted by component, and what of it becomes quantised.
+"""Sorts every tensor of a model's files by component, and says what of it becomes quantised.
 
 Components are language, experts (the linears of the decoder's layers), vision, connector, embeddings, lm_head and
 "norms and other". Sizes come from the files' headers alone.
@@ -14,12 +14,12 @@ from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.targets import Target, stored_bytes
 
-COMPONENTS = ("language", "experts", "vision", "connector", "embeddings", "lm_head", "norms and other")
-OTHER = COMPONENTS[-1]
+COMPONENT_NAMES = ("language", "experts", "vision", "connector", "embeddings", "lm_head", "norms and other")
+OTHER = COMPONENT_NAMES[-1]
 
 
 @dataclass
-class Part:
+class Component:
     """The tensors of one component and dtype. `parameters` and `bytes` as the source stores them; `quantized` of the
     parameters become `packed_bits` bits together, scales and zero points included."""
 
@@ -37,27 +37,27 @@ class Part:
         return self.packed_bits / self.quantized if self.quantized else None
 
 
-def find_parts(source: Source, targets: Iterable[Target]) -> list[Part]:
-    """The parts in the order of COMPONENTS; a tensor that the model does not use counts as other."""
+def find_components(source: Source, targets: Iterable[Target]) -> list[Component]:
+    """The components in the order of COMPONENT_NAMES; a tensor that the model does not use counts as other."""
     names: dict[str, str] = {}
     for name, place in source.places.items():
         names.setdefault(place.tensor, name)
     tensor_of = {target.name: source.places[f"{target.name}.weight"].tensor for target in targets}
     linears = {name for name, module in source.model.named_modules() if isinstance(module, torch.nn.Linear)}
     component_of = {tensor: _component(source, names.get(tensor, ""), linears) for tensor in source.headers}
-    parts: dict[tuple[str, str], Part] = {}
+    found: dict[tuple[str, str], Component] = {}
     for tensor, info in source.headers.items():
         key = (component_of[tensor], info.dtype)
-        part = parts.setdefault(key, Part(*key))
+        part = found.setdefault(key, Component(*key))
         part.tensors += 1
         part.parameters += math.prod(info.shape)
         part.bytes += stored_bytes(source, tensor)
     for target in targets:
         tensor = tensor_of[target.name]
-        part = parts[component_of[tensor], source.headers[tensor].dtype]
+        part = found[component_of[tensor], source.headers[tensor].dtype]
         part.quantized += target.rows * target.columns
         part.packed_bits += target.packed_bits
-    return sorted(parts.values(), key=lambda part: (COMPONENTS.index(part.component), part.dtype))
+    return sorted(found.values(), key=lambda part: (COMPONENT_NAMES.index(part.component), part.dtype))
 
 
 def _component(source: Source, name: str, linears: set[str]) -> str:

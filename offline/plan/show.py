@@ -1,11 +1,11 @@
-"""A plan as tables for the terminal."""
+"""Prints a plan as tables for the terminal."""
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from vlmq_vllm.offline.plan.memory.memory import LIBRARIES
-from vlmq_vllm.offline.plan.plan import Plan
+from vlmq_vllm.offline.plan.make import Plan
+from vlmq_vllm.offline.plan.memory import LIBRARIES
 from vlmq_vllm.offline.plan.tensor_parallel import SIZES
 
 
@@ -63,9 +63,10 @@ def _sizes(plan: Plan) -> Table:
     if plan.load.samples:
         tokens = f"{plan.load.samples} samples of at most {plan.load.tokens} tokens"
         table.add_row("calibration", f"{tokens}, all of them taken for vision tokens")
-    table.add_row("peak memory", f"{size(plan.peak_memory_bytes)} ({size(LIBRARIES)} of it libraries)")
+    most = "at most " if plan.peak_is_bound else ""
+    table.add_row("peak memory", f"{most}{size(plan.peak_memory_bytes)} ({size(LIBRARIES)} of it libraries)")
     if plan.peak_device_bytes is not None:
-        table.add_row("peak on the GPU", size(plan.peak_device_bytes))
+        table.add_row("peak on the GPU", f"{most}{size(plan.peak_device_bytes)}")
     largest = sorted((peak.host | peak.device).items(), key=lambda item: -item[1])
     terms = ", ".join(f"{name} {size(count)}" for name, count in largest if count)
     table.add_row("greatest phase", f"{peak.name}: {terms}")

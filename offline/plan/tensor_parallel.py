@@ -1,4 +1,4 @@
-"""What vLLM makes of each kind of linear: the layer that takes it, and which tensor-parallel sizes can cut it.
+"""Says for each kind of linear which layer of vLLM takes it, and which tensor-parallel sizes can cut it.
 
 A column-parallel layer is cut along O, which any format allows; query heads must divide, and key and value heads must
 divide or be shared. A row-parallel layer is cut along I, and `WeightFormat.part` says which cuts the plugin can
@@ -30,7 +30,7 @@ class Heads:
 
 
 @dataclass
-class Linear:
+class LinearKind:
     """Linears of one name pattern, weight [rows, columns] and format. cuts: tensor-parallel size -> why not, or None;
     fitting: for refused sizes the group sizes that would do. refused: why vLLM takes no packed weight here."""
 
@@ -46,22 +46,22 @@ class Linear:
     fitting: dict[int, list[int]] = field(default_factory=dict)
 
 
-def find_linears(source: Source, targets: list[Target]) -> list[Linear]:
+def find_linear_kinds(source: Source, targets: list[Target]) -> list[LinearKind]:
     """The distinct linears of a plan."""
     text = source.model.config.get_text_config()
     heads = Heads(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
-    found: dict[tuple, Linear] = {}
+    found: dict[tuple, LinearKind] = {}
     for target in targets:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", target.module)
         key = (pattern, target.component, target.rows, target.columns, target.format)
-        linear = found.setdefault(key, Linear(*key))
+        linear = found.setdefault(key, LinearKind(*key))
         linear.count += 1
         if linear.count == 1:
             _judge(linear, target, heads, source)
     return list(found.values())
 
 
-def _judge(linear: Linear, target: Target, heads: Heads, source: Source) -> None:
+def _judge(linear: LinearKind, target: Target, heads: Heads, source: Source) -> None:
     shape = (target.rows, target.columns)
     linear.refused = why_unserved(target.name, shape, source.config)
     leaf = leaf_of(target.name)

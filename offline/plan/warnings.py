@@ -1,16 +1,16 @@
-"""What a user should know before a run that is possible but may disappoint."""
+"""Warns of what is possible but may disappoint: layers that vLLM refuses, cuts, few tokens, large pictures."""
 
 import json
 
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.plan.memory.load import Load, expert_share, patches_per_token
-from vlmq_vllm.offline.plan.tensor_parallel import Linear
+from vlmq_vllm.offline.plan.sizes import Load, expert_share, patches_per_token
+from vlmq_vllm.offline.plan.tensor_parallel import LinearKind
 from vlmq_vllm.offline.settings.quantize import Settings
 
-ENOUGH = 4  # tokens per column: fewer leave second moments poorly known, which are inverted to compensate
+ENOUGH = 4  # tokens per column: fewer leave the Hessian poorly known, which is inverted to compensate
 
 
-def find_warnings(source: Source, settings: Settings, load: Load, linears: list[Linear]) -> list[str]:
+def find_warnings(source: Source, settings: Settings, load: Load, linears: list[LinearKind]) -> list[str]:
     """One line each."""
     found = [*_served(linears), *_cut(linears)]
     if settings.row.compensates:
@@ -20,11 +20,11 @@ def find_warnings(source: Source, settings: Settings, load: Load, linears: list[
     return found
 
 
-def _served(linears: list[Linear]) -> list[str]:
+def _served(linears: list[LinearKind]) -> list[str]:
     return [f"vLLM will not load {linear.pattern}: {linear.refused}" for linear in linears if linear.refused]
 
 
-def _cut(linears: list[Linear]) -> list[str]:
+def _cut(linears: list[LinearKind]) -> list[str]:
     """For each tensor-parallel size that some layer refuses: who, why, and the group sizes that would suit all."""
     lines = []
     for size in linears[0].cuts:
@@ -41,7 +41,7 @@ def _cut(linears: list[Linear]) -> list[str]:
     return lines
 
 
-def _tokens(source: Source, load: Load, linears: list[Linear]) -> list[str]:
+def _tokens(source: Source, load: Load, linears: list[LinearKind]) -> list[str]:
     """Too few tokens for the widest weight, among experts for the mean expert."""
     lines = []
     for expert in (False, True):

@@ -17,7 +17,7 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
-from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
+from vlmq_vllm.offline.methods.gptq.problem import Problem, collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
 from vlmq_vllm.offline.methods.solution import Row, Solution
@@ -37,7 +37,7 @@ from vlmq_vllm.offline.settings.quantize import Settings
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A layer while it is quantised: its place in the stack, its in-memory name, its full-precision parameters by their
     names in it, and those of its linears that are quantised."""
 
@@ -83,17 +83,17 @@ class LayerQuantizer:
 
         last: nothing comes after it, so that the streams need not move on.
         """
-        layer = self._load(name, index)
+        layer = self.load(name, index)
         token_weights, tokens = self._weighed(layer)
-        stages = self._stages(layer)
+        stages = self.stages(layer)
         ratios: dict[str, float | None] = {}
         tensors: dict[str, torch.Tensor] = {}
         rows = []
         if self.scale:
-            ratios, tensors = self._scaled(self.scale, layer, stages, token_weights)
+            ratios, tensors = self.scaled(self.scale, layer, stages, token_weights)
             token_weights = {}  # MBQ and QIG weight the search for scales, and not that for clipped ranges
         for stage in stages:
-            for linear, solution in self._solve(layer, stage, token_weights):
+            for linear, solution in self.solve(layer, stage, token_weights):
                 module = self.source.module_in_files(layer.full(linear))
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
@@ -109,18 +109,22 @@ class LayerQuantizer:
     def replay(self, name: str, index: int) -> None:
         """Move both streams past a layer that has been quantised before."""
         if self.quantized:
-            layer = self._load(name, index)
+            layer = self.load(name, index)
             for inner, value in self.source.written(name).items():
                 set_parameter(layer.module, inner, value.to(self.device, torch.float32))
             self._advance(layer)
             self.source.release(name)
 
-    def _load(self, name: str, index: int) -> _Layer:
-        module = self.source.materialise(name, self.device)
-        linears = [linear for linear in linears_of(module) if f"{name}.{linear}" in self.formats]
-        return _Layer(module, index, name, parameters_of(module), linears)
+    def load(self, name: str, index: int) -> Layer:
+        """Layer `index` (in-memory name `name`) with its weights, in float32."""
+        return self.layer_of(self.source.materialise(name, self.device), name, index)
 
-    def _weighed(self, layer: _Layer) -> tuple[Weights, dict[str, str]]:
+    def layer_of(self, module: torch.nn.Module, name: str, index: int) -> Layer:
+        """A layer that has been loaded."""
+        linears = [linear for linear in linears_of(module) if f"{name}.{linear}" in self.formats]
+        return Layer(module, index, name, parameters_of(module), linears)
+
+    def _weighed(self, layer: Layer) -> tuple[Weights, dict[str, str]]:
         """Token weights of the layer's linears, and what the report says of them; nothing where all tokens count
         alike."""
         if not (self.weigh and layer.linears):
@@ -131,14 +135,14 @@ class LayerQuantizer:
 
         return self.weigh(layer.module, layer.index, self.full, self.quantized, rounding)
 
-    def _advance(self, layer: _Layer) -> None:
+    def _advance(self, layer: Layer) -> None:
         with with_parameters(layer.module, layer.originals):
             for stream in self.full if self.settings.sequential else self.full + self.quantized:
                 stream.hidden = stream.run(layer.module, layer.index)
         for stream in self.quantized if self.settings.sequential else []:
             stream.hidden = stream.run(layer.module, layer.index)
 
-    def _stages(self, layer: _Layer) -> list[list[Group]]:
+    def stages(self, layer: Layer) -> list[list[Group]]:
         """The stages of the layer, of linears that are quantised; without data every linear is one."""
         own = layer.linears
         if not (self.settings.row.solves and own):
@@ -152,8 +156,8 @@ class LayerQuantizer:
         groups = ([tuple(linear for linear in group if linear in own) for group in stage] for stage in found)
         return [kept for stage in groups if (kept := [group for group in stage if group])]
 
-    def _scaled(
-        self, scale: Scaling, layer: _Layer, stages: list[list[Group]], token_weights: Weights
+    def scaled(
+        self, scale: Scaling, layer: Layer, stages: list[list[Group]], token_weights: Weights
     ) -> tuple[dict[str, float | None], dict[str, torch.Tensor]]:
         """Scale the layer's channels: exponents by linear, and what else of it has changed, by its name in the files.
 
@@ -175,12 +179,20 @@ class LayerQuantizer:
             tensors[self.source.places[full].tensor] = self.source.restored(full, value)
         return found.ratios, tensors
 
-    def _solve(self, layer: _Layer, stage: list[Group], token_weights: Weights) -> Iterator[tuple[str, Solution]]:
+    def solve(self, layer: Layer, stage: list[Group], token_weights: Weights) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         if not self.settings.row.solves:
             for (linear,) in stage:
                 yield self._placed(layer, linear, Solution(self._nearest(layer, linear), None, None, 0))
             return
+        problems = self.problems(layer, stage, token_weights)
+        solutions = solve_all(problems, layer.module, self.solver, self.ranks)
+        for problem, solution in zip(problems, solutions, strict=True):
+            for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
+                yield self._placed(layer, linear, part)
+
+    def problems(self, layer: Layer, stage: list[Group], token_weights: Weights) -> list[Problem]:
+        """The problems of a stage, with the Hessians of their inputs."""
         problems = find_problems(
             layer.module,
             stage,
@@ -191,25 +203,22 @@ class LayerQuantizer:
             self.device,
         )
         collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
-        solutions = solve_all(problems, layer.module, self.solver, self.ranks)
-        for problem, solution in zip(problems, solutions, strict=True):
-            for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
-                yield self._placed(layer, linear, part)
+        return problems
 
     def _base(self, stage: list[Group]) -> str:
         """The two streams send different tokens to an expert: there is no residual between them."""
         return self.settings.base if len(stage) == 1 and self.settings.residual else "gptq"
 
-    def _placed(self, layer: _Layer, linear: str, solution: Solution) -> tuple[str, Solution]:
+    def _placed(self, layer: Layer, linear: str, solution: Solution) -> tuple[str, Solution]:
         if self.settings.sequential:
             put(layer.module, linear, solution.weight.served())
         return linear, solution
 
-    def _dtype(self, layer: _Layer, linear: str) -> torch.dtype:
+    def _dtype(self, layer: Layer, linear: str) -> torch.dtype:
         """Of the weight in the source, which the scales get."""
         return self.source.stored_dtype(f"{layer.full(linear)}.weight")
 
-    def _nearest(self, layer: _Layer, linear: str) -> QuantizedWeight:
+    def _nearest(self, layer: Layer, linear: str) -> QuantizedWeight:
         """A linear's weight rounded to nearest."""
         weight, format = linear_of(layer.module, linear).weight, self.formats[layer.full(linear)]
         return round_to_nearest(weight, format, self._dtype(layer, linear), grid_of(self.settings))

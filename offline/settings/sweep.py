@@ -10,6 +10,7 @@ from vlmq_vllm.offline.settings.option import check_options, option
 from vlmq_vllm.offline.settings.quantize import BITS, COMPONENTS, GRID_POINTS, GROUPS, KEPT, Settings
 
 STUDIED = tuple(name for name, row in METHODS.items() if row.studied)
+UNCALIBRATED = tuple(name for name in STUDIED if not METHODS[name].calibrated)
 BY = ("component", "third", "kind", "layer", "module")
 DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,8 +1,8 @@
-"""What makes a study this study: what decides its numbers, and by which options a run differs that would go on with it.
+"""Tells whether a run may go on with a study: compares what decides its numbers, and names the options that differ.
 
-identity.json holds what decides, much of it as digests, and under "asked" the options behind it, which only make
-messages. Which widths, methods, parts and configurations there are decides nothing: each is a row of its own.
-Calibration decides nothing as long as there is none: a study of method "rtn" may get it later.
+identity.json holds what decides, much of it as digests, and under "asked" the options that it comes from, which only
+make messages. Which widths, methods, parts and configurations there are decides nothing: each is a row of its own.
+Calibration decides nothing as long as there is none: a study of methods that need none may get it later.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.run.resume import identity
+from vlmq_vllm.offline.settings.methods import METHODS
 from vlmq_vllm.offline.settings.quantize import BITS
-from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.settings.sweep import STUDIED, StudySettings
 
 LATER = ("calibration", "max_pixels")  # what calibration adds; None without
 # Which options decide an entry; others are decided by the option of their name, or by none.
@@ -38,7 +39,8 @@ def identify(
 ) -> dict:
     """The identity of a study. taught, asked: fingerprints of the calibration and the held-out chats. places: "model",
     "data" and "calibration" as they were given."""
-    base = settings.of("gptq", max(BITS))  # one width for all studies, that takes every group size
+    method = next(name for name in STUDIED if METHODS[name].compensates)
+    base = settings.of(method, max(BITS))  # one for all studies, of a width that takes every group size
     found = identity(source, base, taught, device, Ranks(device))
     options = ("seed", "samples", "calibration_samples", "group_size", "symmetric", "max_tokens", "max_pixels", "dtype")
     calibrated = places["calibration"] is not None

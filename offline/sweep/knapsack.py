@@ -1,19 +1,25 @@
-"""Widths for modules that cost least damage within a number of bits: a knapsack with one choice per module.
+"""Chooses widths for modules that cost least damage within a number of bits: a knapsack with one choice per module.
 
     minimise sum_m rise_m(w_m)    with    sum_m bits_m(w_m) <= budget
 
 rise_m(w): damage with module m alone at width w (nats). That the damages add up is an assumption: the mixture found is
 to be measured. Measured rises are noisy, so a wider width may look worse; they are made isotonic first (`isotonic`).
-The minimum is exact: partial choices are kept in order of their bits as far as none with fewer bits is as good, and as
-far as the convex relaxation of the rest lets them still beat the best whole choice known, which the greedy walk along
-the convex hulls gives.
+The minimum is found by SciPy's mixed-integer solver (HiGHS).
 """
 
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 
-from vlmq_vllm.errors import RefusedError
+from vlmq_vllm.errors import QuantizeError, RefusedError
+
+SCALE = 1e5  # the greatest rise for the solver, which stops within 1e-6 of the minimum
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,14 @@ class Choice:
     width: int
     bits: int
     rise: float
+
+
+def check_solver() -> None:
+    """Raises QuantizeError when SciPy is missing."""
+    if find_spec("scipy") is None:
+        raise QuantizeError(
+            'a budget needs SciPy, which is not installed; pip install ".[sweep]", or leave out --budget'
+        )
 
 
 def isotonic(rises: dict[int, float]) -> dict[int, float]:
@@ -39,75 +53,53 @@ def isotonic(rises: dict[int, float]) -> dict[int, float]:
 
 
 def allocate(modules: list[list[Choice]], budget: float) -> list[Choice]:
-    """One choice per module with the least sum of rises within `budget` bits; of equal ones the smallest.
+    """One choice per module with the least sum of rises within `budget` bits; of a module's equal ones the smallest.
 
     Raises RefusedError for a budget below the smallest choices.
     """
     least = sum(min(choice.bits for choice in choices) for choices in modules)
     if budget < least:
         raise RefusedError(f"a budget of {budget:.0f} bits is below the least that is possible, {least}")
-    hulls = [_hull(choices) for choices in modules]
-    best = _greedy(hulls, budget)
-    slack = 1e-12 * (1 + best)
-    bits, rises = np.zeros(1, dtype=np.int64), np.zeros(1)
-    steps: list[tuple[np.ndarray, np.ndarray]] = []  # of each state kept: the state before it, the choice
-    for number, choices in enumerate(modules):
-        count = len(bits)
-        before = np.tile(np.arange(count), len(choices))
-        chosen = np.repeat(np.arange(len(choices)), count)
-        bits = np.concatenate([bits + choice.bits for choice in choices])
-        rises = np.concatenate([rises + choice.rise for choice in choices])
-        bound = _relaxed(hulls[number + 1 :], budget - bits)
-        kept = np.flatnonzero(rises + bound <= best + slack)
-        kept = kept[np.lexsort((rises[kept], bits[kept]))]
-        earlier = np.minimum.accumulate(np.concatenate([[np.inf], rises[kept][:-1]]))
-        kept = kept[rises[kept] < earlier]
-        bits, rises = bits[kept], rises[kept]
-        steps.append((before[kept], chosen[kept]))
-    state, found = int(np.argmin(rises)), []
-    for choices, (before, chosen) in zip(reversed(modules), reversed(steps), strict=True):
-        found.append(choices[chosen[state]])
-        state = before[state]
-    return found[::-1]
+    limit = budget
+    while True:
+        found = _solved(modules, limit)
+        over = sum(choice.bits for choice in found) - budget
+        if over <= 0:
+            return found
+        limit -= over  # the solver's tolerance is a part of the budget, which may be more than a bit
 
 
-def _hull(choices: list[Choice]) -> list[Choice]:
-    """The lower convex hull of rise over bits, from the smallest choice to the least rise."""
-    hull: list[Choice] = []
-    for choice in sorted(choices, key=lambda c: (c.bits, c.rise)):
-        if hull and choice.rise >= hull[-1].rise:
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], choice):
-            hull.pop()
-        hull.append(choice)
-    return hull
+def _solved(modules: list[list[Choice]], budget: float) -> list[Choice]:
+    from scipy.optimize import LinearConstraint, milp
+    from scipy.sparse import csr_array
+
+    every = [choice for choices in modules for choice in choices]
+    owners = [number for number, choices in enumerate(modules) for _ in choices]
+    one_each = csr_array((np.ones(len(every)), (owners, range(len(every)))))
+    rises = np.array([choice.rise for choice in every])
+    unit = math.gcd(*(choice.bits for choice in every))  # small whole numbers, which are added up exactly
+    bits = np.array([[choice.bits // unit for choice in every]], dtype=float)
+    with _standard_output_to_error():
+        found = milp(
+            rises * (SCALE / (rises.max() or 1.0)),
+            integrality=np.ones(len(every)),
+            bounds=(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits, ub=budget // unit)],
+            options={"mip_rel_gap": 0},
+        )
+    taken = [choice for choice, share in zip(every, found.x, strict=True) if share > 0.5]
+    pairs = zip(modules, taken, strict=True)
+    return [min((c for c in own if c.rise <= one.rise), key=lambda c: (c.bits, c.rise)) for own, one in pairs]
 
 
-def _slope(one: Choice, other: Choice) -> float:
-    return (other.rise - one.rise) / (other.bits - one.bits)
-
-
-def _segments(hulls: list[list[Choice]]) -> list[tuple[int, float]]:
-    """Steps along all hulls as (bits, change of rise), the best per bit first."""
-    steps = [(b.bits - a.bits, b.rise - a.rise) for hull in hulls for a, b in zip(hull, hull[1:], strict=False)]
-    return sorted(steps, key=lambda step: step[1] / step[0])
-
-
-def _greedy(hulls: list[list[Choice]], budget: float) -> float:
-    """Rise of the whole choice that takes every step along the hulls that still fits, the best per bit first."""
-    places = [0] * len(hulls)
-    bits = sum(hull[0].bits for hull in hulls)
-    steps = [(m, i) for m, hull in enumerate(hulls) for i in range(len(hull) - 1)]
-    for module, place in sorted(steps, key=lambda step: _slope(*hulls[step[0]][step[1] : step[1] + 2])):
-        more = hulls[module][place + 1].bits - hulls[module][place].bits
-        if places[module] == place and bits + more <= budget:
-            places[module], bits = place + 1, bits + more
-    return sum(hull[place].rise for hull, place in zip(hulls, places, strict=True))
-
-
-def _relaxed(hulls: list[list[Choice]], left: np.ndarray) -> np.ndarray:
-    """Least sum of rises of the modules `hulls` with `left` bits if widths could be mixed; infinite where none fits."""
-    steps = _segments(hulls)
-    bits = np.cumsum([sum(hull[0].bits for hull in hulls), *(step[0] for step in steps)])
-    rises = np.cumsum([sum(hull[0].rise for hull in hulls), *(step[1] for step in steps)])
-    return np.where(left < bits[0], np.inf, np.interp(left, bits, rises))
+@contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """HiGHS writes notes to the process's standard output even where it is told to be silent; JSON goes there."""
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)

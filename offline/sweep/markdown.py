@@ -115,9 +115,9 @@ def _mixture(study) -> str:
 def _recipe(recipe: dict) -> str:
     if "method" in recipe:
         return (
-            "recipe.yaml holds these widths, and the method rtn, since there was no calibration data: `vlmq quantize "
-            "MODEL -o OUT --recipe recipe.yaml` makes a checkpoint of it. With calibration data, `--method vlmq --data "
-            "CALIBRATION` wins over the recipe."
+            f"recipe.yaml holds these widths, and the method {recipe['method']}, since there was no calibration data: "
+            "`vlmq quantize MODEL -o OUT --recipe recipe.yaml` makes a checkpoint of it. With calibration data, "
+            "`--method vlmq --data CALIBRATION` wins over the recipe."
         )
     return (
         "recipe.yaml holds these widths alone: `vlmq quantize MODEL -o OUT --data CALIBRATION --recipe recipe.yaml` "

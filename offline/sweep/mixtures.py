@@ -15,7 +15,7 @@ from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.targets import Target
 from vlmq_vllm.offline.settings.quantize import KEPT
-from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
 from vlmq_vllm.offline.sweep.knapsack import Choice, allocate, isotonic
 from vlmq_vllm.offline.sweep.parts import Part, Subject
 from vlmq_vllm.offline.sweep.sizes import linear_bits
@@ -99,7 +99,7 @@ def recipe_of(subject: Subject, widths: dict[str, int], settings: StudySettings,
 
     Exceptions from the decoder's commonest width stand under `modules`, by names in the files. How weights are rounded
     is left to the tool's defaults, which do better than the study's plain solver, and to the command line; only a study
-    without calibration data says "rtn", which goes without.
+    without calibration data names a method, one that needs none.
     """
     decoder = [target for target in subject.targets if target.component == "language"]
     weights: Counter[int] = Counter()
@@ -115,7 +115,7 @@ def recipe_of(subject: Subject, widths: dict[str, int], settings: StudySettings,
         "bits": default,
         "group_size": settings.group_size,
         "symmetric": settings.symmetric,
-        **({} if calibrated else {"method": "rtn"}),
+        **({} if calibrated else {"method": UNCALIBRATED[0]}),
         "modules": modules,
     }
 

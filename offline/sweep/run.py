@@ -19,12 +19,13 @@ from vlmq_vllm.offline.data.read import check_exists
 from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.settings.compare import CompareSettings
-from vlmq_vllm.offline.settings.sweep import StudySettings
+from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
 from vlmq_vllm.offline.sweep.designs import Widths, find_design
 from vlmq_vllm.offline.sweep.forest import check_forest
 from vlmq_vllm.offline.sweep.held_out import read
 from vlmq_vllm.offline.sweep.identity import identify
 from vlmq_vllm.offline.sweep.judge import Figures, Judge
+from vlmq_vllm.offline.sweep.knapsack import check_solver
 from vlmq_vllm.offline.sweep.make_pieces import PieceMaker
 from vlmq_vllm.offline.sweep.markdown import counted
 from vlmq_vllm.offline.sweep.mixtures import Budget, recipe_of
@@ -51,17 +52,20 @@ def sweep(
 ) -> dict:
     """Study `model` (a folder or hub name) on the held-out chats `data`, and write the study's folder `out`.
 
-    calibration: chats for the solver, of which none may be held out; only method "rtn" goes without. stop: asked
+    calibration: chats for the solver, of which none may be held out; methods that need none go without. stop: asked
     between units and configurations; when it says yes the run ends with StoppedError. A study that is resumed keeps its
     components unless others are asked for. Returns the report as JSON's types. Raises QuantizeError (RefusedError for
     what cannot be done) and CheckpointError.
     """
     if settings.design != "one":
         check_forest()
+    if settings.budget:
+        check_solver()
     if find_spec("matplotlib") is None:
         say('matplotlib is not installed (pip install ".[sweep]"): pareto.png is left out')
-    if calibration is None and set(settings.methods) != {"rtn"}:
-        raise QuantizeError("methods other than rtn need calibration data; give --calibration FILE.jsonl")
+    if calibration is None and set(settings.methods) - set(UNCALIBRATED):
+        named = " and ".join(UNCALIBRATED)
+        raise QuantizeError(f"methods other than {named} need calibration data; give --calibration FILE.jsonl")
     for source in filter(None, (data, calibration)):
         check_exists(source)
     place = device_of(device)
@@ -78,7 +82,7 @@ class _Run:
         self.model, self.settings, self.device, self.say, self.stop = model, settings, device, say, stop
         self.source = Source(find(model))
         only = settings.components or (None if settings.by == "component" else ("language",))
-        self.subject: Subject = find_subject(self.source, settings.of("rtn", settings.bits[0]), only)
+        self.subject: Subject = find_subject(self.source, settings.of(settings.methods[0], settings.bits[0]), only)
         self.parts = find_parts(settings.by, self.subject)
         self.design = find_design(settings.design, len(self.parts), settings.bits, settings.runs, settings.seed)
         self.sizes = Sizes(self.source, self.subject.targets)

@@ -9,7 +9,7 @@ import family_models
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.commands import app
-from vlmq_vllm.offline.plan.plan import plan
+from vlmq_vllm.offline.plan.make import make_plan
 from vlmq_vllm.offline.plan.tensor_parallel import Heads, fitting_groups, why_not_cut
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -24,6 +24,7 @@ KEYS = {
     "bits_per_parameter",
     "source_bytes",
     "checkpoint_bytes",
+    "peak_is_bound",
     "peak_memory_bytes",
     "peak_device_bytes",
     "library_bytes",
@@ -36,7 +37,7 @@ KEYS = {
 
 
 def test_sizes_of_the_demo_model_by_hand(demo_model):
-    found = plan(str(demo_model), Settings(), tokens=64)
+    found = make_plan(str(demo_model), Settings(), tokens=64)
     parts = {part.component: part for part in found.parts}
     # per layer q and o [256, 256], k and v [128, 256], gate, up and down of 256 x 768
     language = 4 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 768)
@@ -54,7 +55,7 @@ def test_sizes_of_the_demo_model_by_hand(demo_model):
 
 
 def test_the_checkpoint_has_the_predicted_size(demo_model, quantized):
-    found = plan(str(demo_model), Settings(bits=3, group_size=64), tokens=64)
+    found = make_plan(str(demo_model), Settings(bits=3, group_size=64), tokens=64)
     index = json.loads((quantized / "model.safetensors.index.json").read_text())
     # the prediction leaves out weight_shape, two int64 for each of 7 linears in 4 layers
     assert index["metadata"]["total_size"] == found.checkpoint_bytes + 28 * 16
@@ -100,8 +101,8 @@ def test_an_unknown_family_exits_with_3_in_one_line(tmp_path, monkeypatch, capsy
 def test_layers_that_vllm_does_not_take_are_refused_and_named(tmp_path):
     family_models.build("llava_onevision", tmp_path)  # its SigLIP tower's inner size is 176
     with pytest.raises(RefusedError, match="mlp.fc1 .176, 64. cannot be served at 4 bits"):
-        plan(str(tmp_path), Settings(vision_bits=4, group_size=32))
-    forced = plan(str(tmp_path), Settings(vision_bits=4, group_size=32, force=True))
+        make_plan(str(tmp_path), Settings(vision_bits=4, group_size=32))
+    forced = make_plan(str(tmp_path), Settings(vision_bits=4, group_size=32, force=True))
     refused = {linear.pattern.rpartition(".")[2] for linear in forced.linears if linear.refused}
     assert refused == {"fc1", "fc2"}
     assert sum("vLLM will not load" in line for line in forced.warnings) == 2
@@ -110,7 +111,7 @@ def test_layers_that_vllm_does_not_take_are_refused_and_named(tmp_path):
 @pytest.mark.parametrize(("device", "tokens"), [("tpu", None), ("cpu", 0), ("cpu", 2049)])
 def test_wrong_options_are_named(demo_model, device, tokens):
     with pytest.raises(QuantizeError, match=device if tokens is None else f"tokens is {tokens}"):
-        plan(str(demo_model), Settings(), device, tokens)
+        make_plan(str(demo_model), Settings(), device, tokens)
 
 
 # Qwen2-VL-72B's down_proj has 29568 = 2^7 x 3 x 7 x 11 columns: parts of 14784, 7392 and 3696, 16 times 231
@@ -149,7 +150,7 @@ def test_cuts_of_column_parallel_layers(leaf, heads, size, fits):
 
 def test_warnings_name_the_group_size_that_fits_all(tmp_path):
     family_models.build("qwen2_vl", tmp_path)
-    lines = plan(str(tmp_path), Settings(bits=4, samples=4), "cpu", tokens=64).warnings
+    lines = make_plan(str(tmp_path), Settings(bits=4, samples=4), "cpu", tokens=64).warnings
     # down_proj has 208 columns: 104 for each of 2 ranks are groups of 8, 52 for each of 4 end within a word
     assert any("over 2" in line and line.endswith("--group-size -1 fits") for line in lines)
     assert any("over 4" in line and line.endswith("cannot be cut into 52 columns for each rank") for line in lines)
@@ -157,27 +158,27 @@ def test_warnings_name_the_group_size_that_fits_all(tmp_path):
 
 def test_experts_are_not_warned_about(tmp_path):
     family_models.build("qwen3_vl_moe", tmp_path)
-    found = plan(str(tmp_path), Settings(bits=4, group_size=32, samples=128), "cpu", tokens=512)
+    found = make_plan(str(tmp_path), Settings(bits=4, group_size=32, samples=128), "cpu", tokens=512)
     assert any(linear.layer == "FusedMoE" for linear in found.linears)
     # the widest expert has 128 columns: a third of 65,536 tokens is enough, and one process can serve it
     assert [line for line in found.warnings if not line.startswith("tensor parallelism over ")] == []
     # inputs of experts are not rounded while they are served
     with pytest.raises(RefusedError, match="inputs of experts are served at 16 bits only"):
-        plan(str(tmp_path), Settings(bits=4, group_size=32, activation_bits=8))
+        make_plan(str(tmp_path), Settings(bits=4, group_size=32, activation_bits=8))
 
 
 def test_warnings_about_heads_and_tokens(demo_model):
-    lines = plan(str(demo_model), Settings(samples=4), tokens=64).warnings
+    lines = make_plan(str(demo_model), Settings(samples=4), tokens=64).warnings
     assert any("over 8" in line and "4 attention heads do not divide by 8" in line for line in lines)
     assert any("at most 256 calibration tokens for weights of 768 columns; 3072" in line for line in lines)
     assert not any(
-        "calibration tokens" in line for line in plan(str(demo_model), Settings(samples=48), tokens=64).warnings
+        "calibration tokens" in line for line in make_plan(str(demo_model), Settings(samples=48), tokens=64).warnings
     )
 
 
 def test_few_tokens_are_named_where_columns_compensate(demo_model):
     def lines(method):
-        return plan(str(demo_model), Settings(bits=4, method=method, samples=4), tokens=64).warnings
+        return make_plan(str(demo_model), Settings(bits=4, method=method, samples=4), tokens=64).warnings
 
     assert any("calibration tokens" in line for line in lines("gptq"))
     assert not any("calibration tokens" in line for method in ("awq", "qvlm") for line in lines(method))

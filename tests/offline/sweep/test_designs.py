@@ -1,5 +1,6 @@
 """Designs, fronts, importances and budgets of the component study on made-up data whose right answer is known."""
 
+import ctypes
 import itertools
 import random
 
@@ -8,9 +9,10 @@ import pytest
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.offline.sweep import forest as forests
+from vlmq_vllm.offline.sweep import knapsack
 from vlmq_vllm.offline.sweep.designs import find_design, full_grid, one_at_a_time, random_sample
 from vlmq_vllm.offline.sweep.forest import check_forest, find_rises, fit_forests
-from vlmq_vllm.offline.sweep.knapsack import Choice, allocate, isotonic
+from vlmq_vllm.offline.sweep.knapsack import Choice, allocate, check_solver, isotonic
 from vlmq_vllm.offline.sweep.pareto import pareto_front
 
 
@@ -151,3 +153,30 @@ def test_a_missing_scikit_learn_is_said(monkeypatch):
     monkeypatch.setattr(forests, "find_spec", lambda name: None)
     with pytest.raises(QuantizeError, match=r"scikit-learn, which is not installed; pip install \"\.\[sweep\]\""):
         check_forest()
+
+
+def test_a_missing_scipy_is_said(monkeypatch):
+    monkeypatch.setattr(knapsack, "find_spec", lambda name: None)
+    with pytest.raises(
+        QuantizeError, match=r"SciPy, which is not installed; pip install \"\.\[sweep\]\", or leave out"
+    ):
+        check_solver()
+
+
+def test_the_solver_leaves_standard_output_to_json(capfd):
+    """These modules make HiGHS of SciPy 1.17 say something although it is told to be silent."""
+    given = modules(60, (2, 3, 4, 16), 0)
+    least, most = (sum(pick(c.bits for c in choices) for choices in given) for pick in (min, max))
+    allocate(given, least + 0.2 * (most - least))
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_budget_is_kept_to_the_bit_where_modules_are_large(seed):
+    """Sizes of some 10^9 bits without a common divisor, of which the solver's tolerance is many bits."""
+    given = [[Choice(c.width, (c.bits << 20) + c.width, c.rise) for c in own] for own in modules(60, (2, 3, 16), seed)]
+    least, most = (sum(pick(c.bits for c in choices) for choices in given) for pick in (min, max))
+    for share in (0.0, 0.05, 0.3, 0.7, 1.0):
+        budget = int(least + share * (most - least))
+        assert least <= sum(c.bits for c in allocate(given, budget)) <= budget

@@ -13,6 +13,7 @@ from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.grid import CLIP, MINMAX, MSE
 from vlmq_vllm.offline.model import capture
+from vlmq_vllm.offline.run import layer_quantizer
 from vlmq_vllm.offline.settings.sweep import STUDIED, StudySettings
 from vlmq_vllm.offline.sweep import make_pieces as making
 
@@ -45,8 +46,10 @@ def test_every_method_and_width_has_the_same_grid_and_solver(group_size, symmetr
 
 
 def test_moments_are_collected_once_for_all_widths(given, tmp_path, monkeypatch):
-    calls, collect = [], making.collect
-    monkeypatch.setattr(making, "collect", lambda *arguments: calls.append(arguments[2]) or collect(*arguments))
+    calls, collect = [], layer_quantizer.collect
+    monkeypatch.setattr(
+        layer_quantizer, "collect", lambda *arguments: calls.append(arguments[2]) or collect(*arguments)
+    )
     for name, bits in (("one", (2,)), ("two", (2, 3))):
         calls.clear()
         make_pieces(given, settings(bits=bits), tmp_path / name, DECODER)

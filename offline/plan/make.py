@@ -1,4 +1,4 @@
-"""`vlmq plan`: everything that can be said of a run before it begins, from headers and config alone."""
+"""Makes the plan of a run: all that can be said of it before it begins, from headers and config alone."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -6,11 +6,10 @@ from pathlib import Path
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.model.targets import expected_bytes, find_kept, find_rest, find_targets, find_units
-from vlmq_vllm.offline.plan.components import Part, find_parts
-from vlmq_vllm.offline.plan.memory.load import Load, load_of
-from vlmq_vllm.offline.plan.memory.memory import LIBRARIES, find_phases
-from vlmq_vllm.offline.plan.memory.phase import Phase
-from vlmq_vllm.offline.plan.tensor_parallel import Linear, find_linears
+from vlmq_vllm.offline.plan.components import Component, find_components
+from vlmq_vllm.offline.plan.memory import LIBRARIES, Memory, Phase, is_forecast
+from vlmq_vllm.offline.plan.sizes import Load, load_of
+from vlmq_vllm.offline.plan.tensor_parallel import LinearKind, find_linear_kinds
 from vlmq_vllm.offline.plan.warnings import find_warnings
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -24,8 +23,8 @@ class Plan:
     settings: Settings
     device: str
     load: Load
-    parts: list[Part]
-    linears: list[Linear]
+    parts: list[Component]
+    linears: list[LinearKind]
     phases: list[Phase]
     quantized: int
     packed_bits: float
@@ -53,6 +52,11 @@ class Plan:
         return LIBRARIES + own
 
     @property
+    def peak_is_bound(self) -> bool:
+        """Whether peaks are upper bounds; else they are forecast within 20 %."""
+        return not is_forecast(self.settings)
+
+    @property
     def peak_memory_bytes(self) -> int:
         """Peak of the host's memory."""
         return max(map(self.host_bytes, self.phases))
@@ -75,6 +79,7 @@ class Plan:
             "bits_per_parameter": 8 * self.checkpoint_bytes / self.parameters,
             "source_bytes": self.source_bytes,
             "checkpoint_bytes": self.checkpoint_bytes,
+            "peak_is_bound": self.peak_is_bound,
             "peak_memory_bytes": self.peak_memory_bytes,
             "peak_device_bytes": self.peak_device_bytes,
             "library_bytes": LIBRARIES,
@@ -86,7 +91,7 @@ class Plan:
         }
 
 
-def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None = None) -> Plan:
+def make_plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None = None) -> Plan:
     """The plan for `model` (a folder or hub name). `tokens`: of a sample, where that is known; else max_tokens.
 
     Raises RefusedError for a model that cannot be quantised and for layers that vLLM would not load, QuantizeError for
@@ -103,7 +108,7 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
     targets = find_targets(source, settings, units)
     rest = find_rest(source, targets, find_kept(source, targets, units))
     load = load_of(source, settings, tokens)
-    parts, linears = find_parts(source, targets), find_linears(source, targets)
+    parts, linears = find_components(source, targets), find_linear_kinds(source, targets)
     return Plan(
         folder=folder,
         model_type=source.config["model_type"],
@@ -112,7 +117,7 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
         load=load,
         parts=parts,
         linears=linears,
-        phases=find_phases(source, settings, units, rest, load, exact=kind == "cpu"),
+        phases=Memory(source, settings, load, exact=kind == "cpu").phases(units, rest),
         quantized=sum(target.rows * target.columns for target in targets),
         packed_bits=sum(target.packed_bits for target in targets),
         source_bytes=sum(part.bytes for part in parts),
@@ -121,7 +126,7 @@ def plan(model: str, settings: Settings, device: str = "cpu", tokens: int | None
     )
 
 
-def _linear(linear: Linear) -> dict:
+def _linear(linear: LinearKind) -> dict:
     groups = linear.format.groups(linear.columns)
     width = linear.columns if linear.format.group_size == -1 else linear.format.group_size
     return {
