@@ -1,6 +1,7 @@
 """Draws the calibration samples of a run, as batches with what is known of their tokens."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -30,7 +31,7 @@ class Samples:
     fingerprints: list[str] = field(default_factory=list)
 
 
-def read_samples(data: str, source: Source, settings: Settings, ranks: Ranks, progress: Progress) -> Samples:
+def read_samples(data: str | Path, source: Source, settings: Settings, ranks: Ranks, progress: Progress) -> Samples:
     """Draw the samples of a run. Raises QuantizeError for data without pictures or with chats that cannot be read."""
     intake, found = Intake(), Samples()
     chats, processor = read_chats(data, settings.seed), load_processor(source.folder)
