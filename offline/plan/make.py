@@ -128,7 +128,7 @@ def make_plan(model: str, settings: Settings, device: str = "cpu", tokens: int |
 
 def _linear(linear: LinearKind) -> dict:
     groups = linear.format.groups(linear.columns)
-    width = linear.columns if linear.format.group_size == -1 else linear.format.group_size
+    width = linear.format.width(linear.columns)
     return {
         "pattern": linear.pattern,
         "component": linear.component,

@@ -45,7 +45,7 @@ def _linears(plan: Plan) -> Table:
     for column in ("count", "rows x columns", "vLLM's layer", "tensor parallel"):
         table.add_column(column, no_wrap=True)
     for linear in plan.linears:
-        width = linear.columns if linear.format.group_size == -1 else linear.format.group_size
+        width = linear.format.width(linear.columns)
         last = linear.columns % width
         fits = ", ".join(str(count) for count in SIZES if linear.cuts[count] is None) or "none"
         layer = "takes none" if linear.refused else linear.layer.removesuffix("Linear")
