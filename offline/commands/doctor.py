@@ -1,22 +1,17 @@
 """`vlmq doctor`: whether quantising and serving can work here."""
 
 import json
-from typing import TYPE_CHECKING
 
 import typer
 
 from vlmq_vllm.offline.commands.options import Json
-
-if TYPE_CHECKING:
-    from vlmq_vllm.offline.machine.doctor import Diagnosis
+from vlmq_vllm.offline.machine.doctor import Diagnosis, diagnose
 
 REFUSED = 3
 
 
 def doctor(as_json: Json = False) -> None:
     """Check versions, the plugin, devices, memory and disk; exit code 3 if something stands in the way."""
-    from vlmq_vllm.offline.machine.doctor import diagnose
-
     found = diagnose()
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2))
@@ -26,7 +21,7 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(REFUSED)
 
 
-def _show(found: "Diagnosis") -> None:
+def _show(found: Diagnosis) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -45,7 +40,7 @@ def _show(found: "Diagnosis") -> None:
         console.print("quantising and serving can work here")
 
 
-def _rows(found: "Diagnosis") -> list[tuple[str, str]]:
+def _rows(found: Diagnosis) -> list[tuple[str, str]]:
     plugin = {None: "vLLM is not installed", True: "registered", False: "not registered"}[found.plugin]
     devices = [f"{d['name']}, {'.'.join(map(str, d['capability']))}, {d['memory'] / 1e9:.0f} GB" for d in found.devices]
     return [

@@ -5,7 +5,6 @@ around them, the template is run once more with marks in their place.
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -101,28 +100,22 @@ class _Token:
 
 def _plain(chat: dict, processor: Processor) -> list[_Token] | None:
     """The tokens of the rendered chat; None where its texts are not in it."""
-    spans = _spans(chat, processor)
-    if spans is None:
+    filled = _rendered(chat, processor)
+    if filled is None:
         return None
-    text, starts, ends, parts = spans
-
-    def at(place: int) -> int | None:
-        """Number of the text that the character at `place` belongs to."""
-        i = bisect_right(starts, place) - 1
-        return i if i >= 0 and place < ends[i] else None
-
+    text, owners = filled
     encoded = processor.tokenizer(text, return_offsets_mapping=True, **tokenizing(text, processor))
     ends_turn = _turn_ends(processor.tokenizer, encoded["input_ids"])
     tokens = []
     open_turn = False  # nothing but white space has come after the last text of an assistant's message
     for number, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        first, last = (at(begin), at(end - 1)) if end > begin else (None, None)
+        first, last = (owners[begin], owners[end - 1]) if end > begin else (None, None)
         inner = last if first is None else first
         is_end = open_turn and inner is None and number in ends_turn
-        role = None if first is None else parts[first].role
-        tokens.append(_Token(number, role, is_end or (inner is not None and parts[inner].role == "assistant")))
+        role = None if first is None else first.role
+        tokens.append(_Token(number, role, is_end or (inner is not None and inner.role == "assistant")))
         if inner is not None:
-            open_turn = parts[inner].role == "assistant" and parts[inner].last
+            open_turn = inner.role == "assistant" and inner.last
         elif not text[begin:end].isspace():
             open_turn = False
     return tokens
@@ -143,8 +136,8 @@ class _Part:
     last: bool
 
 
-def _spans(chat: dict, processor: Processor) -> tuple[str, list[int], list[int], list[_Part]] | None:
-    """The rendered chat, and where its texts begin and end in it; None where they are not in it."""
+def _rendered(chat: dict, processor: Processor) -> tuple[str, list[_Part | None]] | None:
+    """The rendered chat, and the text that each of its characters belongs to; None where its texts are not in it."""
     if not processor.tokenizer.is_fast:
         return None
     texts = [
@@ -170,13 +163,12 @@ def _mark(part: dict, numbers: Iterator[int]) -> dict:
     return {"type": "text", "text": f"\ue000{next(numbers)}\ue001"} if "text" in part else part
 
 
-def _fill(pieces: list[str], texts: list[_Part]) -> tuple[str, list[int], list[int], list[_Part]]:
-    """The texts in place of their marks, with their beginnings and ends, in the order in which they are rendered."""
-    text, starts, ends, parts = pieces[0], [], [], []
+def _fill(pieces: list[str], texts: list[_Part]) -> tuple[str, list[_Part | None]]:
+    """The texts in place of their marks, and by character the text that it belongs to; None: the template's own."""
+    text = pieces[0]
+    owners: list[_Part | None] = [None] * len(text)
     for number, literal in zip(map(int, pieces[1::2]), pieces[2::2], strict=True):
         part = texts[number]
-        starts.append(len(text))
-        ends.append(len(text) + len(part.text))
-        parts.append(part)
         text += part.text + literal
-    return text, starts, ends, parts
+        owners += [part] * len(part.text) + [None] * len(literal)
+    return text, owners
