@@ -43,7 +43,7 @@ def quantize(
 
     give_back_large_blocks()
     first = os.environ.get("RANK", "0") == "0"
-    if first and (idle := unread(chosen.method, str(chosen.saliency), list(options))):
+    if first and (idle := unread(chosen.method, chosen.saliency, list(options))):
         named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
         typer.echo(f"vlmq: method {chosen.method} makes no use of {named}", err=True)
     progress = Progress(Console(stderr=True)) if first else Progress()
