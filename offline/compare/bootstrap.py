@@ -1,4 +1,4 @@
-"""Means over samples with bootstrap confidence intervals (percentile method).
+"""Computes means over samples with bootstrap confidence intervals (percentile method).
 
 All columns of a table are resampled together, so that the difference of two columns has a paired interval.
 """

@@ -1,4 +1,4 @@
-"""The teacher's scores on disk, so that several students are compared with one run of the 16-bit model.
+"""Keeps the teacher's scores on disk, so that several students are compared with one run of the 16-bit model.
 
 A file is named by the hash of everything that its numbers depend on: model files, chats, settings, versions. Other
 model, data or settings have another name, so nothing stale is ever read; what it is that differs is said.

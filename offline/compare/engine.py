@@ -1,4 +1,4 @@
-"""Scores of a model through vLLM, as it would be served. Every model gets a process of its own (`worker.py`).
+"""Scores a model through vLLM, as it would be served. Every model gets a process of its own (`worker.py`).
 
 Only so is a first engine's memory free for the second. The worker is given a folder with the job, the pictures and,
 for the student, the teacher's scores; it leaves its scores there.
@@ -13,11 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.compare.questions import Question
+from vlmq_vllm.offline.compare.questions import Question, inputs_of
 from vlmq_vllm.offline.compare.scores import Score, load, save
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.pictures import open_image
@@ -51,31 +52,19 @@ def score(
 
 def _tasks(questions, processor, settings, teacher, place: Path, track) -> list[dict | None]:
     """What the worker needs to know of every question; None for those left out."""
-    tasks: list[dict | None] = []
-    for i in track(range(len(questions)), "reading pictures"):
-        question = questions[i]
+    for question in questions:
         if question.chat["videos"]:
             raise QuantizeError(f"{question.chat['line']} has a video; compare videos with --backend hf")
-        if teacher is not None and teacher[i] is None:
-            tasks.append(None)
-            continue
-        inputs, start = question.inputs(processor)
-        ids = inputs["input_ids"][0].tolist()
-        if len(ids) > settings.max_tokens:
-            tasks.append(None)
-            continue
-        pictures = [f"{i}-{j}.png" for j in range(len(question.chat["images"]))]
-        for name, image in zip(pictures, question.chat["images"], strict=True):
+    tasks: list[dict | None] = []
+    asked = (questions[i] for i in track(range(len(questions)), "reading pictures"))
+    for i, found in enumerate(inputs_of(asked, processor, settings.max_tokens, teacher)):
+        chat, answer = questions[i].chat, questions[i].answer
+        pictures = [f"{i}-{j}.png" for j in range(len(chat["images"]))] if found else []
+        for name, image in zip(pictures, chat["images"], strict=False):
             open_image(image).save(place / name)
-        tasks.append(
-            {
-                "line": question.chat["line"],
-                "words": question.words,
-                "prompt": ids[:start],
-                "answer": question.answer,
-                "pictures": pictures,
-            }
-        )
+        prompt = found and found[0]["input_ids"][0, : found[1]].tolist()
+        task = {"line": chat["line"], "words": questions[i].words, "prompt": prompt, "answer": answer}
+        tasks.append(found and task | {"pictures": pictures})
     return tasks
 
 
@@ -83,9 +72,7 @@ def _run(place: Path, folder: Path, tasks: list[dict | None], ends: set[int], se
     job = {
         "model": str(folder.absolute()),
         "quantization": "vlmq" if is_vlmq(folder) else None,
-        "dtype": settings.dtype,
-        "top": settings.top,
-        "new_tokens": settings.max_new_tokens,
+        "settings": asdict(settings),
         "ends": sorted(ends),
         "tasks": [task for task in tasks if task is not None],
     }

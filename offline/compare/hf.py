@@ -1,6 +1,6 @@
-"""Scores of a model through transformers, one sample at a time and never padded.
+"""Scores a model through transformers, one sample at a time and never padded.
 
-Exact match of the likeliest tokens behind the reference answer's own tokens equals exact match of the greedy answer: as
+Exact match of the likeliest tokens after the reference answer's own tokens equals exact match of the greedy answer: as
 long as each likeliest token is the reference's, both read the same tokens.
 """
 
@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.offline.compare.questions import Question
+from vlmq_vllm.offline.compare.questions import Question, inputs_of
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import load_model
 from vlmq_vllm.offline.settings.compare import CompareSettings
@@ -33,21 +32,14 @@ def score(
     The model is loaded for the call and freed after it. Without `teacher` the model is the teacher itself.
     Raises QuantizeError and CheckpointError.
     """
-    model = load_model(folder, getattr(torch, settings.dtype), device_of(settings))
+    model = load_model(folder, getattr(torch, settings.dtype), device_name(settings))
     scores: list[Score | None] = []
     try:
-        for i in track(range(len(questions)), folder.name):
-            if teacher is not None and teacher[i] is None:
-                scores.append(None)
-                continue
-            inputs, start = questions[i].inputs(processor)
-            if inputs["input_ids"].shape[1] > settings.max_tokens:
-                scores.append(None)
-                continue
-            ids = None if teacher is None else teacher[i].ids
-            found = score_one(model, inputs, start, questions[i].answer, ends, settings, ids)
-            _check(found, folder, questions[i])
-            scores.append(found)
+        numbers = track(range(len(questions)), folder.name)
+        given = inputs_of((questions[i] for i in numbers), processor, settings.max_tokens, teacher)
+        for question, known, found in zip(questions, teacher or [None] * len(questions), given, strict=True):
+            one = found and score_one(model, *found, question.answer, ends, settings, known and known.ids)
+            scores.append(one and one.check(str(folder), question.chat["line"]))
     finally:
         del model
         gc.collect()
@@ -56,7 +48,7 @@ def score(
     return scores
 
 
-def device_of(settings: CompareSettings) -> str:
+def device_name(settings: CompareSettings) -> str:
     """The device asked for, or a GPU if there is one."""
     return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -76,21 +68,21 @@ def score_one(
     right = torch.tensor(answer, device=logs.device)
     greedy = _generate(model, inputs, start, ends, settings.max_new_tokens)
     return Score(
-        answer=np.array(answer, dtype=np.int32),
-        ids=chosen.int().cpu().numpy(),
-        logs=logs.gather(1, chosen).float().cpu().numpy(),
-        rest=logs.scatter(1, chosen, -torch.inf).logsumexp(1).float().cpu().numpy(),
-        own=logs.gather(1, right[:, None])[:, 0].float().cpu().numpy(),
-        best=logs.argmax(1).int().cpu().numpy(),
-        greedy=np.array(greedy, dtype=np.int32),
+        answer=answer,
+        ids=chosen.cpu(),
+        logs=logs.gather(1, chosen).cpu(),
+        rest=logs.scatter(1, chosen, -torch.inf).logsumexp(1).cpu(),
+        own=logs.gather(1, right[:, None])[:, 0].cpu(),
+        best=logs.argmax(1).cpu(),
+        greedy=greedy,
     )
 
 
 def answer_logs(model, inputs: dict[str, torch.Tensor], start: int, tokens: int) -> torch.Tensor:
     """Log-probabilities [tokens, V] float64 with which the model expects the tokens from `start` on."""
-    behind = inputs["input_ids"].shape[1] - start
+    left = inputs["input_ids"].shape[1] - start
     if "logits_to_keep" in inspect.signature(model.forward).parameters:  # spares [L, V] logits
-        logits = model(**inputs, use_cache=False, logits_to_keep=behind + 1).logits[0]
+        logits = model(**inputs, use_cache=False, logits_to_keep=left + 1).logits[0]
     else:
         logits = model(**inputs, use_cache=False).logits[0, start - 1 :]
     return logits[:tokens].double().log_softmax(-1)
@@ -113,10 +105,3 @@ def _generate(model, inputs: dict[str, torch.Tensor], start: int, ends: set[int]
 
 def _place(value: torch.Tensor, model) -> torch.Tensor:
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
-
-
-def _check(score: Score, folder: Path, question: Question) -> None:
-    if not (np.isfinite(score.logs).all() and np.isfinite(score.own).all()):
-        raise CheckpointError(
-            f"{folder} answers {question.chat['line']} with NaN or infinity; its weights are not sound"
-        )

@@ -1,13 +1,15 @@
-"""Chats as questions with a reference answer: which tokens belong to the answer, and what the model reads before them.
+"""Reads chats as questions: finds which tokens are the reference answer, and what the model reads before them.
 
 The answer is the last assistant message. Its tokens are found with the chat template alone: the chat up to the answer,
 with the generation prompt, must be the beginning of the chat with the answer, in text and in tokens; what follows is
-the answer, up to and including the first end-of-turn mark. What a template writes behind that mark (a line break) is
+the answer, up to and including the first end-of-turn mark. What a template writes after that mark (a line break) is
 never generated and does not count. Pictures are opened only when a question's inputs are made, one question at a time.
 """
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -43,6 +45,16 @@ class Question:
         if start < 1 or ids[start : len(ids) - self.behind] != self.answer:
             raise QuantizeError(f"{self.chat['line']}: the processor's tokens do not end in the answer's; leave it out")
         return inputs, start
+
+
+def inputs_of(
+    questions: Iterable[Question], processor, limit: int, teacher: Sequence[object | None] | None = None
+) -> Iterator[tuple[dict[str, torch.Tensor], int] | None]:
+    """`Question.inputs` of every question; None for those left out: of more than `limit` tokens, or without a score in
+    `teacher`."""
+    for question, known in zip(questions, repeat(True) if teacher is None else teacher):  # noqa: B905
+        found = None if known is None else question.inputs(processor)
+        yield None if found is None or found[0]["input_ids"].shape[1] > limit else found
 
 
 def read_question(chat: dict, processor, ends: set[int]) -> Question:

@@ -1,4 +1,4 @@
-"""From scores of two models to figures: one row per sample, then means with intervals per part of the data."""
+"""Turns scores of two models into figures: a row per sample, then means with intervals per part of the data."""
 
 import numpy as np
 

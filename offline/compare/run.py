@@ -1,4 +1,4 @@
-"""A comparison from folders to report: 16-bit model first, quantised model second, never both in memory."""
+"""Runs a comparison from folders to report: the 16-bit model first, the quantised one second, never both in memory."""
 
 import json
 import random
@@ -112,7 +112,7 @@ def _teacher(folder: Path, prints: list[str], about: tuple, cache: Cache | None,
     scorer = SCORERS[settings.backend]
     if cache is None:
         return scorer(folder, *about, None, track), False
-    key = key_of(folder, prints, ends, settings, hf.device_of(settings) if settings.backend == "hf" else "vllm")
+    key = key_of(folder, prints, ends, settings, hf.device_name(settings) if settings.backend == "hf" else "vllm")
     scores: list[Score | None] | None = cache.read(key, len(prints))
     if scores is not None:
         return scores, True

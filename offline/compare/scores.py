@@ -1,4 +1,4 @@
-"""What one model makes of a reference answer, small enough to keep: the k likeliest tokens of the teacher and the rest.
+"""Keeps what one model makes of a reference answer in little space, and computes the divergence of two models.
 
 At every answer token the teacher's distribution is kept as k + 1 outcomes: its k likeliest tokens, each with its
 log-probability, and "any other token" with the log of the remaining mass. The student is scored at the same k ids. The
@@ -10,6 +10,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+
+from vlmq_vllm.errors import CheckpointError
+
+REALS = ("logs", "rest", "own")
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +33,16 @@ class Score:
     own: np.ndarray
     best: np.ndarray
     greedy: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, np.asarray(value, np.float32 if name in REALS else np.int32))
+
+    def check(self, whose: str, line: str) -> "Score":
+        """Raises CheckpointError where a log-probability is not finite; `line` names the chat."""
+        if not (np.isfinite(self.logs).all() and np.isfinite(self.own).all()):
+            raise CheckpointError(f"{whose} answers {line} with NaN or infinity; its weights are not sound")
+        return self
 
 
 def kl(teacher: Score, student: Score) -> np.ndarray:

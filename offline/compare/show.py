@@ -1,4 +1,4 @@
-"""The report of a comparison as a table for people: figures of every part of the data, intervals below them."""
+"""Prints the report of a comparison as a table: figures of every part of the data, intervals below them."""
 
 from rich import box
 from rich.console import Console

@@ -1,4 +1,4 @@
-"""A model folder as a transformers model; `vlmq_vllm` has transformers unpack vlmq's weights as it loads them.
+"""Loads a folder as a transformers model; `vlmq_vllm` has transformers unpack vlmq's weights as it loads them.
 
 Unpacked weights are rounded to the dtype of their scales first, as in a served model and in what `vlmq dequantize`
 writes, and then to the one that is asked for.

@@ -1,4 +1,4 @@
-"""The process in which vLLM scores one model; `engine.py` starts it with the folder of its job.
+"""Scores one model with vLLM, in a process of its own; `engine.py` starts it with the folder of its job.
 
 vLLM's prompt_logprobs would give the student's own likeliest tokens, not the teacher's. So every answer token is one
 request: the prompt and the answer up to that token, one greedily generated token, and the log-probabilities of named
@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlmq_vllm.errors import CheckpointError, QuantizeError
+from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.compare.engine import JOB, RESULT, TEACHER
 from vlmq_vllm.offline.compare.scores import Score, load, save
-from vlmq_vllm.offline.settings.compare import NAMED_IDS
+from vlmq_vllm.offline.settings.compare import NAMED_IDS, CompareSettings
 
 REST_FLOOR = 2.0**-20  # float32 log-probabilities of size 10 are off by up to 5e-7 each
 TOGETHER = 32  # questions whose requests are handed over at a time
@@ -30,12 +30,12 @@ class Engine:
 
         longest = max(len(task["prompt"]) + len(task["answer"]) for task in job["tasks"])
         pictures = max(len(task["pictures"]) for task in job["tasks"])
-        self.place, self.job = place, job
+        self.place, self.ends, self.settings = place, job["ends"], CompareSettings(**job["settings"])
         self.llm = LLM(
             job["model"],
             quantization=job["quantization"],
-            dtype=job["dtype"],
-            max_model_len=longest + job["new_tokens"] + 1,
+            dtype=self.settings.dtype,
+            max_model_len=longest + self.settings.max_new_tokens + 1,
             max_num_seqs=TOGETHER,
             max_logprobs=NAMED_IDS,
             enforce_eager=True,  # compiling takes longer than most comparisons
@@ -44,7 +44,7 @@ class Engine:
         )
 
     def ask(self, tasks: list[dict], lengths: list[int], options: list[dict]) -> list:
-        """vLLM's answers to prompts of tasks with so many answer tokens behind each; `options` sample each of them."""
+        """vLLM's answers to prompts of tasks with so many answer tokens after each; `options` sample each of them."""
         from vllm import SamplingParams
 
         prompts = [self._prompt(task, length) for task, length in zip(tasks, lengths, strict=True)]
@@ -70,10 +70,10 @@ class Engine:
 
 def score(engine: Engine, tasks: list[dict], teacher: list[Score] | None) -> list[Score]:
     """Scores of some tasks; without `teacher` the model is the teacher."""
-    new_tokens, top, ends = (engine.job[name] for name in ("new_tokens", "top", "ends"))
-    one_token = {"max_tokens": max(1, new_tokens), "stop_token_ids": ends}
+    new_tokens, top = engine.settings.max_new_tokens, engine.settings.top
+    answering = {"max_tokens": max(1, new_tokens), "stop_token_ids": engine.ends}
     # first, so that every prompt is in the prefix cache before its answer's tokens are asked for
-    greedy = engine.ask(tasks, [0] * len(tasks), [one_token] * len(tasks))
+    greedy = engine.ask(tasks, [0] * len(tasks), [answering] * len(tasks))
     places = [(i, j) for i, task in enumerate(tasks) for j in range(len(task["answer"]))]
     asked, lengths = [tasks[i] for i, _ in places], [j for _, j in places]
     right = [tasks[i]["answer"][j] for i, j in places]
@@ -114,19 +114,9 @@ def _likeliest(logs: dict[int, float], top: int) -> list[int]:
 
 def _score(task: dict, ids: np.ndarray, logs: list[dict], best: list[int], greedy) -> Score:
     kept = np.array([[step[int(i)] for i in row] for step, row in zip(logs, ids, strict=True)], dtype=np.float32)
-    own = np.array([step[token] for step, token in zip(logs, task["answer"], strict=True)], dtype=np.float32)
-    if not (np.isfinite(kept).all() and np.isfinite(own).all()):
-        raise CheckpointError(f"the model answers {task['line']} with NaN or infinity; its weights are not sound")
+    own = [step[token] for step, token in zip(logs, task["answer"], strict=True)]
     rest = np.log(np.maximum(1 - np.exp(kept.astype(np.float64)).sum(1), REST_FLOOR))
-    return Score(
-        answer=np.array(task["answer"], dtype=np.int32),
-        ids=ids,
-        logs=kept,
-        rest=rest.astype(np.float32),
-        own=own,
-        best=np.array(best, dtype=np.int32),
-        greedy=np.array(greedy, dtype=np.int32),
-    )
+    return Score(task["answer"], ids, kept, rest, own, best, list(greedy)).check("the model", task["line"])
 
 
 def main(place: Path) -> None:

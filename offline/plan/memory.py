@@ -90,8 +90,8 @@ class Memory:
         written = max((sum(stored_bytes(self.source, name) for name in names) for names in rest.values()), default=0)
         return [*phases, Phase("write what is left", {"tensors and their copy": 2 * written})]
 
-    def _front(self, name: str, load: Load) -> Phase:
-        """`Source.front` with one batch in the tower: embeddings, tower (block by block if it is large), connectors."""
+    def _before_decoder(self, name: str, load: Load) -> Phase:
+        """What runs before the decoder, one batch in the tower: embeddings, tower (large ones by block), connectors."""
         family, model = self.source.family, self.source.model
         tower, blocks = model.get_submodule(family.vision), list(model.get_submodule(family.blocks))
         resident = FLOAT * numel(tower)
@@ -111,17 +111,17 @@ class Memory:
         return Phase(name, dict(self.pixels), device)
 
     def _capturing(self, component: str, streams: Streams) -> Phase:
-        """The front, and streams that have been captured. Those of other components are gone."""
-        phase = self._front(f"{component}: capture inputs", self.load)
+        """What runs before the decoder, and streams that have been captured. Those of other components are gone."""
+        phase = self._before_decoder(f"{component}: capture inputs", self.load)
         if component == "vision":  # stubs are in the place of its blocks
             phase.device["activations of the tower"] = self.load.batch * self.load.pixels
         phase.device["streams"] = streams.captured
         return phase
 
     def _replaying(self) -> Phase:
-        """`check_replay` on one sample: the front, one decoder layer, and the activations twice."""
+        """`check_replay` on one sample: what runs before the decoder, a layer of it, and the activations twice."""
         load, layers = self.load, self.source.layers()
-        phase = self._front("check the replay", replace(load, samples=1))
+        phase = self._before_decoder("check the replay", replace(load, samples=1))
         number = max(range(len(layers)), key=lambda i: numel(layers[i]))
         layer = layer_of(self.source, "language", f"{self.source.family.layers}.{number}", load)
         phase.device |= {
@@ -173,7 +173,7 @@ class Memory:
         load, row, decoder = self.load, self.settings.row, component == "language"
         depth = 1 if not row.joint else DEPTH if decoder else units
         graph = load.batch * (1 if decoder else load.patches) * layer.graph(layer.inner)
-        phase = Phase("", dict(self.pixels)) if decoder or not row.joint else self._front("", load)
+        phase = Phase("", dict(self.pixels)) if decoder or not row.joint else self._before_decoder("", load)
         phase.name = f"{component}: at most"
         phase.device |= {
             # two streams, targets and choices of every layer, the two best and what is computed

@@ -69,7 +69,7 @@ def stages_of(shapes: dict[str, tuple[int, int]], apart: set[str]) -> list[Stage
 
 
 def moments_bytes(problems: list[Solve], base: str) -> int:
-    """`Moments.h`, and `Moments.residual` where the base asks for it, of all problems of a stage."""
+    """Hessians of all problems of a stage (`Moments.h`), and `Moments.residual` where the base asks for it."""
     total = sum(problem.square for problem in problems)
     return total if base == "gptq" else total + sum(_residual_bytes(problem, base) for problem in problems)
 

@@ -1,4 +1,4 @@
-"""Which configurations of the parts are run. A configuration is a tuple with the width of every part; 16 is kept.
+"""Lists the configurations of the parts that are run: tuples with the width of every part, 16 where it is kept.
 
 `one_at_a_time`: every part alone at every width, and all together at every width. `full_grid`: every combination.
 `random_sample`: different configurations, each width of each part equally likely. Every design contains the first, so

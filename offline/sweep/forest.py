@@ -1,4 +1,4 @@
-"""How much each part matters: what it costs alone, and what a random forest makes of many configurations.
+"""Says how much each part matters: what it costs alone, and what a random forest makes of many configurations.
 
 A part's rise at a width is the damage (KL in nats) with this part alone at that width. The forest predicts the damage
 from the widths of all parts; its importances are shares of a model of the results, not damage. They rest on the rows

@@ -1,4 +1,4 @@
-"""The chats of a study: held-out questions, and calibration samples that are none of them."""
+"""Reads the chats of a study: held-out questions, and calibration samples that are none of them."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The whole model in memory, its linears exchanged configuration by configuration, judged on held-out questions.
+"""Judges configurations on held-out questions: the whole model is in memory, and its linears are exchanged.
 
 The figures are those of `vlmq compare` (`compare/scores.py`, `compare/report.py`): for every sample the mean over its
 answer tokens, then the mean over samples.

@@ -1,4 +1,4 @@
-"""The report of a study as markdown: what was run, and what follows as far as the number of questions allows."""
+"""Writes the report of a study as markdown: what was run, and what follows as far as the number of questions allows."""
 
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.sweep.forest import LEAST, Forest
@@ -11,11 +11,11 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def markdown(study, forests: dict[str, list[Forest]], front: list[dict]) -> str:
+def markdown(study, forests: dict[str, list[Forest]], pareto: list[dict]) -> str:
     """The text of report.md for a `report.Study`."""
     sections = [_about(study), _uniform(study), *(_alone(study, method) for method in study.found)]
     sections += [_forest(study, method, found) for method, found in forests.items()]
-    sections.append("## Front of size and damage\n\n" + _rows(front))
+    sections.append("## Front of size and damage\n\n" + _rows(pareto))
     if study.mixed:
         sections.append(_mixture(study))
     return "\n\n".join(sections) + "\n"

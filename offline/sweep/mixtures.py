@@ -1,4 +1,4 @@
-"""A mixture of widths within a budget: from the modules' rises to widths, to controls, and to a recipe.
+"""Mixes widths within a budget: turns the modules' rises into widths, controls, and a recipe.
 
 The budget is an average over the weights of the study's linears, scales and zero points included. Controls are blind
 mixtures of at most its size: modules in random order get the next width as long as it fits.
@@ -97,7 +97,7 @@ class Budget:
 def recipe_of(subject: Subject, widths: dict[str, int], settings: StudySettings, calibrated: bool) -> dict:
     """A recipe of `vlmq quantize` for these linears (in-memory names) at these widths and all others at 16 bits.
 
-    Exceptions from the decoder's commonest width stand under `modules`, by names in the files. How weights are rounded
+    Overrides of the decoder's commonest width stand under `modules`, by names in the files. How weights are rounded
     is left to the tool's defaults, which do better than the study's plain solver, and to the command line; only a study
     without calibration data names a method, one that needs none.
     """
@@ -126,5 +126,5 @@ def _pattern(target: Target) -> str:
 
 
 def _up(value: float) -> str:
-    """With two digits behind the point, rounded up, so that the number itself is possible."""
+    """With two digits after the point, rounded up, so that the number itself is possible."""
     return f"{-(-value * 100 // 1) / 100:.2f}"

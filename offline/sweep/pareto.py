@@ -1,4 +1,4 @@
-"""The front of size and damage: configurations than which no other is both smaller and better; and its picture."""
+"""Finds and draws the Pareto front: configurations than which no other is both smaller and better."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
 
 
 def draw(path: Path, rows: list[dict]) -> None:
-    """Picture of every row's `bits_per_weight` and `kl` (nats, on a logarithmic scale) by method, with the front.
+    """Draw every row's `bits_per_weight` and `kl` (nats, on a logarithmic scale) by method, with the Pareto front.
 
     Rows without damage have no place on that scale and are left out. Needs matplotlib.
     """

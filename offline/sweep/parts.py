@@ -1,4 +1,4 @@
-"""The parts of a model to which a study gives widths, and which linears they are.
+"""Finds the parts of a model to which a study gives widths, and which linears they are.
 
 Parts are whole components, thirds of a stack of layers, kinds of sublayer, single layers, or modules: what vLLM fuses
 into one is one module (q, k and v; gate and up; gate and up of all experts of a layer, down of all of them), so that a

@@ -1,4 +1,4 @@
-"""Every linear of a study at every width and by every method, on disk.
+"""Keeps every linear of a study, at every width and by every method, on disk.
 
 One file per method, width and unit, `METHOD-BITS/UNIT.safetensors`, written aside, read back and renamed, so that it is
 there whole or not at all. A linear is there with the tensors of a checkpoint (`format.PARTS`) by its name in the files;

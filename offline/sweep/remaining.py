@@ -1,4 +1,4 @@
-"""What a study costs: how long the configurations that are left will take, said when the first has been timed."""
+"""Says how long the configurations that are left will take, once the first has been timed."""
 
 from collections.abc import Callable
 

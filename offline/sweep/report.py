@@ -1,4 +1,4 @@
-"""What a study found, as files: results.csv, pareto.csv, pareto.png, report.md and recipe.yaml.
+"""Writes what a study found: results.csv, pareto.csv, pareto.png, report.md and recipe.yaml.
 
 report.md is made of plain tables; `summary` is the same for programs. All are of the same run: what it does not make, a
 picture without matplotlib or a recipe without a budget, is removed where an earlier run has made it.
@@ -62,8 +62,8 @@ class Study:
         """KL of every part alone, by width."""
         return find_rises(len(self.parts), self.settings.bits, self.damage(method))
 
-    def front(self) -> list[dict]:
-        """Rows on the front of bits per weight and KL, the narrowest first."""
+    def pareto(self) -> list[dict]:
+        """Rows on the Pareto front of bits per weight and KL, the narrowest first."""
         every = [*self.rows, self.base]
         return [every[i] for i in pareto_front([(row["bits_per_weight"], row["kl"]) for row in every])]
 
@@ -74,11 +74,11 @@ def write(folder: Path, study: Study) -> dict:
     if study.settings.design != "one":
         for method in study.settings.methods:
             forests[method] = fit_forests(study.damage(method), study.settings.bits, study.settings.seed)
-    front = study.front()
+    pareto = study.pareto()
     makers: dict[str, Callable[[Path], object]] = {
         "results.csv": lambda path: _csv(path, [study.base, *study.rows]),
-        "pareto.csv": lambda path: _csv(path, front),
-        "report.md": lambda path: path.write_text(markdown(study, forests, front), encoding="utf-8"),
+        "pareto.csv": lambda path: _csv(path, pareto),
+        "report.md": lambda path: path.write_text(markdown(study, forests, pareto), encoding="utf-8"),
     }
     if find_spec("matplotlib") is not None:
         makers["pareto.png"] = lambda path: draw(path, study.rows)
@@ -90,10 +90,10 @@ def write(folder: Path, study: Study) -> dict:
                 makers[name](partial)
         else:
             (folder / name).unlink(missing_ok=True)
-    return summary(study, forests, front)
+    return summary(study, forests, pareto)
 
 
-def summary(study: Study, forests: dict[str, list[Forest]], front: list[dict]) -> dict:
+def summary(study: Study, forests: dict[str, list[Forest]], pareto: list[dict]) -> dict:
     """The study in JSON's types."""
     names = [part.name for part in study.parts]
     found = study.about | {
@@ -103,7 +103,7 @@ def summary(study: Study, forests: dict[str, list[Forest]], front: list[dict]) -
         "rows": study.rows,
         "rises": {method: dict(zip(names, study.rises(method), strict=True)) for method in study.found},
         "forests": {method: [asdict(forest) for forest in each] for method, each in forests.items()},
-        "pareto": front,
+        "pareto": pareto,
     }
     if study.mixed:
         mixed = study.mixed

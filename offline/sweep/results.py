@@ -1,4 +1,4 @@
-"""The folder of a study: what makes it this study, and one line per configuration in `results.jsonl`.
+"""Opens the folder of a study and keeps its rows: one line per configuration in `results.jsonl`.
 
 identity.json   what decides the numbers (`identity.py`); a study that goes on must have the same
 pieces/         solved linears (`pieces.py`)

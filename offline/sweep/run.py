@@ -1,4 +1,4 @@
-"""A study from model and data to report: pieces, then configurations, then what they say.
+"""Runs a study from model and data to report: pieces, then configurations, then what they say.
 
 The full-precision model judges every configuration on held-out chats that are no calibration chats. What has been done
 stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods, parts

@@ -1,4 +1,4 @@
-"""Bits per weight of a configuration, scales and zero points included.
+"""Computes bits per weight of a configuration, scales and zero points included.
 
 Two averages: over the weights of the study's linears, where a linear at 16 bits counts 16, and over every parameter of
 the model's files as they would be written.
