@@ -5,6 +5,7 @@ python docs/write_pages.py
 
 from pathlib import Path
 
+import module_map
 import reference_pages
 import results_picture
 
@@ -12,6 +13,7 @@ DOCS = Path(__file__).parent
 MADE = {
     DOCS / "reference/command-line.md": reference_pages.command_line,
     DOCS / "reference/settings.md": reference_pages.settings,
+    DOCS / "reference/modules.md": module_map.modules,
     DOCS / "assets/results.svg": results_picture.draw,
 }
 

@@ -132,7 +132,7 @@ class _SearchedLayer:
         self.held: int | None = None
         self.ranges: dict[str, Ranges] = {}
 
-    def targets(self) -> Hidden:
+    def full_outputs(self) -> Hidden:
         """The full-precision layer's output, per batch; the full-precision streams move past it."""
         for stream in self.owner.full:
             stream.hidden = stream.run(self.module, self.index)

@@ -42,7 +42,7 @@ Hidden = list[torch.Tensor]  # hidden states, one tensor per batch
 class SearchedLayer(Protocol):
     """A layer of a block that is being searched."""
 
-    def targets(self) -> Hidden:
+    def full_outputs(self) -> Hidden:
         """The full-precision layer's output; the full-precision streams move past it."""
 
     def hold(self, candidate: int) -> None:
@@ -93,7 +93,7 @@ def search_block(
 ) -> BlockChoice:
     """The candidates of a block's layers, for its input `start` from the quantised layers before it. The full-precision
     streams move past the block."""
-    targets = [layer.targets() for layer in layers]
+    targets = [layer.full_outputs() for layer in layers]
 
     def step(k: int, candidate: int, state: Hidden) -> Hidden:
         layers[k].hold(candidate)
