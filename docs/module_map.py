@@ -29,7 +29,7 @@ Every file of the library with what it does. How they work together: [architectu
 def first_sentence(path: Path) -> str:
     """Of a module's docstring, without its full stop."""
     text = " ".join((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n\n")[0].split())
-    return re.split(r"\.(?: |$)|:$", text)[0].replace("|", "\\|")
+    return re.split(r"\.(?: |$)|:$", text)[0].replace("|", "\\|").replace("`", "")
 
 
 def _place(path: Path) -> tuple[int, str, str]:

@@ -94,7 +94,7 @@ class _FakeLayer:
         }
         self.rounders: list[dict[str, Rounder]] = []
 
-    def targets(self) -> Hidden:
+    def full_outputs(self) -> Hidden:
         inputs: dict[str, Hidden] = {linear: [] for linear in self.weights}
         handles = [
             self.module.get_submodule(linear).register_forward_pre_hook(lambda m, args, to=to: to.append(args[0]))
