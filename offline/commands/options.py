@@ -73,10 +73,3 @@ def given(context: typer.Context) -> dict:
     """The options that stand on the command line; the others leave the word to a recipe and to measured defaults."""
     said = {name: context.get_parameter_source(name) for name in context.params}
     return {n: v for n, v in context.params.items() if (source := said[n]) and source.name == "COMMANDLINE"}
-
-
-def default_device(device: str) -> str:
-    """The device that was asked for, or a GPU if there is one."""
-    import torch
-
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmq_vllm.offline.commands.options import Device, Json, Model, Recipe, default_device, given, takes
+from vlmq_vllm.offline.commands.options import Device, Json, Model, Recipe, given, takes
 from vlmq_vllm.offline.settings.quantize import Settings
 
 
@@ -23,6 +23,7 @@ def plan(
     from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
 
     chosen = settings_from(read_recipe(recipe) if recipe else {}, given(context))
+    from vlmq_vllm.offline.machine.device import default_device
     from vlmq_vllm.offline.plan.make import make_plan
     from vlmq_vllm.offline.plan.show import show
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmq_vllm.offline.commands.options import Device, Json, Model, Out, Recipe, default_device, given, takes
+from vlmq_vllm.offline.commands.options import Device, Json, Model, Out, Recipe, given, takes
 from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -30,6 +30,7 @@ def quantize(
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
     from vlmq_vllm.errors import StoppedError
+    from vlmq_vllm.offline.machine.device import default_device
     from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
     from vlmq_vllm.offline.settings.methods import unread
     from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmq_vllm.offline.commands.options import Device, Json, Model, default_device, settings_of, takes
+from vlmq_vllm.offline.commands.options import Device, Json, Model, settings_of, takes
 from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
 from vlmq_vllm.offline.settings.sweep import StudySettings
 
@@ -35,6 +35,7 @@ def sweep(
     --recipe. Lists are written with commas.
     """
     from vlmq_vllm.errors import StoppedError
+    from vlmq_vllm.offline.machine.device import default_device
     from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
 
     chosen = settings_of(StudySettings, settings)

@@ -7,6 +7,11 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 
 
+def default_device(name: str) -> str:
+    """The device that was asked for, or a GPU if there is one."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_of(name: str) -> torch.device:
     """The device of that name; of several processes on one machine each gets a GPU of its own."""
     if name == "cuda" and "LOCAL_RANK" in os.environ:
