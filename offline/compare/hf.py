@@ -15,6 +15,7 @@ import torch
 from vlmq_vllm.offline.compare.questions import Question, inputs_of
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import load_model
+from vlmq_vllm.offline.machine.device import default_device
 from vlmq_vllm.offline.settings.compare import CompareSettings
 
 
@@ -50,7 +51,7 @@ def score(
 
 def device_name(settings: CompareSettings) -> str:
     """The device asked for, or a GPU if there is one."""
-    return settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return default_device(settings.device)
 
 
 @torch.inference_mode()
