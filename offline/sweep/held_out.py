@@ -10,6 +10,7 @@ from vlmq_vllm.offline.compare.questions import Question, end_ids, read_question
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.fingerprint import Marks, marks, shared
 from vlmq_vllm.offline.data.inputs import has_vision, model_inputs
+from vlmq_vllm.offline.data.processor import Processor
 from vlmq_vllm.offline.data.read import read_all, read_chats
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.sweep import StudySettings
@@ -32,7 +33,7 @@ def read(
     data: str | Path,
     calibration: str | Path | None,
     source: Source,
-    processor,
+    processor: Processor,
     settings: StudySettings,
     components: list[str],
     say: Callable[[str], None],
@@ -61,7 +62,7 @@ def read(
     return Chats(questions, batched(samples), probe, [mark.chat for mark in taught], [mark.chat for mark in asked])
 
 
-def check_usable(questions: list[Question], processor, components: list[str], limit: int) -> None:
+def check_usable(questions: list[Question], processor: Processor, components: list[str], limit: int) -> None:
     """Raises QuantizeError unless a chat has at most `limit` tokens, and one with a picture where a component is
     studied that nothing else reaches: its linears would seem to bear any width."""
 

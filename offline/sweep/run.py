@@ -66,8 +66,9 @@ def sweep(
     if calibration is None and set(settings.methods) - set(UNCALIBRATED):
         named = " and ".join(UNCALIBRATED)
         raise QuantizeError(f"methods other than {named} need calibration data; give --calibration FILE.jsonl")
-    for source in filter(None, (data, calibration)):
-        check_exists(source)
+    check_exists(data)
+    if calibration:
+        check_exists(calibration)
     place = device_of(device)
     with Results(out, resume) as results:
         if settings.components is None and results.identity is not None:
@@ -78,7 +79,14 @@ def sweep(
 class _Run:
     """One run. `parts` are the parts of the design; `modules` those of the budget, empty without one."""
 
-    def __init__(self, model: str, settings: StudySettings, device: torch.device, say, stop) -> None:
+    def __init__(
+        self,
+        model: str,
+        settings: StudySettings,
+        device: torch.device,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> None:
         self.model, self.settings, self.device, self.say, self.stop = model, settings, device, say, stop
         self.source = Source(find(model))
         only = settings.components or (None if settings.by == "component" else ("language",))
@@ -93,7 +101,11 @@ class _Run:
     def run(self, data: str | Path, calibration: str | Path | None, results: Results) -> dict:
         components = self.subject.components
         found = read(data, calibration, self.source, self.processor, self.settings, components, self.say)
-        places = {"model": self.model, "data": str(data), "calibration": calibration and str(calibration)}
+        places = {
+            "model": self.model,
+            "data": str(data),
+            "calibration": None if calibration is None else str(calibration),
+        }
         results.begin(identify(self.source, self.settings, components, self.device, found.taught, found.asked, places))
         pieces = Pieces(results.folder / "pieces")
         for path in pieces.drop_damaged():
@@ -126,7 +138,7 @@ class _Run:
         base = self._row("none", "16 bits", {}, judge.full_precision())
         for method in self.settings.methods:
             self._evaluate(results, judge, method, self.parts, self.design)
-        mixed = self._mix(results, judge, places["calibration"] is not None) if self.budget else None
+        mixed = self._mix(results, judge, self.budget, places["calibration"] is not None) if self.budget else None
         return Study(
             about=places | {"questions": len(judge.questions), "pictured": judge.pictured},
             settings=self.settings,
@@ -134,7 +146,7 @@ class _Run:
             base=base,
             rows=list(results.rows.values()),
             found={
-                method: {widths: results.find(method, expand(self.parts, widths)) for widths in self.design}
+                method: {widths: results.rows[method, key_of(expand(self.parts, widths))] for widths in self.design}
                 for method in self.settings.methods
             },
             shares=self.sizes.shares(self.parts),
@@ -169,24 +181,24 @@ class _Run:
             **asdict(figures),
         }
 
-    def _mix(self, results: Results, judge: Judge, calibrated: bool) -> Mixed:
+    def _mix(self, results: Results, judge: Judge, budget: Budget, calibrated: bool) -> Mixed:
         """The best mixture within the budget by the method of which a blind one is to be expected best, and its
         controls. One method, since no checkpoint mixes them; which is best differs between widths."""
         bits, count = self.settings.bits, len(self.modules)
-        everything = {width: expand(self.parts, (width,) * len(self.parts)) for width in bits}
+        everything = {width: key_of(expand(self.parts, (width,) * len(self.parts))) for width in bits}
 
         def expected(method: str) -> float:
-            return self.budget.expected({width: results.find(method, everything[width])["kl"] for width in bits})
+            return budget.expected({width: results.rows[method, key]["kl"] for width, key in everything.items()})
 
         method = min(self.settings.methods, key=expected)
         self.say(f"budget: {count} modules by {method}")
         self._evaluate(results, judge, method, self.modules, find_design("one", count, bits, 0, 0))
         rises = [
-            {width: results.find(method, dict.fromkeys(module.linears, width))["kl"] for width in bits}
+            {width: results.rows[method, key_of(dict.fromkeys(module.linears, width))]["kl"] for width in bits}
             for module in self.modules
         ]
-        mixture = self.budget.mix(rises)
-        blind = self.budget.controls(self.settings.seed, BLIND)
+        mixture = budget.mix(rises)
+        blind = budget.controls(self.settings.seed, BLIND)
         rows = []
         for label, widths in (
             ("mixture", mixture.widths),
