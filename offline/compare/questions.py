@@ -7,6 +7,7 @@ never generated and does not count. Pictures are opened only when a question's i
 """
 
 import json
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -17,6 +18,7 @@ import torch
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import prepare, render, tokenizing
 from vlmq_vllm.offline.data.processor import Processor
+from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.settings.compare import CompareSettings
 
 
@@ -66,6 +68,14 @@ class Exam:
         for question, known in zip(track(self.questions, what), teacher or repeat(True)):  # noqa: B905
             found = None if known is None else question.inputs(self.processor)
             yield None if found is None or found[0]["input_ids"].shape[1] > self.settings.max_tokens else found
+
+
+def draw(data: str | Path, kind: str, samples: int | None, seed: int) -> list[dict]:
+    """All chats of `data`, or as many as `samples` says. Raises QuantizeError where there are none of this kind."""
+    chats = read_all(data)
+    if not chats:
+        raise QuantizeError(f"{data} holds no chat; give {kind} data with one chat per line")
+    return chats if samples is None or samples >= len(chats) else random.Random(seed).sample(chats, samples)
 
 
 def read_question(chat: dict, processor: Processor, ends: set[int]) -> Question:

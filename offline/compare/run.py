@@ -1,7 +1,6 @@
 """Runs a comparison from folders to report: the 16-bit model first, the quantised one second, never both in memory."""
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +9,13 @@ from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.offline.checkpoint.writer import REPORT
 from vlmq_vllm.offline.compare import engine, hf
 from vlmq_vllm.offline.compare.cache import Cache, key_of
-from vlmq_vllm.offline.compare.questions import Exam, end_ids, read_question
+from vlmq_vllm.offline.compare.questions import Exam, draw, end_ids, read_question
 from vlmq_vllm.offline.compare.report import bootstrap_settings, sample_row, split_rows
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.processor import Processor
-from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.model.source import find
 from vlmq_vllm.offline.settings.compare import CompareSettings
@@ -43,7 +41,7 @@ def compare(
     folder = find(model)
     processor = _check_pair(folder, quantized)
     ends = end_ids(folder, processor)
-    chats = _draw(data, settings)
+    chats = draw(data, "evaluation", settings.samples, settings.seed)
     questions = [read_question(chat, processor, ends) for chat in chats]
     prints = [fingerprint(chat) for chat in chats]
     overlap = _overlap(quantized, prints, say)
@@ -97,15 +95,6 @@ def _vocabulary(config: dict) -> int | None:
 
 def _template(processor: Processor) -> object:
     return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
-
-
-def _draw(data: str | Path, settings: CompareSettings) -> list[dict]:
-    chats = read_all(data)
-    if not chats:
-        raise QuantizeError(f"{data} holds no chat; give evaluation data with one chat per line")
-    if settings.samples is None or settings.samples >= len(chats):
-        return chats
-    return random.Random(settings.seed).sample(chats, settings.samples)
 
 
 def _teacher(

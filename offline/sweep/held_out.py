@@ -1,17 +1,16 @@
 """Reads the chats of a study: held-out questions, and calibration samples that are none of them."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
-from vlmq_vllm.offline.compare.questions import Question, end_ids, read_question
+from vlmq_vllm.offline.compare.questions import Question, draw, end_ids, read_question
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.fingerprint import Marks, marks, shared
 from vlmq_vllm.offline.data.inputs import has_vision, model_inputs
 from vlmq_vllm.offline.data.processor import Processor
-from vlmq_vllm.offline.data.read import read_all, read_chats
+from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.sweep import StudySettings
 
@@ -40,11 +39,7 @@ def read(
 ) -> Chats:
     """Read both. Raises QuantizeError for chats that cannot be used or would say nothing of one of the `components`,
     RefusedError where a chat is in both."""
-    held_out = read_all(data)
-    if not held_out:
-        raise QuantizeError(f"{data} holds no chat; give held-out data with one chat per line")
-    if settings.samples is not None and settings.samples < len(held_out):
-        held_out = random.Random(settings.seed).sample(held_out, settings.samples)
+    held_out = draw(data, "held-out", settings.samples, settings.seed)
     ends = end_ids(source.folder, processor)
     questions = [read_question(chat, processor, ends) for chat in held_out]
     check_usable(questions, processor, components, settings.max_tokens)
