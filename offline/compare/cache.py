@@ -7,6 +7,7 @@ model, data or settings have another name, so nothing stale is ever read; what i
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def fingerprint_of(model: Path) -> str:
 class Cache:
     """`folder` of teachers' scores; `say` is told in one line why a file cannot be used."""
 
-    def __init__(self, folder: Path, say) -> None:
+    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         if folder.exists() and not folder.is_dir():
             raise QuantizeError(f"{folder} is no folder; give --cache a folder")
         self.folder, self.say = folder, say
@@ -98,8 +99,8 @@ class Cache:
                 continue
             differences.append([name for name in key if other.get(name) != key[name]])
         if differences:
-            what = ", ".join(min(differences, key=len))
-            self.say(f"{self.folder} has no scores for this run (other {what}); the 16-bit model is run")
+            what = min(differences, key=len)
+            self.say(f"{self.folder} has no scores for this run (other {', '.join(what)}); the 16-bit model is run")
 
 
 def _metadata(path: Path) -> dict[str, str]:

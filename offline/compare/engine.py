@@ -18,62 +18,52 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.compare.questions import Question, inputs_of
+from vlmq_vllm.offline.compare.questions import Exam
 from vlmq_vllm.offline.compare.scores import Score, load, save
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.pictures import open_image
-from vlmq_vllm.offline.settings.compare import CompareSettings
 
 JOB, TEACHER, RESULT = "job.json", "teacher.safetensors", "result.safetensors"
 # what a user sets in the environment wins; the space is in GB and only read on a CPU
 ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def score(
-    folder: Path,
-    questions: list[Question],
-    processor,
-    ends: set[int],
-    settings: CompareSettings,
-    teacher: list[Score | None] | None,
-    track: Callable,
-) -> list[Score | None]:
+def score(folder: Path, exam: Exam, teacher: list[Score | None] | None, track: Callable) -> list[Score | None]:
     """As `hf.score`, through vLLM. Raises QuantizeError when vLLM is missing or fails, with its reason."""
     if find_spec("vllm") is None:
         raise QuantizeError("backend 'vllm' needs vLLM, which is not installed; install it or use --backend hf")
     with tempfile.TemporaryDirectory(prefix="vlmq-compare-") as name:
         place = Path(name)
-        tasks = _tasks(questions, processor, settings, teacher, place, track)
+        tasks = _tasks(exam, teacher, place, track)
         if teacher is not None:
             save(place / TEACHER, [score for score in teacher if score is not None], {})
-        scores = iter(_run(place, folder, tasks, ends, settings) if any(tasks) else [])
+        scores = iter(_run(place, folder, exam, tasks) if any(tasks) else [])
         return [None if task is None else next(scores) for task in tasks]
 
 
-def _tasks(questions, processor, settings, teacher, place: Path, track) -> list[dict | None]:
+def _tasks(exam: Exam, teacher: list[Score | None] | None, place: Path, track: Callable) -> list[dict | None]:
     """What the worker needs to know of every question; None for those left out."""
-    for question in questions:
+    for question in exam.questions:
         if question.chat["videos"]:
             raise QuantizeError(f"{question.chat['line']} has a video; compare videos with --backend hf")
     tasks: list[dict | None] = []
-    asked = (questions[i] for i in track(range(len(questions)), "reading pictures"))
-    for i, found in enumerate(inputs_of(asked, processor, settings.max_tokens, teacher)):
-        chat, answer = questions[i].chat, questions[i].answer
+    for i, found in enumerate(exam.inputs(teacher, track, "reading pictures")):
+        question, chat = exam.questions[i], exam.questions[i].chat
         pictures = [f"{i}-{j}.png" for j in range(len(chat["images"]))] if found else []
         for name, image in zip(pictures, chat["images"], strict=False):
             open_image(image).save(place / name)
         prompt = found and found[0]["input_ids"][0, : found[1]].tolist()
-        task = {"line": chat["line"], "words": questions[i].words, "prompt": prompt, "answer": answer}
+        task = {"line": chat["line"], "words": question.words, "prompt": prompt, "answer": question.answer}
         tasks.append(found and task | {"pictures": pictures})
     return tasks
 
 
-def _run(place: Path, folder: Path, tasks: list[dict | None], ends: set[int], settings: CompareSettings) -> list[Score]:
+def _run(place: Path, folder: Path, exam: Exam, tasks: list[dict | None]) -> list[Score]:
     job = {
         "model": str(folder.absolute()),
         "quantization": "vlmq" if is_vlmq(folder) else None,
-        "settings": asdict(settings),
-        "ends": sorted(ends),
+        "settings": asdict(exam.settings),
+        "ends": sorted(exam.ends),
         "tasks": [task for task in tasks if task is not None],
     }
     (place / JOB).write_text(json.dumps(job), encoding="utf-8")

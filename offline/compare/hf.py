@@ -8,38 +8,30 @@ import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from vlmq_vllm.offline.compare.questions import Question, inputs_of
+from vlmq_vllm.offline.compare.questions import Exam
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import load_model
 from vlmq_vllm.offline.machine.device import default_device
 from vlmq_vllm.offline.settings.compare import CompareSettings
 
 
-def score(
-    folder: Path,
-    questions: list[Question],
-    processor,
-    ends: set[int],
-    settings: CompareSettings,
-    teacher: list[Score | None] | None,
-    track: Callable,
-) -> list[Score | None]:
+def score(folder: Path, exam: Exam, teacher: list[Score | None] | None, track: Callable) -> list[Score | None]:
     """A score for every question, None for those left out: longer than max_tokens, or without a teacher's score.
 
     The model is loaded for the call and freed after it. Without `teacher` the model is the teacher itself.
     Raises QuantizeError and CheckpointError.
     """
-    model = load_model(folder, getattr(torch, settings.dtype), device_name(settings))
+    model = load_model(folder, getattr(torch, exam.settings.dtype), device_name(exam.settings))
     scores: list[Score | None] = []
     try:
-        numbers = track(range(len(questions)), folder.name)
-        given = inputs_of((questions[i] for i in numbers), processor, settings.max_tokens, teacher)
-        for question, known, found in zip(questions, teacher or [None] * len(questions), given, strict=True):
-            one = found and score_one(model, *found, question.answer, ends, settings, known and known.ids)
+        given = exam.inputs(teacher, track, folder.name)
+        for found, question, known in zip(given, exam.questions, teacher or [None] * len(exam.questions), strict=True):
+            one = found and score_one(model, *found, question.answer, exam.ends, exam.settings, known)
             scores.append(one and one.check(str(folder), question.chat["line"]))
     finally:
         del model
@@ -56,30 +48,35 @@ def device_name(settings: CompareSettings) -> str:
 
 @torch.inference_mode()
 def score_one(
-    model, inputs: dict, start: int, answer: list[int], ends: set[int], settings: CompareSettings, ids
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    start: int,
+    answer: list[int],
+    ends: set[int],
+    settings: CompareSettings,
+    teacher: Score | None,
 ) -> Score:
-    """The score of one sample: a processor's `inputs`, with the answer's tokens from `start` on. `ids`: the teacher's,
-    or None for the model's own likeliest tokens."""
-    inputs = {name: _place(value, model) for name, value in inputs.items()}
+    """The score of one sample: a processor's `inputs`, with the answer's tokens from `start` on. Without `teacher`, of
+    whose tokens the probabilities are taken, of the model's own likeliest. `model` is of transformers."""
+    inputs = {name: v.to(model.device, model.dtype if v.is_floating_point() else None) for name, v in inputs.items()}
     logs = answer_logs(model, inputs, start, len(answer))
-    if ids is None:
+    if teacher is None:
         chosen = logs.topk(min(settings.top, logs.shape[-1])).indices
     else:
-        chosen = torch.from_numpy(ids.astype(np.int64)).to(logs.device)
+        chosen = torch.from_numpy(teacher.ids.astype(np.int64)).to(logs.device)
     right = torch.tensor(answer, device=logs.device)
-    greedy = _generate(model, inputs, start, ends, settings.max_new_tokens)
     return Score(
-        answer=answer,
-        ids=chosen.cpu(),
-        logs=logs.gather(1, chosen).cpu(),
-        rest=logs.scatter(1, chosen, -torch.inf).logsumexp(1).cpu(),
-        own=logs.gather(1, right[:, None])[:, 0].cpu(),
-        best=logs.argmax(1).cpu(),
-        greedy=greedy,
+        answer=np.array(answer),
+        ids=chosen.cpu().numpy(),
+        logs=logs.gather(1, chosen).cpu().numpy(),
+        rest=logs.scatter(1, chosen, -torch.inf).logsumexp(1).cpu().numpy(),
+        own=logs.gather(1, right[:, None])[:, 0].cpu().numpy(),
+        best=logs.argmax(1).cpu().numpy(),
+        greedy=np.array(_generate(model, inputs, start, ends, settings.max_new_tokens)),
     )
 
 
-def answer_logs(model, inputs: dict[str, torch.Tensor], start: int, tokens: int) -> torch.Tensor:
+def answer_logs(model: torch.nn.Module, inputs: dict[str, torch.Tensor], start: int, tokens: int) -> torch.Tensor:
     """Log-probabilities [tokens, V] float64 with which the model expects the tokens from `start` on."""
     left = inputs["input_ids"].shape[1] - start
     if "logits_to_keep" in inspect.signature(model.forward).parameters:  # spares [L, V] logits
@@ -89,7 +86,7 @@ def answer_logs(model, inputs: dict[str, torch.Tensor], start: int, tokens: int)
     return logits[:tokens].double().log_softmax(-1)
 
 
-def _generate(model, inputs: dict[str, torch.Tensor], start: int, ends: set[int], new_tokens: int) -> list[int]:
+def _generate(model: Any, inputs: dict[str, torch.Tensor], start: int, ends: set[int], new_tokens: int) -> list[int]:
     """The greedy answer up to its end mark or to `new_tokens` tokens."""
     from transformers import GenerationConfig
 
@@ -102,7 +99,3 @@ def _generate(model, inputs: dict[str, torch.Tensor], start: int, ends: set[int]
         do_sample=False, max_new_tokens=new_tokens, eos_token_id=sorted(ends), pad_token_id=min(ends)
     )
     return model.generate(**asked)[0, start:].tolist()
-
-
-def _place(value: torch.Tensor, model) -> torch.Tensor:
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)

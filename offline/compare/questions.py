@@ -7,7 +7,8 @@ never generated and does not count. Pictures are opened only when a question's i
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import prepare, render, tokenizing
+from vlmq_vllm.offline.data.processor import Processor
+from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.settings.compare import CompareSettings
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Question:
         kind = "with picture" if self.chat["images"] or self.chat["videos"] else "text only"
         return [kind] + ([f"task {self.chat['task']}"] if "task" in self.chat else [])
 
-    def inputs(self, processor) -> tuple[dict[str, torch.Tensor], int]:
+    def inputs(self, processor: Processor) -> tuple[dict[str, torch.Tensor], int]:
         """The processor's inputs of the whole chat (input_ids int64 [1, L]), and how many tokens precede the answer."""
         inputs, _ = prepare(self.chat, processor)
         ids = inputs["input_ids"][0].tolist()
@@ -47,17 +51,34 @@ class Question:
         return inputs, start
 
 
-def inputs_of(
-    questions: Iterable[Question], processor, limit: int, teacher: Sequence[object | None] | None = None
-) -> Iterator[tuple[dict[str, torch.Tensor], int] | None]:
-    """`Question.inputs` of every question; None for those left out: of more than `limit` tokens, or without a score in
-    `teacher`."""
-    for question, known in zip(questions, repeat(True) if teacher is None else teacher):  # noqa: B905
-        found = None if known is None else question.inputs(processor)
-        yield None if found is None or found[0]["input_ids"].shape[1] > limit else found
+@dataclass(frozen=True)
+class Exam:
+    """What both models are asked; `ends` are the ids of end-of-turn marks."""
+
+    questions: list[Question]
+    processor: Processor
+    ends: set[int]
+    settings: CompareSettings
+
+    def inputs(
+        self, teacher: Sequence[object | None] | None, track: Callable, what: str
+    ) -> Iterator[tuple[dict[str, torch.Tensor], int] | None]:
+        """`Question.inputs` of every question; None for those left out: of more than `max_tokens` tokens, or without a
+        score in `teacher`."""
+        for question, known in zip(track(self.questions, what), teacher or repeat(True)):  # noqa: B905
+            found = None if known is None else question.inputs(self.processor)
+            yield None if found is None or found[0]["input_ids"].shape[1] > self.settings.max_tokens else found
 
 
-def read_question(chat: dict, processor, ends: set[int]) -> Question:
+def draw(data: str | Path, kind: str, samples: int | None, seed: int) -> list[dict]:
+    """All chats of `data`, or as many as `samples` says. Raises QuantizeError where there are none of this kind."""
+    chats = read_all(data)
+    if not chats:
+        raise QuantizeError(f"{data} holds no chat; give {kind} data with one chat per line")
+    return chats if samples is None or samples >= len(chats) else random.Random(seed).sample(chats, samples)
+
+
+def read_question(chat: dict, processor: Processor, ends: set[int]) -> Question:
     """The question of a chat; `ends` are the ids of end-of-turn marks. Raises QuantizeError, naming the chat's line."""
     chat = _cut(chat)
     try:
@@ -94,7 +115,7 @@ def _cut(chat: dict) -> dict:
     return {**chat, "messages": messages, "images": images, "videos": videos}
 
 
-def end_ids(folder: Path, processor) -> set[int]:
+def end_ids(folder: Path, processor: Processor) -> set[int]:
     """Ids at which the model ends a turn: of its generation_config.json, config.json and tokenizer."""
     found = [processor.tokenizer.eos_token_id]
     for name in ("generation_config.json", "config.json"):

@@ -1,7 +1,7 @@
 """Runs a comparison from folders to report: the 16-bit model first, the quantised one second, never both in memory."""
 
 import json
-import random
+from collections.abc import Callable
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
@@ -9,13 +9,13 @@ from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.offline.checkpoint.writer import REPORT
 from vlmq_vllm.offline.compare import engine, hf
 from vlmq_vllm.offline.compare.cache import Cache, key_of
-from vlmq_vllm.offline.compare.questions import end_ids, read_question
+from vlmq_vllm.offline.compare.questions import Exam, draw, end_ids, read_question
 from vlmq_vllm.offline.compare.report import bootstrap_settings, sample_row, split_rows
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import load_processor
-from vlmq_vllm.offline.data.read import read_all
+from vlmq_vllm.offline.data.processor import Processor
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.model.source import find
 from vlmq_vllm.offline.settings.compare import CompareSettings
@@ -30,7 +30,7 @@ def compare(
     settings: CompareSettings,
     cache: Path | None = None,
     progress: Progress | None = None,
-    say=lambda line: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """The report on `quantized` beside its 16-bit original `model`, ready for JSON.
 
@@ -41,16 +41,16 @@ def compare(
     folder = find(model)
     processor = _check_pair(folder, quantized)
     ends = end_ids(folder, processor)
-    chats = _draw(data, settings)
+    chats = draw(data, "evaluation", settings.samples, settings.seed)
     questions = [read_question(chat, processor, ends) for chat in chats]
     prints = [fingerprint(chat) for chat in chats]
     overlap = _overlap(quantized, prints, say)
-    about = (questions, processor, ends, settings)
-    teacher, cached = _teacher(folder, prints, about, Cache(cache, say) if cache else None, track)
+    exam = Exam(questions, processor, ends, settings)
+    teacher, cached = _teacher(folder, prints, exam, Cache(cache, say) if cache else None, track)
     if not any(teacher):
         raise QuantizeError(f"no chat in {data} has at most {settings.max_tokens} tokens; raise --max-tokens")
-    student = SCORERS[settings.backend](quantized, *about, teacher, track)
-    used = [(q, t, s) for q, t, s in zip(questions, teacher, student, strict=True) if t is not None]
+    student = SCORERS[settings.backend](quantized, exam, teacher, track)
+    used = [(q, t, s) for q, t, s in zip(questions, teacher, student, strict=True) if t and s]
     rows = [sample_row(*each) for each in used]
     return {
         "model": model,
@@ -70,7 +70,7 @@ def compare(
     }
 
 
-def _check_pair(folder: Path, quantized: Path):
+def _check_pair(folder: Path, quantized: Path) -> Processor:
     """The processor of the 16-bit model, after checking that both models read and write the same tokens."""
     if is_vlmq(folder):
         raise QuantizeError(f"{folder} is itself quantised by vlmq; give the 16-bit original first, then {quantized}")
@@ -93,30 +93,22 @@ def _vocabulary(config: dict) -> int | None:
     return config.get("vocab_size") or (config.get("text_config") or {}).get("vocab_size")
 
 
-def _template(processor):
+def _template(processor: Processor) -> object:
     return getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
 
 
-def _draw(data: str | Path, settings: CompareSettings) -> list[dict]:
-    chats = read_all(data)
-    if not chats:
-        raise QuantizeError(f"{data} holds no chat; give evaluation data with one chat per line")
-    if settings.samples is None or settings.samples >= len(chats):
-        return chats
-    return random.Random(settings.seed).sample(chats, settings.samples)
-
-
-def _teacher(folder: Path, prints: list[str], about: tuple, cache: Cache | None, track):
+def _teacher(
+    folder: Path, prints: list[str], exam: Exam, cache: Cache | None, track: Callable
+) -> tuple[list[Score | None], bool]:
     """The 16-bit model's scores, and whether they come from the cache."""
-    _, _, ends, settings = about
-    scorer = SCORERS[settings.backend]
+    settings, scorer = exam.settings, SCORERS[exam.settings.backend]
     if cache is None:
-        return scorer(folder, *about, None, track), False
-    key = key_of(folder, prints, ends, settings, hf.device_name(settings) if settings.backend == "hf" else "vllm")
+        return scorer(folder, exam, None, track), False
+    key = key_of(folder, prints, exam.ends, settings, hf.device_name(settings) if settings.backend == "hf" else "vllm")
     scores: list[Score | None] | None = cache.read(key, len(prints))
     if scores is not None:
         return scores, True
-    scores = scorer(folder, *about, None, track)
+    scores = scorer(folder, exam, None, track)
     if any(scores):
         cache.write(key, scores)
     return scores, False
@@ -126,7 +118,7 @@ def _outcomes(score: Score) -> dict:
     return {"top": score.ids.shape[1], "exact": bool((score.rest == float("-inf")).all())}
 
 
-def _overlap(quantized: Path, prints: list[str], say) -> int | None:
+def _overlap(quantized: Path, prints: list[str], say: Callable[[str], None]) -> int | None:
     """How many chats were also calibrated with; None when the checkpoint does not tell."""
     path = quantized / REPORT
     try:

@@ -6,6 +6,7 @@ KL divergence over these outcomes is at most that over the whole vocabulary (mer
 and equals it once k reaches the vocabulary. All logarithms are natural.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def first_difference(one: np.ndarray, other: np.ndarray) -> int | None:
     return int(differ[0]) if len(differ) else shorter
 
 
-def save(path: Path, scores: list[Score | None], metadata: dict[str, str]) -> None:
+def save(path: Path, scores: Sequence[Score | None], metadata: dict[str, str]) -> None:
     """Write scores as safetensors; None stands for a sample that was left out."""
     from safetensors.numpy import save_file
 

@@ -31,7 +31,7 @@ def show(report: dict, console: Console | None = None) -> None:
     for heading, *_ in shown:
         table.add_column(heading, justify="right")
     for row in report["splits"]:
-        table.add_row(row["split"], str(row["n"]), *(_cell(row[name], *how) for _, name, *how in shown))
+        table.add_row(row["split"], str(row["n"]), *(_cell(row[name], factor, form) for _, name, factor, form in shown))
     console.print(table)
     console.print(_legend(report), markup=False, soft_wrap=True)
 

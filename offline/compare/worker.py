@@ -8,6 +8,7 @@ remaining mass is one minus their sum and known to about REST_FLOOR, which both 
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -112,16 +113,17 @@ def _likeliest(logs: dict[int, float], top: int) -> list[int]:
     return sorted(logs, key=lambda token: -logs[token])[:top]
 
 
-def _score(task: dict, ids: np.ndarray, logs: list[dict], best: list[int], greedy) -> Score:
+def _score(task: dict, ids: np.ndarray, logs: list[dict], best: list[int], greedy: Sequence[int]) -> Score:
     kept = np.array([[step[int(i)] for i in row] for step, row in zip(logs, ids, strict=True)], dtype=np.float32)
-    own = [step[token] for step, token in zip(logs, task["answer"], strict=True)]
+    own = np.array([step[token] for step, token in zip(logs, task["answer"], strict=True)])
     rest = np.log(np.maximum(1 - np.exp(kept.astype(np.float64)).sum(1), REST_FLOOR))
-    return Score(task["answer"], ids, kept, rest, own, best, list(greedy)).check("the model", task["line"])
+    answer, likeliest, generated = map(np.array, (task["answer"], best, list(greedy)))
+    return Score(answer, ids, kept, rest, own, likeliest, generated).check("the model", task["line"])
 
 
 def main(place: Path) -> None:
     job = json.loads((place / JOB).read_text(encoding="utf-8"))
-    teacher = load(place / TEACHER) if (place / TEACHER).is_file() else None
+    teacher = [one for one in load(place / TEACHER) if one] if (place / TEACHER).is_file() else None
     engine = Engine(place, job)
     scores: list[Score] = []
     for start in range(0, len(job["tasks"]), TOGETHER):

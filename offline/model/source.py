@@ -41,6 +41,7 @@ class Source:
         self.family: Family = family_of(self.config)
         self.headers: dict[str, TensorInfo] = read_headers(folder)
         self.model = build_skeleton(folder)
+        self.parsed: Any = self.model.config  # config.json as transformers reads it, defaults added
         self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
         self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
@@ -164,7 +165,7 @@ class Source:
     def _check_complete(self) -> None:
         """Every parameter must be in the files, in its shape and 16 or 32 bits wide; tied ones need be there once."""
         there = {id(p) for name, p in self.model.named_parameters(remove_duplicate=False) if name in self.places}
-        tied = _tied(self.model)
+        tied = _tied(self.parsed)
         for name, parameter in self.model.named_parameters():
             if name not in self.places:
                 if id(parameter) in there or name in tied:
@@ -202,8 +203,7 @@ def find(model: str) -> Path:
         raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None
 
 
-def _tied(model: torch.nn.Module) -> set[str]:
+def _tied(config: Any) -> set[str]:
     """Parameters that share another's tensor by config.json, such as lm_head and the input embeddings."""
-    config: Any = model.config  # transformers' own
     tied = getattr(config, "tie_word_embeddings", False) or getattr(config.get_text_config(), "tie_word_embeddings", 0)
     return {"lm_head.weight"} if tied else set()

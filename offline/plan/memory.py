@@ -93,7 +93,7 @@ class Memory:
     def _before_decoder(self, name: str, load: Load) -> Phase:
         """What runs before the decoder, one batch in the tower: embeddings, tower (large ones by block), connectors."""
         family, model = self.source.family, self.source.model
-        tower, blocks = model.get_submodule(family.vision), list(model.get_submodule(family.blocks))
+        tower, blocks = model.get_submodule(family.vision), list(self.source.stack(family.blocks))
         resident = FLOAT * numel(tower)
         if self.exact and resident > RESIDENT:
             resident -= FLOAT * (sum(map(numel, blocks)) - max(map(numel, blocks)))
@@ -192,7 +192,7 @@ class Memory:
 
     def _answer_loss(self) -> dict[str, int]:
         """A loss of answers and its gradients back through the decoder; a joint search looks at all states at once."""
-        load, text = self.load, self.source.model.config.get_text_config()
+        load, text = self.load, self.source.parsed.get_text_config()
         layer = layer_of(self.source, "language", f"{self.source.family.layers}.0", load)
         kept = FLOAT * layer.width * (len(self.source.layers()) + 1)
         tokens = load.total if self.settings.row.joint else min(load.total, LIMIT // kept + load.batch)

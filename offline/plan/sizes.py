@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.offline.data.batches import TOKENS
-from vlmq_vllm.offline.model.layers import linears_of
+from vlmq_vllm.offline.model.layers import named_linears, weights_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 
@@ -51,7 +51,7 @@ def load_of(source: Source, settings: Settings, tokens: int | None = None) -> Lo
     """The load of a run; `tokens` per sample if it is known, else the greatest length that is allowed."""
     samples = settings.samples if settings.row.calibrated else 0
     tokens = tokens or settings.max_tokens
-    vision, text = source.model.config.vision_config, source.model.config.get_text_config()
+    vision, text = source.parsed.vision_config, source.parsed.get_text_config()
     patches = patches_per_token(source)
     patch = _side(getattr(vision, "patch_size", 14))
     frames = getattr(vision, "temporal_patch_size", 1)
@@ -60,7 +60,7 @@ def load_of(source: Source, settings: Settings, tokens: int | None = None) -> Lo
     kinds = len(set(getattr(text, "layer_types", None) or ("full",)))
     kept = kinds * 2 * head * FLOAT + (kinds * tokens if kinds > 1 else 0)
     # a tower whose blocks take no rotary cos and sin adds positions to its patches
-    block = source.model.get_submodule(source.family.blocks)[0]
+    block = source.stack(source.family.blocks)[0]
     rotary = 0
     if "position_embeddings" in inspect.signature(block.forward).parameters:
         rotary = 2 * (getattr(vision, "embed_dim", None) or vision.hidden_size) // vision.num_heads * FLOAT
@@ -70,8 +70,7 @@ def load_of(source: Source, settings: Settings, tokens: int | None = None) -> Lo
 
 def patches_per_token(source: Source) -> int:
     """Patches of the tower that become one token of the decoder."""
-    config = source.model.config
-    vision = config.vision_config
+    config, vision = source.parsed, source.parsed.vision_config
     if merge := getattr(vision, "spatial_merge_size", None) or getattr(config, "scale_factor", None):
         return int(merge) ** 2
     if ratio := getattr(config, "downsample_ratio", None):
@@ -83,7 +82,7 @@ def patches_per_token(source: Source) -> int:
 
 def expert_share(source: Source) -> float:
     """The part of all tokens that the mean expert of a mixture sees; 1 without experts."""
-    text = source.model.config.get_text_config()
+    text = source.parsed.get_text_config()
     experts = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None) or 1
     return (getattr(text, "num_experts_per_tok", None) or 1) / experts
 
@@ -158,10 +157,10 @@ class Layer:
 def layer_of(source: Source, component: str, name: str, load: Load) -> Layer:
     """The layer with the in-memory name `name`; a connector, which joins patches, per patch."""
     module = source.model.get_submodule(name)
-    shapes = {linear: tuple(module.get_submodule(linear).weight.shape) for linear in linears_of(module)}
-    inner, width = widest(module)[0], source.model.config.get_text_config().hidden_size
+    shapes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights_of(module).items()}
+    inner, width = widest(module)[0], source.parsed.get_text_config().hidden_size
     if component != "language":
-        width = widest(source.model.get_submodule(source.family.blocks)[0])[1]
+        width = widest(source.stack(source.family.blocks)[0])[1]
     if component == "connector":
         inner = -(-inner // load.patches)
     return Layer(shapes, numel(module), inner, width)
@@ -169,7 +168,7 @@ def layer_of(source: Source, component: str, name: str, load: Load) -> Layer:
 
 def widest(layer: torch.nn.Module) -> tuple[int, int]:
     """The greatest and the least number of columns of a layer's linears."""
-    columns = [layer.get_submodule(name).in_features for name in linears_of(layer)]
+    columns = [linear.in_features for linear in named_linears(layer).values()]
     return max(columns), min(columns)
 
 

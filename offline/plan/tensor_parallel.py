@@ -48,7 +48,7 @@ class LinearKind:
 
 def find_linear_kinds(source: Source, targets: list[Target]) -> list[LinearKind]:
     """The distinct linears of a plan."""
-    text = source.model.config.get_text_config()
+    text = source.parsed.get_text_config()
     heads = Heads(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
     found: dict[tuple, LinearKind] = {}
     for target in targets:
@@ -57,18 +57,17 @@ def find_linear_kinds(source: Source, targets: list[Target]) -> list[LinearKind]
         linear = found.setdefault(key, LinearKind(*key))
         linear.count += 1
         if linear.count == 1:
-            _judge(linear, target, heads, source)
+            _judge(linear, target, heads if target.component == "language" else None, source)
     return list(found.values())
 
 
-def _judge(linear: LinearKind, target: Target, heads: Heads, source: Source) -> None:
+def _judge(linear: LinearKind, target: Target, heads: Heads | None, source: Source) -> None:
     shape = (target.rows, target.columns)
     linear.refused = why_unserved(target.name, shape, source.config)
     leaf = leaf_of(target.name)
     row = leaf in ROW_PARALLEL
     experts = re.search(r"\.experts\.", target.name) is not None
     linear.layer = "FusedMoE" if experts else "RowParallelLinear" if row else LAYERS.get(leaf, "ColumnParallelLinear")
-    heads = heads if target.component == "language" else None
     for size in SIZES:
         linear.cuts[size] = why_not_cut(leaf, linear.rows, linear.columns, linear.format, size, heads)
         if linear.cuts[size] and row:

@@ -59,10 +59,9 @@ def _tokens(source: Source, load: Load, linears: list[LinearKind]) -> list[str]:
 def _pictures(source: Source, settings: Settings) -> list[str]:
     """Samples longer than max_tokens are left out; a processor that keeps a picture's size can make such."""
     allowed = _processor_pixels(source)
-    side = getattr(source.model.config.vision_config, "spatial_merge_size", None)
-    if not allowed or not side:
+    if not allowed or not getattr(source.parsed.vision_config, "spatial_merge_size", None):
         return []
-    cell = patches_per_token(source) * source.model.config.vision_config.patch_size**2
+    cell = patches_per_token(source) * source.parsed.vision_config.patch_size**2
     pixels = min(allowed, settings.max_pixels or allowed)
     if pixels // cell <= settings.max_tokens:
         return []

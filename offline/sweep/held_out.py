@@ -1,16 +1,16 @@
 """Reads the chats of a study: held-out questions, and calibration samples that are none of them."""
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
-from vlmq_vllm.offline.compare.questions import Question, end_ids, read_question
+from vlmq_vllm.offline.compare.questions import Question, draw, end_ids, read_question
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.fingerprint import Marks, marks, shared
 from vlmq_vllm.offline.data.inputs import has_vision, model_inputs
-from vlmq_vllm.offline.data.read import read_all, read_chats
+from vlmq_vllm.offline.data.processor import Processor
+from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.sweep import StudySettings
 
@@ -32,18 +32,14 @@ def read(
     data: str | Path,
     calibration: str | Path | None,
     source: Source,
-    processor,
+    processor: Processor,
     settings: StudySettings,
     components: list[str],
     say: Callable[[str], None],
 ) -> Chats:
     """Read both. Raises QuantizeError for chats that cannot be used or would say nothing of one of the `components`,
     RefusedError where a chat is in both."""
-    held_out = read_all(data)
-    if not held_out:
-        raise QuantizeError(f"{data} holds no chat; give held-out data with one chat per line")
-    if settings.samples is not None and settings.samples < len(held_out):
-        held_out = random.Random(settings.seed).sample(held_out, settings.samples)
+    held_out = draw(data, "held-out", settings.samples, settings.seed)
     ends = end_ids(source.folder, processor)
     questions = [read_question(chat, processor, ends) for chat in held_out]
     check_usable(questions, processor, components, settings.max_tokens)
@@ -61,7 +57,7 @@ def read(
     return Chats(questions, batched(samples), probe, [mark.chat for mark in taught], [mark.chat for mark in asked])
 
 
-def check_usable(questions: list[Question], processor, components: list[str], limit: int) -> None:
+def check_usable(questions: list[Question], processor: Processor, components: list[str], limit: int) -> None:
     """Raises QuantizeError unless a chat has at most `limit` tokens, and one with a picture where a component is
     studied that nothing else reaches: its linears would seem to bear any width."""
 

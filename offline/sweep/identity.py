@@ -84,7 +84,7 @@ def _why(before: dict, now: dict, differing: list[str]) -> str:
     return f"was begun with {named} {before.get(name)}; here is {now.get(name)}: go on with what it was begun with"
 
 
-def _option(name: str, value) -> str:
+def _option(name: str, value: object) -> str:
     """As it stands in a command."""
     option = "MODEL" if name == "model" else f"--{name.replace('_', '-')}"
     if value is None or value is False:

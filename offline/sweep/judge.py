@@ -6,7 +6,6 @@ answer tokens, then the mean over samples.
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from vlmq_vllm.offline.compare.hf import score_one
 from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.report import sample_row
 from vlmq_vllm.offline.compare.scores import Score
+from vlmq_vllm.offline.data.processor import Processor
 from vlmq_vllm.offline.model.layers import put
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.compare import CompareSettings
@@ -51,7 +51,7 @@ class Judge:
         subject: Subject,
         pieces: Pieces,
         questions: list[Question],
-        processor,
+        processor: Processor,
         settings: CompareSettings,
         device: torch.device,
     ) -> None:
@@ -62,7 +62,8 @@ class Judge:
         self.kept: dict[int, tuple[dict, int]] = {}
         self.room = KEEP
         materialise(source, device, self.dtype)
-        self.questions, self.teacher = [], []
+        self.questions: list[Question] = []
+        self.teacher: list[Score] = []
         for question in questions:
             inputs, start = question.inputs(processor)
             if inputs["input_ids"].shape[1] <= settings.max_tokens:
@@ -75,11 +76,10 @@ class Judge:
         """The figures of the model itself."""
         return self._figures(self.teacher)
 
-    def __call__(self, method: str, widths: dict[str, int], track: Callable = lambda items, what: items) -> Figures:
+    def __call__(self, method: str, widths: dict[str, int]) -> Figures:
         """The figures with these linears (in-memory names) at these widths and all others at 16 bits."""
         self._exchange({linear: (method, bits) for linear, bits in widths.items() if bits != KEPT})
-        scores = [self._score(i, self.teacher[i].ids) for i in track(range(len(self.questions)), "judging")]
-        return self._figures(scores)
+        return self._figures([self._score(i, known) for i, known in enumerate(self.teacher)])
 
     def _exchange(self, wanted: dict[str, tuple[str, int]]) -> None:
         for linear in self.targets.keys() & (self.now.keys() | wanted.keys()):
@@ -91,9 +91,9 @@ class Judge:
             put(self.source.model, linear, weight.to(self.device, self.dtype))
         self.now = wanted
 
-    def _score(self, number: int, ids) -> Score:
+    def _score(self, number: int, teacher: Score | None) -> Score:
         inputs, start = self.kept.get(number) or self.questions[number].inputs(self.processor)
-        return score_one(self.source.model, inputs, start, self.questions[number].answer, set(), self.settings, ids)
+        return score_one(self.source.model, inputs, start, self.questions[number].answer, set(), self.settings, teacher)
 
     def _keep(self, number: int, inputs: dict, start: int) -> None:
         size = sum(value.numel() * value.element_size() for value in inputs.values())

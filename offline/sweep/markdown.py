@@ -1,7 +1,12 @@
 """Writes the report of a study as markdown: what was run, and what follows as far as the number of questions allows."""
 
+from typing import TYPE_CHECKING
+
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.sweep.forest import LEAST, Forest
+
+if TYPE_CHECKING:
+    from vlmq_vllm.offline.sweep.report import Mixed, Study
 
 MODULES = 200  # more modules are left to the recipe
 
@@ -11,17 +16,17 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def markdown(study, forests: dict[str, list[Forest]], pareto: list[dict]) -> str:
-    """The text of report.md for a `report.Study`."""
+def markdown(study: "Study", forests: dict[str, list[Forest]], pareto: list[dict]) -> str:
+    """The text of report.md."""
     sections = [_about(study), _uniform(study), *(_alone(study, method) for method in study.found)]
     sections += [_forest(study, method, found) for method, found in forests.items()]
     sections.append("## Front of size and damage\n\n" + _rows(pareto))
     if study.mixed:
-        sections.append(_mixture(study))
+        sections.append(_mixture(study, study.mixed))
     return "\n\n".join(sections) + "\n"
 
 
-def _about(study) -> str:
+def _about(study: "Study") -> str:
     options, about = study.settings, study.about
     groups = "One group per row" if options.group_size == -1 else f"Groups of {options.group_size}"
     grid = "symmetric" if options.symmetric else "asymmetric"
@@ -38,13 +43,13 @@ def _about(study) -> str:
     )
 
 
-def _uniform(study) -> str:
+def _uniform(study: "Study") -> str:
     widths = study.settings.bits[::-1]
     rows = [found[(width,) * len(study.parts)] for found in study.found.values() for width in widths]
     return "## Everything at one width\n\n" + _rows([study.base, *rows])
 
 
-def _alone(study, method: str) -> str:
+def _alone(study: "Study", method: str) -> str:
     """One part at each width, the others at 16."""
     widths = study.settings.bits[::-1]
     lines = _head(["part", "share of weights, %", *(f"KL at {width} bits" for width in widths)])
@@ -53,7 +58,7 @@ def _alone(study, method: str) -> str:
     return f"## One part at a time, {method}\n\nThe other parts stay at 16 bits.\n\n" + "\n".join(lines)
 
 
-def _forest(study, method: str, forests: list[Forest]) -> str:
+def _forest(study: "Study", method: str, forests: list[Forest]) -> str:
     title = f"## What a random forest makes of it, {method}\n\n"
     if not forests:
         return title + f"There are too few configurations that differ to fit one (it takes {LEAST})."
@@ -77,11 +82,10 @@ def _forest(study, method: str, forests: list[Forest]) -> str:
     return title + text + "\n".join(lines)
 
 
-def _mixture(study) -> str:
-    mixed, budget = study.mixed, study.settings.budget
+def _mixture(study: "Study", mixed: "Mixed") -> str:
     uniform = [study.found[mixed.method][(width,) * len(study.parts)] for width in study.settings.bits[::-1]]
     text = (
-        f"## Mixture within {budget} bits per weight, {mixed.method}\n\n"
+        f"## Mixture within {study.settings.budget} bits per weight, {mixed.method}\n\n"
         f"Widths of {counted(len(mixed.modules), 'module')} with the least sum of KL alone ({mixed.mixture.rise:.3g} "
         "in sum; that these add up is an assumption, the table has what was measured). The budget is an average over "
         "all weights of the study's linears, those left at 16 bits too; other weights of the model do not count. "
@@ -109,7 +113,7 @@ def _mixture(study) -> str:
         measured = (f"{rises[bits]:.3g}" for bits in study.settings.bits[::-1])
         lines.append(_line([module.name, str(width), *measured]))
     left = f"\n\n{len(rows) - MODULES} more modules are in recipe.yaml." if len(rows) > MODULES else ""
-    return text + "\n\n" + "\n".join(lines) + left + "\n\n" + _recipe(study.mixed.recipe)
+    return text + "\n\n" + "\n".join(lines) + left + "\n\n" + _recipe(mixed.recipe)
 
 
 def _recipe(recipe: dict) -> str:

@@ -82,8 +82,8 @@ def write(folder: Path, study: Study) -> dict:
     }
     if find_spec("matplotlib") is not None:
         makers["pareto.png"] = lambda path: draw(path, study.rows)
-    if study.mixed:
-        makers["recipe.yaml"] = lambda path: path.write_text(yaml.safe_dump(study.mixed.recipe, sort_keys=False))
+    if mixed := study.mixed:
+        makers["recipe.yaml"] = lambda path: path.write_text(yaml.safe_dump(mixed.recipe, sort_keys=False))
     for name in FILES:
         if name in makers:
             with aside(folder / name) as partial:
@@ -105,8 +105,7 @@ def summary(study: Study, forests: dict[str, list[Forest]], pareto: list[dict]) 
         "forests": {method: [asdict(forest) for forest in each] for method, each in forests.items()},
         "pareto": pareto,
     }
-    if study.mixed:
-        mixed = study.mixed
+    if mixed := study.mixed:
         modules = [part.name for part in mixed.modules]
         found["mixture"] = {
             "method": mixed.method,

@@ -39,8 +39,9 @@ class Results:
     """
 
     def __init__(self, folder: Path, resume: bool) -> None:
-        self.folder, self.identity, self.rows = folder, None, {}
-        self.created = not folder.is_dir()
+        self.folder, self.created = folder, not folder.is_dir()
+        self.identity: dict | None = None
+        self.rows: dict[tuple[str, str], dict] = {}
         if self.created:
             check_destination(folder)
             folder.mkdir()
@@ -78,7 +79,7 @@ class Results:
     def __enter__(self) -> "Results":
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._leave()
         if isinstance(error, OSError | SafetensorError) and is_about_space(error):
             advice = "run again" if self.identity is None else "add --resume to go on"
@@ -127,7 +128,7 @@ def _read_rows(path: Path) -> list[dict]:
             f"{path} is damaged in line {rows.index(None) + 1}; remove that line, and --resume measures its "
             "configuration again"
         )
-    return rows
+    return [row for row in rows if row]
 
 
 def _row(line: bytes) -> dict | None:

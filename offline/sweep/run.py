@@ -20,8 +20,8 @@ from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
-from vlmq_vllm.offline.sweep.designs import Widths, find_design
-from vlmq_vllm.offline.sweep.forest import check_forest
+from vlmq_vllm.offline.sweep.designs import Widths, find_design, one_at_a_time
+from vlmq_vllm.offline.sweep.forest import check_forest, find_rises
 from vlmq_vllm.offline.sweep.held_out import read
 from vlmq_vllm.offline.sweep.identity import identify
 from vlmq_vllm.offline.sweep.judge import Figures, Judge
@@ -66,8 +66,9 @@ def sweep(
     if calibration is None and set(settings.methods) - set(UNCALIBRATED):
         named = " and ".join(UNCALIBRATED)
         raise QuantizeError(f"methods other than {named} need calibration data; give --calibration FILE.jsonl")
-    for source in filter(None, (data, calibration)):
-        check_exists(source)
+    check_exists(data)
+    if calibration:
+        check_exists(calibration)
     place = device_of(device)
     with Results(out, resume) as results:
         if settings.components is None and results.identity is not None:
@@ -78,7 +79,14 @@ def sweep(
 class _Run:
     """One run. `parts` are the parts of the design; `modules` those of the budget, empty without one."""
 
-    def __init__(self, model: str, settings: StudySettings, device: torch.device, say, stop) -> None:
+    def __init__(
+        self,
+        model: str,
+        settings: StudySettings,
+        device: torch.device,
+        say: Callable[[str], None],
+        stop: Callable[[], bool],
+    ) -> None:
         self.model, self.settings, self.device, self.say, self.stop = model, settings, device, say, stop
         self.source = Source(find(model))
         only = settings.components or (None if settings.by == "component" else ("language",))
@@ -93,7 +101,7 @@ class _Run:
     def run(self, data: str | Path, calibration: str | Path | None, results: Results) -> dict:
         components = self.subject.components
         found = read(data, calibration, self.source, self.processor, self.settings, components, self.say)
-        places = {"model": self.model, "data": str(data), "calibration": calibration and str(calibration)}
+        places = {"model": self.model, "data": str(data), "calibration": str(calibration) if calibration else None}
         results.begin(identify(self.source, self.settings, components, self.device, found.taught, found.asked, places))
         pieces = Pieces(results.folder / "pieces")
         for path in pieces.drop_damaged():
@@ -117,47 +125,52 @@ class _Run:
         methods, bits = self.settings.methods, self.settings.bits
         wanted = {(method, key_of(expand(self.parts, widths))) for method in methods for widths in self.design}
         if self.budget:
-            alone = find_design("one", len(self.modules), bits, 0, 0)
+            alone = one_at_a_time(len(self.modules), bits)
             wanted |= {(methods[-1], key_of(expand(self.modules, widths))) for widths in alone}
         mixtures = 1 + len(self.budget.controls(self.settings.seed, BLIND)) if self.budget else 0
         return len(wanted - results.rows.keys()) + mixtures
 
     def _study(self, results: Results, judge: Judge, places: dict[str, str | None]) -> Study:
         base = self._row("none", "16 bits", {}, judge.full_precision())
-        for method in self.settings.methods:
-            self._evaluate(results, judge, method, self.parts, self.design)
-        mixed = self._mix(results, judge, places["calibration"] is not None) if self.budget else None
+        found = {m: self._evaluate(results, judge, m, self.parts, self.design) for m in self.settings.methods}
+        calibrated = places["calibration"] is not None
+        mixed = self._mix(results, judge, self.budget, found, calibrated) if self.budget else None
         return Study(
             about=places | {"questions": len(judge.questions), "pictured": judge.pictured},
             settings=self.settings,
             parts=self.parts,
             base=base,
             rows=list(results.rows.values()),
-            found={
-                method: {widths: results.find(method, expand(self.parts, widths)) for widths in self.design}
-                for method in self.settings.methods
-            },
+            found=found,
             shares=self.sizes.shares(self.parts),
             mixed=mixed,
         )
 
-    def _evaluate(self, results: Results, judge: Judge, method: str, parts: list[Part], design: list[Widths]) -> None:
-        """Run what has not been run."""
+    def _evaluate(
+        self, results: Results, judge: Judge, method: str, parts: list[Part], design: list[Widths]
+    ) -> dict[Widths, dict]:
+        """The rows of a design."""
+        rows = {}
         for number, widths in enumerate(design, 1):
-            linears = expand(parts, widths)
-            if results.find(method, linears) is None:
-                label = label_of(parts, widths)
-                row = self._judged(judge, method, label, linears)
-                results.add(row)
-                self.say(f"{method} {number} of {len(design)}: {label}: KL {row['kl']:.3g}")
+            linears, place = expand(parts, widths), f" {number} of {len(design)}"
+            rows[widths] = self._judged(results, judge, method, label_of(parts, widths), linears, place)
+        return rows
 
-    def _judged(self, judge: Judge, method: str, label: str, linears: dict[str, int]) -> dict:
-        if self.stop():
-            raise StoppedError(f"stopped before {method}, {label}; add --resume to the same command to go on")
-        begun = time.monotonic()
-        figures = judge(method, linears)
-        self.remaining.done(time.monotonic() - begun)
-        return self._row(method, label, linears, figures)
+    def _judged(
+        self, results: Results, judge: Judge, method: str, label: str, linears: dict[str, int], place: str = ""
+    ) -> dict:
+        """The row of a configuration, which is run if it has not been."""
+        row = results.find(method, linears)
+        if row is None:
+            if self.stop():
+                raise StoppedError(f"stopped before {method}, {label}; add --resume to the same command to go on")
+            begun = time.monotonic()
+            figures = judge(method, linears)
+            self.remaining.done(time.monotonic() - begun)
+            row = self._row(method, label, linears, figures)
+            results.add(row)
+            self.say(f"{method}{place}: {label}: KL {row['kl']:.3g}")
+        return row
 
     def _row(self, method: str, label: str, linears: dict[str, int], figures: Figures) -> dict:
         return {
@@ -169,36 +182,26 @@ class _Run:
             **asdict(figures),
         }
 
-    def _mix(self, results: Results, judge: Judge, calibrated: bool) -> Mixed:
+    def _mix(
+        self, results: Results, judge: Judge, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool
+    ) -> Mixed:
         """The best mixture within the budget by the method of which a blind one is to be expected best, and its
         controls. One method, since no checkpoint mixes them; which is best differs between widths."""
         bits, count = self.settings.bits, len(self.modules)
-        everything = {width: expand(self.parts, (width,) * len(self.parts)) for width in bits}
 
         def expected(method: str) -> float:
-            return self.budget.expected({width: results.find(method, everything[width])["kl"] for width in bits})
+            return budget.expected({width: found[method][(width,) * len(self.parts)]["kl"] for width in bits})
 
         method = min(self.settings.methods, key=expected)
         self.say(f"budget: {count} modules by {method}")
-        self._evaluate(results, judge, method, self.modules, find_design("one", count, bits, 0, 0))
-        rises = [
-            {width: results.find(method, dict.fromkeys(module.linears, width))["kl"] for width in bits}
-            for module in self.modules
-        ]
-        mixture = self.budget.mix(rises)
-        blind = self.budget.controls(self.settings.seed, BLIND)
+        alone = self._evaluate(results, judge, method, self.modules, one_at_a_time(count, bits))
+        rises = find_rises(count, bits, {widths: row["kl"] for widths, row in alone.items()})
+        mixture = budget.mix(rises)
+        blind = budget.controls(self.settings.seed, BLIND)
         rows = []
-        for label, widths in (
-            ("mixture", mixture.widths),
-            *((f"blind mixture {i}", w) for i, w in enumerate(blind, 1)),
-        ):
-            linears = expand(self.modules, widths)
-            label = f"{label} within {self.settings.budget} bits"
-            row = results.find(method, linears)
-            if row is None:
-                row = self._judged(judge, method, label, linears)
-                results.add(row)
-                self.say(f"{method}: {label}: KL {row['kl']:.3g}")
+        for number, widths in enumerate((mixture.widths, *blind)):
+            label = f"{f'blind mixture {number}' if number else 'mixture'} within {self.settings.budget} bits"
+            row = self._judged(results, judge, method, label, expand(self.modules, widths))
             rows.append(row | {"label": label})
         recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), self.settings, calibrated)
         return Mixed(method, self.modules, rises, mixture, rows[0], rows[1:], recipe)

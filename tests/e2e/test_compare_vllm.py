@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vlmq_vllm.offline.compare import engine, hf
-from vlmq_vllm.offline.compare.questions import end_ids, read_question
+from vlmq_vllm.offline.compare.questions import Exam, end_ids, read_question
 from vlmq_vllm.offline.compare.report import sample_row
 from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.read import read_all
@@ -29,9 +29,9 @@ def test_figures_agree_with_those_of_transformers(demo_model, quantized, tmp_pat
     scores = {}
     for backend, score in (("hf", hf.score), ("vllm", engine.score)):
         settings = CompareSettings(backend=backend, device="cpu" if backend == "hf" else "", max_new_tokens=8)
-        about = (questions, processor, ends, settings)
-        teacher = score(demo_model, *about, None, lambda items, what: items)
-        scores[backend] = teacher, score(quantized, *about, teacher, lambda items, what: items)
+        exam = Exam(questions, processor, ends, settings)
+        teacher = score(demo_model, exam, None, lambda items, what: items)
+        scores[backend] = teacher, score(quantized, exam, teacher, lambda items, what: items)
     for model in (0, 1):
         for ours, theirs in zip(scores["hf"][model], scores["vllm"][model], strict=True):
             np.testing.assert_array_equal(ours.answer, theirs.answer)

@@ -10,7 +10,6 @@ in chunks whose kept inputs stay below a limit; a chunk costs two readings of th
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +104,7 @@ def _head(
     norm = source.materialise(name, device)
     tied = "lm_head.weight" not in source.places
     weight = source.parameter(f"{source.family.embed}.weight" if tied else "lm_head.weight").to(device, torch.float32)
-    config: Any = source.model.config
-    cap = getattr(config.get_text_config(), "final_logit_softcapping", None)
+    cap = getattr(source.parsed.get_text_config(), "final_logit_softcapping", None)
     loss, gradients = 0.0, []
     for hidden, ids in zip(outputs, labels, strict=True):
         hidden, targets = hidden.detach().to(device).requires_grad_(), ids[:, 1:].to(device)

@@ -83,11 +83,11 @@ def test_exact_match_is_that_of_the_greedy_answer(demo_model, rounded, evaluatio
     """Greedy answers of the 2-bit model, generated with a cache, against the likeliest tokens behind the answer's."""
     settings = CompareSettings(dtype="float32", device="cpu", max_new_tokens=16)
     processor = load_processor(demo_model)
-    from vlmq_vllm.offline.compare.questions import end_ids, read_question
+    from vlmq_vllm.offline.compare.questions import Exam, end_ids, read_question
 
     ends = end_ids(demo_model, processor)
     questions = [read_question(chat, processor, ends) for chat in read_all(evaluation)]
-    scores = hf.score(rounded[2], questions, processor, ends, settings, None, lambda items, what: items)
+    scores = hf.score(rounded[2], Exam(questions, processor, ends, settings), None, lambda items, what: items)
     same = [np.array_equal(score.greedy, score.answer) for score in scores]
     assert same == [bool((score.best == score.answer).all()) for score in scores]
     assert 0 < sum(same) < COUNT
