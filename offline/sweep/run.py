@@ -113,13 +113,14 @@ class _Run:
         judging = CompareSettings(
             dtype=self.settings.dtype, device=str(self.device), max_new_tokens=0, max_tokens=self.settings.max_tokens
         )
-        judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
-        questions, parts = counted(len(judge.questions), "held-out question"), counted(len(self.parts), "part")
-        self.say(f"{questions}, {judge.pictured} with a picture; {parts} by {self.settings.by}")
-        self.remaining = Remaining(self._missing(results), self.say)
-        return write(results.folder, self._study(results, judge, places))
+        self.results = results
+        self.judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
+        questions, parts = counted(len(self.judge.questions), "held-out question"), counted(len(self.parts), "part")
+        self.say(f"{questions}, {self.judge.pictured} with a picture; {parts} by {self.settings.by}")
+        self.remaining = Remaining(self._missing(), self.say)
+        return write(results.folder, self._study(places))
 
-    def _missing(self, results: Results) -> int:
+    def _missing(self) -> int:
         """How many configurations have not been run. Those of a budget as if by the last method: which it will be is
         not known yet."""
         methods, bits = self.settings.methods, self.settings.bits
@@ -128,47 +129,42 @@ class _Run:
             alone = one_at_a_time(len(self.modules), bits)
             wanted |= {(methods[-1], key_of(expand(self.modules, widths))) for widths in alone}
         mixtures = 1 + len(self.budget.controls(self.settings.seed, BLIND)) if self.budget else 0
-        return len(wanted - results.rows.keys()) + mixtures
+        return len(wanted - self.results.rows.keys()) + mixtures
 
-    def _study(self, results: Results, judge: Judge, places: dict[str, str | None]) -> Study:
-        base = self._row("none", "16 bits", {}, judge.full_precision())
-        found = {m: self._evaluate(results, judge, m, self.parts, self.design) for m in self.settings.methods}
-        calibrated = places["calibration"] is not None
-        mixed = self._mix(results, judge, self.budget, found, calibrated) if self.budget else None
+    def _study(self, places: dict[str, str | None]) -> Study:
+        base = self._row("none", "16 bits", {}, self.judge.full_precision())
+        found = {m: self._evaluate(m, self.parts, self.design) for m in self.settings.methods}
+        mixed = self._mix(self.budget, found, places["calibration"] is not None) if self.budget else None
         return Study(
-            about=places | {"questions": len(judge.questions), "pictured": judge.pictured},
+            about=places | {"questions": len(self.judge.questions), "pictured": self.judge.pictured},
             settings=self.settings,
             parts=self.parts,
             base=base,
-            rows=list(results.rows.values()),
+            rows=list(self.results.rows.values()),
             found=found,
             shares=self.sizes.shares(self.parts),
             mixed=mixed,
         )
 
-    def _evaluate(
-        self, results: Results, judge: Judge, method: str, parts: list[Part], design: list[Widths]
-    ) -> dict[Widths, dict]:
+    def _evaluate(self, method: str, parts: list[Part], design: list[Widths]) -> dict[Widths, dict]:
         """The rows of a design."""
         rows = {}
         for number, widths in enumerate(design, 1):
             linears, place = expand(parts, widths), f" {number} of {len(design)}"
-            rows[widths] = self._judged(results, judge, method, label_of(parts, widths), linears, place)
+            rows[widths] = self._judged(method, label_of(parts, widths), linears, place)
         return rows
 
-    def _judged(
-        self, results: Results, judge: Judge, method: str, label: str, linears: dict[str, int], place: str = ""
-    ) -> dict:
+    def _judged(self, method: str, label: str, linears: dict[str, int], place: str = "") -> dict:
         """The row of a configuration, which is run if it has not been."""
-        row = results.find(method, linears)
+        row = self.results.find(method, linears)
         if row is None:
             if self.stop():
                 raise StoppedError(f"stopped before {method}, {label}; add --resume to the same command to go on")
             begun = time.monotonic()
-            figures = judge(method, linears)
+            figures = self.judge(method, linears)
             self.remaining.done(time.monotonic() - begun)
             row = self._row(method, label, linears, figures)
-            results.add(row)
+            self.results.add(row)
             self.say(f"{method}{place}: {label}: KL {row['kl']:.3g}")
         return row
 
@@ -182,9 +178,7 @@ class _Run:
             **asdict(figures),
         }
 
-    def _mix(
-        self, results: Results, judge: Judge, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool
-    ) -> Mixed:
+    def _mix(self, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool) -> Mixed:
         """The best mixture within the budget by the method of which a blind one is to be expected best, and its
         controls. One method, since no checkpoint mixes them; which is best differs between widths."""
         bits, count = self.settings.bits, len(self.modules)
@@ -194,14 +188,14 @@ class _Run:
 
         method = min(self.settings.methods, key=expected)
         self.say(f"budget: {count} modules by {method}")
-        alone = self._evaluate(results, judge, method, self.modules, one_at_a_time(count, bits))
+        alone = self._evaluate(method, self.modules, one_at_a_time(count, bits))
         rises = find_rises(count, bits, {widths: row["kl"] for widths, row in alone.items()})
         mixture = budget.mix(rises)
         blind = budget.controls(self.settings.seed, BLIND)
         rows = []
         for number, widths in enumerate((mixture.widths, *blind)):
             label = f"{f'blind mixture {number}' if number else 'mixture'} within {self.settings.budget} bits"
-            row = self._judged(results, judge, method, label, expand(self.modules, widths))
+            row = self._judged(method, label, expand(self.modules, widths))
             rows.append(row | {"label": label})
         recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), self.settings, calibrated)
         return Mixed(method, self.modules, rises, mixture, rows[0], rows[1:], recipe)
