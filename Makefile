@@ -56,6 +56,7 @@ docs: .venv-docs/installed
 	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
+
 # kernels/ and offline/ belong to the package vlmq_vllm but lie beside it: mypy finds them by links.
 types: install
 	mkdir -p build/types/vlmq_vllm

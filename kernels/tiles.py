@@ -68,7 +68,7 @@ def tokens_at_once(plan: Plan, geometry: Geometry) -> int:
 
 def dequantize_from(machine: Hardware) -> int:
     """The number of tokens from which dequantising and cuBLAS take over."""
-    return table_of(machine)["dequantize_from"]
+    return table_of(machine)["dequantise_from"]
 
 
 @cache

@@ -1,7 +1,7 @@
 """Reads and checks the tables of tiles and plans, one for each architecture: `tuned/ARCH.json`.
 
     origin           where the figures come from
-    dequantize_from  number of tokens from which weights are dequantised for cuBLAS
+    dequantise_from  number of tokens from which weights are dequantised for cuBLAS
     tiles            bits -> tokens up to which it is used (`BUCKETS`) -> fields of Tile
     measured         "bits group grid rows x columns bucket" (`key_of`) -> a plan that was the fastest for this shape
 
@@ -57,7 +57,7 @@ def table_of(machine: Hardware) -> dict:
                 Tile(**table["tiles"][bits][bucket])
         for entry in table.get("measured", {}).values():
             Plan(Tile(**entry["tile"]), int(entry["splits"]))
-        int(table["dequantize_from"])
+        int(table["dequantise_from"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table of tiles ({error!r}); remove it, or tune anew") from None
     return table

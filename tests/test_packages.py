@@ -1,5 +1,6 @@
 """What is installed, where modules can be imported from, and what an import must not load or shadow."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -67,6 +68,34 @@ def test_every_folder_of_the_package_is_installed():
     assert {name if name.startswith("vlmq_vllm") else f"vlmq_vllm.{name}" for name in names} == set(
         setuptools["packages"]
     )
+
+
+ROOMS = ["machine", "settings", "model", "checkpoint", "data", "methods", "compare", "run", "plan", "sweep", "commands"]
+
+
+def test_imports_run_one_way():
+    """A room of offline/ imports those before it in ROOMS alone; neither kernels/ nor offline/ imports the other, vLLM
+    or the plugin."""
+    assert sorted(
+        path.name for path in (ROOT / "offline").iterdir() if path.is_dir() and path.name[0] != "_"
+    ) == sorted(ROOMS)
+    for package in ("kernels", "offline"):
+        for path in (ROOT / package).rglob("*.py"):
+            parts = path.relative_to(ROOT).parts
+            for name in imported(path):
+                other = "kernels" if package == "offline" else "offline"
+                assert not name.startswith((f"vlmq_vllm.{other}", "vlmq_vllm.serving")), f"{path} imports {name}"
+                assert name.split(".")[0] != "vllm" or parts[:2] == ("offline", "compare"), f"{path} imports {name}"
+                rooms = [room for room in (parts[1], *name.split(".")[2:3]) if room in ROOMS]
+                if name.startswith("vlmq_vllm.offline.") and len(rooms) == 2:
+                    assert ROOMS.index(rooms[1]) <= ROOMS.index(rooms[0]), f"{path} imports {name}"
+
+
+def imported(path: Path) -> set[str]:
+    """The modules that a file imports anywhere, by their whole names."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
 
 
 def test_wheel_holds_the_three_packages_and_no_top_level_kernels(tmp_path):

@@ -144,7 +144,7 @@ class Tuner:
         print(f"{key}: {times[best]:.2f} us with {best}, {times.get(usual, 0):.2f} us with {usual}", flush=True)
 
     def cross(self, layers: list[Layer]) -> None:
-        self.table["dequantize_from"] = dequantize_from(self.drawn(layers, self.args.bits))
+        self.table["dequantise_from"] = dequantize_from(self.drawn(layers, self.args.bits))
         self.measured["crossover"] = None
 
     def drawn(self, layers: list[Layer], widths: Sequence[int]) -> Iterator[Drawn]:

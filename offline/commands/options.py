@@ -61,11 +61,12 @@ def settings_of(settings: type, values: dict) -> Any:
         if declared.several and values[name] is not None:
             words = re.findall(r"[^,\s]+", values[name])
             try:
-                found[name] = tuple(map(type(declared.choices[0]), words))
+                listed = tuple(map(type(declared.choices[0]), words))
             except ValueError:
                 raise QuantizeError(
                     f"{name} is {values[name]!r}; give numbers with commas between them, such as 2,3,4"
                 ) from None
+            found[name] = None if declared.default is None and not listed else listed
     return settings(**found)
 
 

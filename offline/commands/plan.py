@@ -19,7 +19,11 @@ def plan(
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone."""
+    """Show sizes, memory and tensor-parallel cuts of a run on MODEL, from its headers and config alone.
+
+    Peak memory is a forecast, within 20 %, for methods rtn, gptq and vlmq with no token weights or VLMQ's; for all
+    others it is a bound and said to be one ("at most", in JSON peak_is_bound).
+    """
     from vlmq_vllm.offline.settings.recipe import read_recipe, settings_from
 
     chosen = settings_from(read_recipe(recipe) if recipe else {}, given(context))

@@ -49,8 +49,9 @@ def _tasks(exam: Exam, teacher: list[Score | None] | None, place: Path, track: C
     tasks: list[dict | None] = []
     for i, found in enumerate(exam.inputs(teacher, track, "reading pictures")):
         question, chat = exam.questions[i], exam.questions[i].chat
-        pictures = [f"{i}-{j}.png" for j in range(len(chat["images"]))] if found else []
-        for name, image in zip(pictures, chat["images"], strict=False):
+        images = chat["images"] if found else []
+        pictures = [f"{i}-{j}.png" for j in range(len(images))]
+        for name, image in zip(pictures, images, strict=True):
             open_image(image).save(place / name)
         prompt = found and found[0]["input_ids"][0, : found[1]].tolist()
         task = {"line": chat["line"], "words": question.words, "prompt": prompt, "answer": question.answer}

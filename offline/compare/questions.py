@@ -95,7 +95,7 @@ def read_question(chat: dict, processor: Processor, ends: set[int]) -> Question:
     tail = ids[len(words) :]
     end = next((i + 1 for i, token in enumerate(tail) if token in ends), len(tail))
     if processor.tokenizer.decode(tail[end:], skip_special_tokens=False).strip():
-        raise QuantizeError(f"{chat['line']}: the answer goes on behind an end-of-turn mark; remove the mark")
+        raise QuantizeError(f"{chat['line']}: the answer goes on after an end-of-turn mark; remove the mark")
     return Question(chat, words, tail[:end], len(tail) - end)
 
 
@@ -104,7 +104,7 @@ def _cut(chat: dict) -> dict:
     answers = [i for i, message in enumerate(chat["messages"]) if message["role"] == "assistant"]
     if not answers or answers[-1] == 0:
         raise QuantizeError(
-            f"{chat['line']} has no question with an assistant message behind it; every chat needs a reference answer: "
+            f"{chat['line']} has no question with an assistant message after it; every chat needs a reference answer: "
             'add {"role": "assistant", "content": ANSWER}'
         )
     messages = chat["messages"][: answers[-1] + 1]

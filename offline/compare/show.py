@@ -49,7 +49,7 @@ def _legend(report: dict) -> str:
     lines = [
         "Means over samples with 95 % bootstrap intervals.",
         f"KL: of the quantised from the 16-bit model, nats per answer token, {outcomes}.",
-        "Exact: every answer token is the likeliest behind the right ones, so the greedy answer is the reference.",
+        "Exact: every answer token is the likeliest after the right ones, so the greedy answer is the reference.",
     ]
     if tokens:
         lines.append(f"Greedy same: equal greedy answers up to {tokens} tokens.")

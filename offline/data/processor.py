@@ -1,4 +1,4 @@
-"""Says what is asked of a model's own processor."""
+"""The type of a model's own processor: what this package calls on it."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol

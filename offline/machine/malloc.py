@@ -1,4 +1,4 @@
-"""Makes a process give freed memory back to the system."""
+"""Makes a process give freed memory back to the system, where its C library is glibc."""
 
 import ctypes
 

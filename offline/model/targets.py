@@ -67,8 +67,8 @@ def find_units(source: Source, settings: Settings) -> list[Unit]:
 
 def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[Target]:
     """The units' linears that are quantised. Raises RefusedError for one that vLLM would not load, unless
-    `settings.force`, and for a component without linears; QuantizeError for exceptions that name no linear."""
-    _check_exceptions(source, settings)
+    `settings.force`, and for a component without linears; QuantizeError for overrides that name no linear."""
+    _check_overrides(source, settings)
     targets = []
     for unit in units:
         for name, linear in _named_linears(source, unit).items():
@@ -79,7 +79,7 @@ def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[
                 _check_served(source, settings, unit, name, (rows, columns), format)
                 targets.append(Target(name, module, unit.component, rows, columns, format))
     if settings.modules and not targets:
-        raise RefusedError(f"nothing is left to quantise: the exceptions (modules) leave every linear at {KEPT} bits")
+        raise RefusedError(f"nothing is left to quantise: the overrides (modules) leave every linear at {KEPT} bits")
     for component in {unit.component for unit in units}:
         if not any(target.component == component for target in targets):
             raise RefusedError(f"this model's {component} has no linear layer to quantise; leave it at {KEPT} bits")
@@ -174,7 +174,7 @@ def _names(source: Source, component: str) -> list[str]:
     return [source.module_in_files(name) for unit in units for name in _named_linears(source, unit)]
 
 
-def _check_exceptions(source: Source, settings: Settings) -> None:
+def _check_overrides(source: Source, settings: Settings) -> None:
     """Raises QuantizeError for an exception that names no linear."""
     if settings.modules:
         names = [name for component in ORDER for name in _names(source, component)]

@@ -6,7 +6,7 @@ that a field stands in says which commands take the option.
 """
 
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from vlmq_vllm.errors import QuantizeError
 
@@ -32,7 +32,7 @@ class Option:
     @property
     def several(self) -> bool:
         """Whether it is a list of values, which the command line writes with commas."""
-        return "tuple" in str(self.type)
+        return any(get_origin(part) is tuple for part in (self.type, *get_args(self.type)))
 
 
 def option(

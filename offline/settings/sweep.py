@@ -42,7 +42,7 @@ class StudySettings:
     budget: float | None = designing(
         None,
         f"Also find widths of modules for so many bits per weight (below {KEPT}), on average over all linears of the "
-        "components, scales and zero points included, and write a recipe.",
+        "components, scales and zero points included, and write a recipe (needs SciPy: the extra sweep).",
     )
     samples: int | None = reading(None, "Held-out chats to use, drawn by --seed. Default: all.", least=1)
     calibration_samples: int = reading(128, "Calibration chats to use.", least=1)

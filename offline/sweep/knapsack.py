@@ -58,6 +58,8 @@ def allocate(modules: list[list[Choice]], budget: float) -> list[Choice]:
     Raises RefusedError for a budget below the smallest choices.
     """
     least = sum(min(choice.bits for choice in choices) for choices in modules)
+    if not modules:
+        return []
     if budget < least:
         raise RefusedError(f"a budget of {budget:.0f} bits is below the least that is possible, {least}")
     limit = budget
@@ -66,7 +68,7 @@ def allocate(modules: list[list[Choice]], budget: float) -> list[Choice]:
         over = sum(choice.bits for choice in found) - budget
         if over <= 0:
             return found
-        limit -= over  # the solver's tolerance is a part of the budget, which may be more than a bit
+        limit = max(limit - over, least)  # the solver's tolerance is a part of the budget, which may be more than a bit
 
 
 def _solved(modules: list[list[Choice]], budget: float) -> list[Choice]:
@@ -87,6 +89,7 @@ def _solved(modules: list[list[Choice]], budget: float) -> list[Choice]:
             constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(bits, ub=budget // unit)],
             options={"mip_rel_gap": 0},
         )
+    assert found.x is not None, found.message  # the smallest choices always fit
     taken = [choice for choice, share in zip(every, found.x, strict=True) if share > 0.5]
     pairs = zip(modules, taken, strict=True)
     return [min((c for c in own if c.rise <= one.rise), key=lambda c: (c.bits, c.rise)) for own, one in pairs]

@@ -149,7 +149,7 @@ def test_crossover(tuner, timed, capsys, first, wanted):
     timed["fused", 3, False] = lambda m: 1.0
     timed["dequantised", 3, False] = lambda m: 0.5 if m >= first else 1.0
     tuner.cross(LAYERS)
-    assert tuner.table["dequantize_from"] == wanted and list(tuner.measured) == ["crossover"]
+    assert tuner.table["dequantise_from"] == wanted and list(tuner.measured) == ["crossover"]
     assert capsys.readouterr().out.count("not faster at 9") == (2 if first == 99 else 0)
 
 

@@ -1,5 +1,6 @@
-"""Pages: the README is short, links inside the repository lead somewhere, every page is in the menu."""
+"""Pages: the README is short, links and names of the API lead somewhere, every page is in the menu."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -44,3 +45,14 @@ def headings(path: Path) -> set[str]:
     """Anchors of a page's headings, as MkDocs and GitHub make them of plain words."""
     lines = re.findall(r"(?m)^#+ (.*)$", path.read_text(encoding="utf-8"))
     return {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-") for line in lines}
+
+
+def test_documented_names_of_the_api_exist():
+    """What mkdocstrings is asked for, which only a build would miss."""
+    text = (ROOT / "docs/reference/python-api.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: ([\w.]+)$", text, flags=re.M)
+    assert names
+    for name in names:
+        module, _, what = name.rpartition(".")
+        tree = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8"))
+        assert what in {getattr(node, "name", "") for node in tree.body}, name

@@ -25,9 +25,8 @@ from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
-pytestmark = (
-    pytest.mark.slow
-)  # tests/offline/run/test_methods.py checks the files, test_serving_families.py serves random models
+# tests/offline/run/test_methods.py checks the files, test_serving_families.py serves random models
+pytestmark = pytest.mark.slow
 
 FP16, FP32 = torch.float16, torch.float32
 FOUR = {"bits": 4, "group_size": 64}

@@ -105,7 +105,7 @@ def test_batch_invariant():
 def test_tables(path):
     """Every file has every entry, says where it comes from, and claims no measurement that it does not hold."""
     table = json.loads(path.read_text())
-    assert set(table) == {"origin", "dequantize_from", "tiles", "measured"}
+    assert set(table) == {"origin", "dequantise_from", "tiles", "measured"}
     assert set(table["tiles"]) == set(map(str, BITS))
     assert all(list(map(int, row)) == list(BUCKETS) for row in table["tiles"].values())
     assert table["measured"] or "without a GPU" in table["origin"]
@@ -155,7 +155,7 @@ def test_the_table_of_an_unknown_gpu():
     }
 
 
-@pytest.mark.parametrize("damage", ["{", "{}", '{"tiles": {}}', '{"tiles": 1, "dequantize_from": 1}'])
+@pytest.mark.parametrize("damage", ["{", "{}", '{"tiles": {}}', '{"tiles": 1, "dequantise_from": 1}'])
 def test_damaged_table(tuned, damage):
     (tuned / "sm_90.json").write_text(damage)
     with pytest.raises(ValueError, match="sm_90.json is no table of tiles"):

@@ -43,14 +43,13 @@ def why_not_int4(format: WeightFormat, dtype: torch.dtype) -> str | None:
 def isa(dtype: torch.dtype) -> str:
     """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights.
 
-    Linux kills a process that uses AMX without having asked for it, so that is done here; repeating it is harmless.
+    Linux ends a process that uses AMX without having asked for it, so that is done here; repeating it is harmless.
+    Where the request is refused it is vLLM's choice for a processor without AMX.
     """
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
 
     chosen = _get_isa_hint(dtype)
-    if chosen == "amx":
-        torch.cpu._init_amx()
-    return chosen
+    return "vec" if chosen == "amx" and not torch.cpu._init_amx() else chosen
 
 
 def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor | None]:

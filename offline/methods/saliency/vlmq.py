@@ -23,7 +23,7 @@ def weighted_linears(family: Family, linears: list[str], scope: str) -> list[str
 
 
 class VLMQWeights:
-    """What weighing needs besides a layer and its streams."""
+    """Weighs tokens by VLMQ's gradients; one object for a run."""
 
     def __init__(self, family: Family, settings: Settings, ranks: Ranks) -> None:
         self.family, self.settings, self.ranks = family, settings, ranks

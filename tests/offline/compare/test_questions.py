@@ -61,10 +61,10 @@ def test_splits(processor, ends, calibration):
 
 
 MISTAKES = {
-    "no answer": (chat(("user", "Hi")), "has no question with an assistant message behind it"),
-    "no question": (chat(("assistant", "Hi")), "has no question with an assistant message behind it"),
+    "no answer": (chat(("user", "Hi")), "has no question with an assistant message after it"),
+    "no question": (chat(("assistant", "Hi")), "has no question with an assistant message after it"),
     "empty answer": (chat(("user", "Hi"), ("assistant", " ")), "its reference answer is empty"),
-    "end mark": (chat(("user", "Hi"), ("assistant", "a<|im_end|>b")), "goes on behind an end-of-turn mark"),
+    "end mark": (chat(("user", "Hi"), ("assistant", "a<|im_end|>b")), "goes on after an end-of-turn mark"),
 }
 
 
