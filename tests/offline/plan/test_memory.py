@@ -178,6 +178,11 @@ OTHERS = [
 ]
 
 
+def test_rounding_without_a_solver_needs_no_streams(demo_model):
+    own = dict(terms(demo_model, method="rtn", vision_bits=4, connector_bits=4))
+    assert [own[f"{part}: round"]["streams"] for part in ("vision", "connector", "language")] == [0, 0, 0]
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_bound_is_said_to_be_one(demo_model, vlmq, device):
     for options in ({"method": "vlmq"}, {"method": "rtn"}, {"method": "gptq", "base": "gptaq"}, *OTHERS):
@@ -227,7 +232,12 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @needs_proc
 @pytest.mark.parametrize(
-    "method", [pytest.param({"method": "vlmq"}, id="vlmq"), pytest.param({"method": "gptq"}, marks=pytest.mark.slow)]
+    "method",
+    [
+        pytest.param({"method": "vlmq"}, id="vlmq"),
+        pytest.param({"method": "gptq"}, marks=pytest.mark.slow, id="gptq"),
+        pytest.param({"method": "rtn"}, marks=pytest.mark.slow, id="rtn"),
+    ],
 )
 def test_the_predicted_peak_is_that_of_a_run(tmp_path, calibration, monkeypatch, method):
     measured, found = measured_and_planned(tmp_path, calibration, monkeypatch, method)
