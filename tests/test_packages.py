@@ -20,16 +20,11 @@ def test_no_package_file_that_would_shadow_hugging_faces_kernels(folder):
     assert not list((ROOT / folder).rglob("__init__.py"))
 
 
-@pytest.mark.parametrize(
-    "module", ["vlmq_vllm.kernels.reference", "vlmq_vllm.offline.methods.gptq.solve", "vlmq_vllm.format"]
-)
-def test_modules_import_from_the_root_and_from_elsewhere(module, tmp_path):
-    for folder in (ROOT, tmp_path):
-        python(f"import {module}", cwd=folder)
-
-
-def test_transformers_models_import_from_the_root():
-    python("from transformers import LlamaForCausalLM", cwd=ROOT)
+@pytest.mark.parametrize("where", ["root", "elsewhere"])
+def test_modules_import_from_the_root_and_from_elsewhere(where, tmp_path):
+    """transformers' models, too: they look for Hugging Face's package `kernels`."""
+    ours = "vlmq_vllm.kernels.reference, vlmq_vllm.offline.methods.gptq.solve, vlmq_vllm.format"
+    python(f"import {ours}; from transformers import LlamaForCausalLM", cwd=ROOT if where == "root" else tmp_path)
 
 
 def test_hugging_faces_kernels_wins_over_our_folder(tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_identity(bits, symmetric, rows, columns, group, plan, device):
     the product is rounded there, and the rest is exact.
     """
     weight = make_weight(bits, symmetric, rows, columns, group, device=device)
-    some = torch.linspace(0, columns - 1, min(columns, 19), device=device).long()
+    some = torch.linspace(0, columns - 1, min(columns, 9), device=device).long()  # more than a tile of "decode" has
     x = torch.eye(columns, dtype=FP16, device=device)[some]
     out = gemm(x, prepare(weight, FP16), out=empty(len(some), rows, device=device), plan=plan)
     assert torch.equal(out.T, weight.dequantize(FP16)[:, some])
