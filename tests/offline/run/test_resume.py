@@ -12,21 +12,21 @@ import pytest
 from safetensors.torch import load_file
 
 SETTINGS = ("--bits", "3", "--group-size", "64")
-# The command, which sends itself a signal when it gives the N-th finished file its name: the rename is what finishes a
-# unit, so that "before" has a whole file that does not count yet.
+# The command, which sends itself a signal when it gives the N-th finished file its name: that is what finishes a unit,
+# so that "before" has a whole file that does not count yet.
 SIGNALLED = """
 import os, pathlib, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 number, send, when = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
-rename, seen = pathlib.Path.rename, []
+replace, seen = pathlib.Path.replace, []
 def signalled(path, target):
     seen.append(path)
     if when == "before" and len(seen) == number:
         os.kill(os.getpid(), send)
-    rename(path, target)
+    replace(path, target)
     if when == "after" and len(seen) == number:
         os.kill(os.getpid(), send)
-pathlib.Path.rename = signalled
+pathlib.Path.replace = signalled
 from vlmq_vllm.offline.commands.app import main
 main()
 """

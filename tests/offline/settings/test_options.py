@@ -67,8 +67,10 @@ def test_a_changed_default_changes_the_program_and_its_help(default):
 
 def test_plan_takes_every_setting_of_a_run(vlmq, demo_model):
     """Also those that a plan only gets to stay with the run's command line, and the order of columns, which costs
-    memory."""
+    GPTAQ memory."""
     arguments = (
+        "--base",
+        "gptaq",
         "--group-size",
         64,
         "--damp",
