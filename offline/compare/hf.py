@@ -26,7 +26,7 @@ def score(folder: Path, exam: Exam, teacher: list[Score | None] | None, track: C
     The model is loaded for the call and freed after it. Without `teacher` the model is the teacher itself.
     Raises QuantizeError and CheckpointError.
     """
-    model = load_model(folder, getattr(torch, exam.settings.dtype), device_name(exam.settings))
+    model = load_model(folder, getattr(torch, exam.settings.dtype), default_device(exam.settings.device))
     scores: list[Score | None] = []
     try:
         given = exam.inputs(teacher, track, folder.name)
@@ -39,11 +39,6 @@ def score(folder: Path, exam: Exam, teacher: list[Score | None] | None, track: C
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return scores
-
-
-def device_name(settings: CompareSettings) -> str:
-    """The device asked for, or a GPU if there is one."""
-    return default_device(settings.device)
 
 
 @torch.inference_mode()

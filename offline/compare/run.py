@@ -16,6 +16,7 @@ from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.fingerprint import fingerprint
 from vlmq_vllm.offline.data.inputs import load_processor
 from vlmq_vllm.offline.data.processor import Processor
+from vlmq_vllm.offline.machine.device import default_device
 from vlmq_vllm.offline.machine.progress import Progress
 from vlmq_vllm.offline.model.source import find
 from vlmq_vllm.offline.settings.compare import CompareSettings
@@ -50,7 +51,11 @@ def compare(
     if not any(teacher):
         raise QuantizeError(f"no chat in {data} has at most {settings.max_tokens} tokens; raise --max-tokens")
     student = SCORERS[settings.backend](quantized, exam, teacher, track)
-    used = [(q, t, s) for q, t, s in zip(questions, teacher, student, strict=True) if t and s]
+    used = []
+    for question, first, second in zip(questions, teacher, student, strict=True):
+        if first:
+            assert second, "a question that the teacher was asked is asked the student"
+            used.append((question, first, second))
     rows = [sample_row(*each) for each in used]
     return {
         "model": model,
@@ -104,7 +109,8 @@ def _teacher(
     settings, scorer = exam.settings, SCORERS[exam.settings.backend]
     if cache is None:
         return scorer(folder, exam, None, track), False
-    key = key_of(folder, prints, exam.ends, settings, hf.device_name(settings) if settings.backend == "hf" else "vllm")
+    device = default_device(settings.device) if settings.backend == "hf" else "vllm"
+    key = key_of(folder, prints, exam.ends, settings, device)
     scores: list[Score | None] | None = cache.read(key, len(prints))
     if scores is not None:
         return scores, True
