@@ -16,7 +16,14 @@ MARK = "answers: "
 Answer = list[tuple[int, float, float]]
 PROMPT = "<|im_start|>user\n{}{}<|im_end|>\n<|im_start|>assistant\n"
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # In a process of its own the engine begins while requests still come in: which of them make up a batch, and with it
+    # the order of sums, would depend on the time that each takes.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
 
 
 def answers(folder: Path, *flags: str, timeout: float = 600) -> list[Answer]:

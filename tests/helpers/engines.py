@@ -20,7 +20,6 @@ TIE = 0.04  # two log-probabilities, each within 0.02, may change places
 ENVIRONMENT = answers.ENVIRONMENT | {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # several workers may share the cores that there are
     "OMP_NUM_THREADS": "1",  # threads of a tiny model wait for each other, above all where a machine does other work
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 TEXTS = ("What is the colour of the picture?", "How many signs are there in the first picture and the second?")
 
