@@ -149,17 +149,27 @@ def test_answers_equal_the_twins(served, method):
     assert engines.difference(answers_of(served[method]), answers_of(twin), tie=0.0) < TOLERANCE
 
 
-@pytest.mark.parametrize("method", ROUNDED)
-def test_rounded_answers_equal_those_of_transformers(served, folders, questions, method):
-    """As close as right implementations are to each other.
+@pytest.fixture(scope="module")
+def right(served, folders, questions):
+    """By method with rounded inputs: what transformers answers in float32, and how far float16 is from that.
 
-    A value between two integers goes to either by the last bits of what comes before, and that moves what comes behind
-    by more than those bits: after a few layers two right implementations have roundings of their own. How far they are
-    then apart is measured: transformers in float32 and in float16. Seen: 0.077 served, 0.075 measured.
+    A value between two integers goes to either by the last bits of what comes before, and that moves what comes after
+    by more than those bits: after a few layers two right implementations have roundings of their own.
     """
-    found = served[method]
-    exact, coarse = (in_transformers(folders[method], questions, found, dtype) for dtype in (FP32, FP16))
-    assert rms(found, exact) < 1.5 * rms(coarse, exact)
+
+    @functools.cache
+    def of(method: str) -> tuple[list, float]:
+        exact, coarse = (in_transformers(folders[method], questions, served[method], dtype) for dtype in (FP32, FP16))
+        return exact, rms(coarse, exact)
+
+    return of
+
+
+@pytest.mark.parametrize("method", ROUNDED)
+def test_rounded_answers_equal_those_of_transformers(served, right, method):
+    """As close as right implementations are to each other. Seen: 0.077 served, 0.075 between the two."""
+    found, (exact, apart) = served[method], right(method)
+    assert rms(found, exact) < 1.5 * apart
     assert engines.difference(answers_of(found), answers_of(exact), tie=0.0) < TOLERANCE
 
 
@@ -174,11 +184,13 @@ def test_without_rounding_answers_would_be_others(served, folders, questions, me
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_answers_are_those_of_the_unquantised_model(served, nearest, method):
-    """The same words, and log-probabilities no farther away than rounding to nearest in the same formats takes them."""
+def test_answers_are_those_of_the_unquantised_model(served, nearest, right, method):
+    """The same words, and log-probabilities no farther away than rounding to nearest in the same formats takes them,
+    where inputs are rounded as far as right implementations agree: with an outlier inputs do more than weights."""
     tokens, wanted = ([[step[0] for step in one["steps"]] for one in served[name]] for name in (method, "source"))
     assert tokens == wanted
-    assert rms(served[method], served["source"]) < (WIDE if method == "awq-wide" else nearest(method))
+    bound = WIDE if method == "awq-wide" else nearest(method) + (right(method)[1] if method in ROUNDED else 0)
+    assert rms(served[method], served["source"]) < bound
 
 
 def test_a_mixture_of_experts_with_scaled_channels(tmp_path):
