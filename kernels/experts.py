@@ -15,7 +15,7 @@ import triton.language as tl
 from vlmq_vllm.kernels import hardware, tiles
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.gemm import walk_arguments
-from vlmq_vllm.kernels.k_loop import walk
+from vlmq_vllm.kernels.k_loop import accumulate
 from vlmq_vllm.kernels.layout import STRIPE, aligned
 
 
@@ -69,7 +69,7 @@ def experts_kernel(
         scales += i_expert * stride_scales
         if HAS_ZERO:
             zeros += i_expert * stride_scales
-        b_acc = walk(
+        b_acc = accumulate(
             words, scales, zeros, p_x, m_entry, i_n, 0, n_spans, n_stripes, n_spans, K,
             BITS, W, GROUP, HAS_ZERO, SCALED, RAGGED, BN, PTX,
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from vlmq_vllm.kernels import hardware, tiles, workspace
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
-from vlmq_vllm.kernels.k_loop import walk
+from vlmq_vllm.kernels.k_loop import accumulate
 from vlmq_vllm.kernels.layout import FLOATS, RuntimeWeight, check_tensor
 from vlmq_vllm.kernels.split_k import meet
 
@@ -75,7 +75,7 @@ def gemm_kernel(
     i_start = i_split * n_part
     i_stop = tl.minimum(i_start + n_part, n_spans)
     p_x = x + o_m.to(tl.int64) * stride_x
-    b_acc = walk(
+    b_acc = accumulate(
         words, scales, zeros, p_x, o_m < M, i_n, i_start, i_stop, n_stripes, n_spans, K,
         BITS, W, GROUP, HAS_ZERO, SCALED, RAGGED, BN, PTX,
     )  # fmt: skip
@@ -157,7 +157,7 @@ def arguments(
 def walk_arguments(
     weight: RuntimeWeight | ExpertWeights, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware
 ) -> dict:
-    """What all kernels that call `k_loop.walk` are compiled for, besides tokens."""
+    """What all kernels that call `k_loop.accumulate` are compiled for, besides tokens."""
     geometry = weight.geometry
     return dict(
         BITS=geometry.bits,

@@ -111,7 +111,7 @@ def add_span(
 
 
 @triton.jit
-def walk(
+def accumulate(
     words,  # [n_stripes, n_spans, P * W, 64] int16
     scales,  # [groups, n_stripes * 64]
     zeros,  # the same, uint8, read if HAS_ZERO

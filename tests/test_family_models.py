@@ -184,7 +184,7 @@ def test_pixels_reach_the_logits(family, loaded):
 
 
 @torch.no_grad()
-def test_deepstack_adds_behind_two_layers(family, loaded):
+def test_deepstack_adds_after_two_layers(family, loaded):
     name, folder = family
     model = loaded[0]
     if not name.startswith("qwen3_vl"):

@@ -27,13 +27,13 @@ class Question:
     """One chat that ends in its reference answer.
 
     chat: the chat up to the answer. words: token ids before the answer, every picture still one placeholder.
-    answer: token ids of the answer, end mark included. behind: number of tokens that the template adds after it.
+    answer: token ids of the answer, end mark included. trailing: number of tokens that the template adds after it.
     """
 
     chat: dict
     words: list[int]
     answer: list[int]
-    behind: int
+    trailing: int
 
     @property
     def splits(self) -> list[str]:
@@ -45,8 +45,8 @@ class Question:
         """The processor's inputs of the whole chat (input_ids int64 [1, L]), and how many tokens precede the answer."""
         inputs, _ = prepare(self.chat, processor)
         ids = inputs["input_ids"][0].tolist()
-        start = len(ids) - self.behind - len(self.answer)
-        if start < 1 or ids[start : len(ids) - self.behind] != self.answer:
+        start = len(ids) - self.trailing - len(self.answer)
+        if start < 1 or ids[start : len(ids) - self.trailing] != self.answer:
             raise QuantizeError(f"{self.chat['line']}: the processor's tokens do not end in the answer's; leave it out")
         return inputs, start
 

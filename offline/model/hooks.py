@@ -8,11 +8,11 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.activations import round_tokens
 
-Rounding = Callable[[torch.Tensor], torch.Tensor]  # [.., I] to [.., I]
+InputRounding = Callable[[torch.Tensor], torch.Tensor]  # [.., I] to [.., I]
 
 
 @contextmanager
-def rounding_inputs(linears: Iterable[torch.nn.Module], rounding: Rounding = round_tokens) -> Iterator[None]:
+def rounding_inputs(linears: Iterable[torch.nn.Module], rounding: InputRounding = round_tokens) -> Iterator[None]:
     """Round what these modules get, as it will be when they are served, for a while; gradients pass as if it were not.
     Other hooks on them see rounded inputs."""
 

@@ -18,7 +18,7 @@ from vlmq_vllm.offline.plan.sizes import (
     ATTENTION_GRAPH,
     FLOAT,
     MLP,
-    Layer,
+    LayerSize,
     Load,
     Streams,
     layer_of,
@@ -130,12 +130,12 @@ class Memory:
         }
         return phase
 
-    def _solving(self, component: str, layer: Layer, streams: Streams) -> list[Phase]:
+    def _solving(self, component: str, layer: LayerSize, streams: Streams) -> list[Phase]:
         """One layer: tokens are weighed, then every stage collects Hessians and is solved, beside the streams."""
         settings, decoder = self.settings, component == "language"
         batch = self.load.batch * (1 if decoder else self.load.patches)  # of patches where inputs are patches
         host = {} if decoder else self.pixels  # needed for what comes later
-        held = {"streams": streams.walking, "layer in float32": layer.bytes}
+        held = {"streams": streams.between, "layer in float32": layer.bytes}
         phases = []
         weighted = decoder and TOKEN_WEIGHTS[settings.saliency].paired
         apart = set()
@@ -167,7 +167,7 @@ class Memory:
         base, ordered = self._base(stage), self.settings.act_order == "static"
         return moments_bytes(stage.problems, base), working_bytes(stage.problems, base, self.exact, ordered)
 
-    def _bound(self, component: str, layer: Layer, units: int, streams: Streams) -> Phase:
+    def _bound(self, component: str, layer: LayerSize, units: int, streams: Streams) -> Phase:
         """The sum of the largest things that can be alive at once while a component is quantised, whatever is known of
         when they are: a joint search holds the layers of a block, learning a tower all of its blocks."""
         load, row, decoder = self.load, self.settings.row, component == "language"

@@ -89,7 +89,7 @@ def expert_share(source: Source) -> float:
 
 @dataclass(frozen=True)
 class Streams:
-    """Bytes of a stack's streams: `captured` before its first layer, `walking` after it, `one` of them alone.
+    """Bytes of a stack's streams: `captured` before its first layer, `between` after it, `one` of them alone.
 
     Where nothing tells both streams apart, the full-precision one is captured together with the quantised one: hidden
     states are shared until a layer has run, what comes with them (rotary tables, masks, DeepStack) for good. After a
@@ -97,7 +97,7 @@ class Streams:
     """
 
     captured: int
-    walking: int
+    between: int
     one: int
 
 
@@ -117,7 +117,7 @@ def streams_of(settings: Settings, component: str, width: int, load: Load, moved
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerSize:
     """The sizes of a component's layer.
 
     shapes: [rows, columns] of its linears. parameters: all of them. inner, width: the greatest number of features
@@ -154,7 +154,7 @@ class Layer:
         return FLOAT * (ATTENTION_GRAPH * self.width + MLP_GRAPH * inner)
 
 
-def layer_of(source: Source, component: str, name: str, load: Load) -> Layer:
+def layer_of(source: Source, component: str, name: str, load: Load) -> LayerSize:
     """The layer with the in-memory name `name`; a connector, which joins patches, per patch."""
     module = source.model.get_submodule(name)
     shapes = {linear: (weight.shape[0], weight.shape[1]) for linear, weight in weights_of(module).items()}
@@ -163,7 +163,7 @@ def layer_of(source: Source, component: str, name: str, load: Load) -> Layer:
         width = widest(source.stack(source.family.blocks)[0])[1]
     if component == "connector":
         inner = -(-inner // load.patches)
-    return Layer(shapes, numel(module), inner, width)
+    return LayerSize(shapes, numel(module), inner, width)
 
 
 def widest(layer: torch.nn.Module) -> tuple[int, int]:

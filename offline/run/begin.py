@@ -20,7 +20,7 @@ from vlmq_vllm.offline.methods.saliency.vlmq import VLMQWeights
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher
 from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.capture import capture
-from vlmq_vllm.offline.model.hooks import Rounding
+from vlmq_vllm.offline.model.hooks import InputRounding
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import Unit
@@ -125,6 +125,6 @@ class Quantizers:
             return None
         return Scaling(grid_of(options), self.ranks, options.scale_loss, self._rounded_inputs())
 
-    def _rounded_inputs(self) -> Rounding | None:
+    def _rounded_inputs(self) -> InputRounding | None:
         """What 8-bit activations do to what a linear reads."""
         return None if self.settings.activation_bits == KEPT else round_tokens

@@ -111,7 +111,7 @@ class PieceMaker:
         found = self._compensated(module, unit, index, together, streams) if together else {}
         for kind in missing:
             if kind not in together:
-                found[kind] = self._rounded(module, unit, index, kind, streams)
+                found[kind] = self._round(module, unit, index, kind, streams)
         return found
 
     def _quantizer(self, kind: Kind, streams: list[Stream]) -> LayerQuantizer:
@@ -143,7 +143,7 @@ class PieceMaker:
         parts = zip(problem.linears, solution.split(problem.rows), strict=True)
         return {self._in_files(unit, linear): part.weight for linear, part in parts}
 
-    def _rounded(self, module: torch.nn.Module, unit: Unit, index: int, kind: Kind, streams: list[Stream]) -> Found:
+    def _round(self, module: torch.nn.Module, unit: Unit, index: int, kind: Kind, streams: list[Stream]) -> Found:
         """One width of a method that rounds: AWQ scales channels in the decoder, and clips ranges everywhere."""
         options, quantizer = self.settings[kind], self._quantizer(kind, streams)
         layer, found = quantizer.layer_of(module, unit.module, index), Found()

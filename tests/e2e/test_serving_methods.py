@@ -223,7 +223,7 @@ def rms(first: list, second: list) -> float:
 def in_transformers(
     folder: Path, questions: tuple, answers: list[dict], dtype: torch.dtype, hooks: bool = True
 ) -> list[dict]:
-    """As `engines.run` gives it: of the prompts' tokens, and of the best tokens behind those of `answers`."""
+    """As `engines.run` gives it: of the prompts' tokens, and of the best tokens after those of `answers`."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)

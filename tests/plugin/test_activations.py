@@ -9,7 +9,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def draw(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Tokens of very different sizes, as behind a norm's outlier channels."""
+    """Tokens of very different sizes, as after a norm's outlier channels."""
     generator = torch.Generator().manual_seed(0)
     sizes = 2.0 ** torch.randint(-8, 8, (*shape[:-1], 1), generator=generator)
     return (torch.randn(*shape, generator=generator) * sizes).to(dtype)

@@ -22,7 +22,7 @@ from vlmq_vllm.offline.methods.awq.scalable import Scalable
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import GridSearch
 from vlmq_vllm.offline.model.groups import inspected
-from vlmq_vllm.offline.model.hooks import Rounding, removing
+from vlmq_vllm.offline.model.hooks import InputRounding, removing
 from vlmq_vllm.offline.model.layers import holding, linear_of
 from vlmq_vllm.offline.model.streams import Stream, hidden_of
 
@@ -53,7 +53,7 @@ class LinearRounding:
     search: GridSearch
     format: Callable[[str], WeightFormat]
     dtype: Callable[[str], torch.dtype]
-    inputs: Rounding | None = None
+    inputs: InputRounding | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from vlmq_vllm.offline.methods.awq.losses import LinearRounding, Trial, candidat
 from vlmq_vllm.offline.methods.awq.scalable import Scalable, find_scalable
 from vlmq_vllm.offline.methods.grid import GridSearch
 from vlmq_vllm.offline.model.groups import Group
-from vlmq_vllm.offline.model.hooks import Rounding
+from vlmq_vllm.offline.model.hooks import InputRounding
 from vlmq_vllm.offline.model.layers import linear_of, linears_of, set_parameter
 from vlmq_vllm.offline.model.streams import Stream
 
@@ -59,7 +59,7 @@ class Scaling:
         search: GridSearch,
         ranks: Ranks,
         loss: str = "mae",
-        inputs: Rounding | None = None,
+        inputs: InputRounding | None = None,
     ) -> None:
         self.search, self.ranks, self.loss, self.inputs = search, ranks, loss, inputs
 

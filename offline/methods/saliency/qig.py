@@ -27,7 +27,7 @@ from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.groups import Group, find_stages, inspected
-from vlmq_vllm.offline.model.hooks import Rounding, rounding_inputs
+from vlmq_vllm.offline.model.hooks import InputRounding, rounding_inputs
 from vlmq_vllm.offline.model.layers import holding, weights_of
 from vlmq_vllm.offline.model.streams import Stream
 
@@ -59,7 +59,7 @@ class QIGWeights:
     the first layer with activations, where both streams are equal) tokens count alike.
     """
 
-    def __init__(self, ranks: Ranks, activations: Rounding | None = None, steps: int = STEPS) -> None:
+    def __init__(self, ranks: Ranks, activations: InputRounding | None = None, steps: int = STEPS) -> None:
         self.ranks, self.activations, self.steps = ranks, activations, steps
 
     def __call__(
@@ -131,7 +131,7 @@ class QIGWeights:
 
 @contextmanager
 def _quantized(
-    layer: torch.nn.Module, linear_weights: dict[str, torch.Tensor], activations: Rounding | None
+    layer: torch.nn.Module, linear_weights: dict[str, torch.Tensor], activations: InputRounding | None
 ) -> Iterator[None]:
     """The layer with other weights of some linears, which also round what they get."""
     linears = [layer.get_submodule(name) for name in linear_weights]

@@ -80,7 +80,7 @@ def test_figures_equal_a_direct_computation(demo_model, rounded, evaluation, tmp
 
 
 def test_exact_match_is_that_of_the_greedy_answer(demo_model, rounded, evaluation):
-    """Greedy answers of the 2-bit model, generated with a cache, against the likeliest tokens behind the answer's."""
+    """Greedy answers of the 2-bit model, generated with a cache, against the likeliest tokens after the answer's."""
     settings = CompareSettings(dtype="float32", device="cpu", max_new_tokens=16)
     processor = load_processor(demo_model)
     from vlmq_vllm.offline.compare.questions import Exam, end_ids, read_question

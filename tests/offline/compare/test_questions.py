@@ -26,11 +26,11 @@ def chat(*turns: tuple[str, str], images=()) -> dict:
     return {"messages": messages, "images": list(images), "videos": [], "line": "chats.jsonl line 7"}
 
 
-def test_end_mark_belongs_to_the_answer_and_the_line_break_behind_it_does_not(processor, ends):
+def test_end_mark_belongs_to_the_answer_and_the_line_break_after_it_does_not(processor, ends):
     question = read_question(chat(("user", "What colour?"), ("assistant", "red")), processor, ends)
     decode = processor.tokenizer.decode
     assert decode(question.words) == "<|im_start|>user\nWhat colour?<|im_end|>\n<|im_start|>assistant\n"
-    assert decode(question.answer) == "red<|im_end|>" and question.behind == 1
+    assert decode(question.answer) == "red<|im_end|>" and question.trailing == 1
     inputs, start = question.inputs(processor)
     ids = inputs["input_ids"][0].tolist()
     assert ids[:start] == question.words and ids[start : start + len(question.answer)] == question.answer

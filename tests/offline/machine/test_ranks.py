@@ -71,7 +71,7 @@ def test_two_processes_write_what_one_writes(quantized, demo_model, calibration,
     assert one.keys() == two.keys()
     # Sums over samples in another order differ by float32 rounding. In the first layer the attention's linears still
     # take the same codes but where a value lies between two; with one rank's residual left out 26 % of o_proj's differ.
-    # A code that tips over is made good by the columns behind it and moves all that follows, so that further on only
+    # A code that tips over is made good by the columns after it and moves all that follows, so that further on only
     # the quality is the same: losses differed by up to 6 % for a linear (450 tokens for 768 columns know them poorly),
     # their sum by 0.3 %.
     first = [float((one[m] == two[m]).float().mean()) for m in one if re.search(r"layers\.0\.self_attn", m)]

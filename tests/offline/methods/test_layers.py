@@ -1,5 +1,5 @@
 """What token weights, the loss and rounded activations do to a layer of the demo model: files of runs that are stopped
-behind it, against the search for scales called directly and moments summed in float64.
+after it, against the search for scales called directly and moments summed in float64.
 
 Linears are compared stage by stage: what lies in front of a stage is what the run wrote.
 """

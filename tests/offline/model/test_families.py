@@ -172,7 +172,7 @@ def test_batches_of_equal_length_give_what_single_samples_give(family):
 
 
 def test_deepstack_terms_are_caught_between_the_layers(tmp_path):
-    """Qwen3-VL adds features of the tower behind its first layers, at the pictures' tokens and nowhere else."""
+    """Qwen3-VL adds features of the tower after its first layers, at the pictures' tokens and nowhere else."""
     build("qwen3_vl", tmp_path / "model")
     image = Image.effect_noise((56, 56), 64).convert("RGB")
     image.save(tmp_path / "0.png")

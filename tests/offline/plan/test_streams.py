@@ -82,7 +82,7 @@ def predicted(source, settings: Settings, component: str, inputs: dict) -> dict[
 
 
 def compare(walk, module: str, component: str, phases: dict[str, dict[str, int]], inputs: dict) -> None:
-    """In front of the first layer and, in a stack, behind it. `module`: the first layer."""
+    """Before the first layer and, in a stack, after it. `module`: the first layer."""
     streams = walk.quantized + walk.full
     # not predicted: positions of 8 bytes a token, which some families pass on, and borders of sequences in the tower
     most = len(streams) * (8 * inputs["input_ids"].shape[1] + 64)

@@ -51,7 +51,7 @@ def test_files_that_a_server_needs_are_there(quantized, demo_model):
 
 
 def test_report_tells_which_tokens_were_weighted(quantized):
-    """Layer 0 has no error to learn from; behind it the attention's four are weighted, the MLP's only where asked."""
+    """Layer 0 has no error to learn from; after it the attention's four are weighted, the MLP's only where asked."""
     rows = json.loads((quantized / "vlmq_report.json").read_text())["modules"]
     attention = {f"self_attn.{part}_proj": "saliency" for part in "qkvo"}
     parts = attention | {f"mlp.{part}_proj": "equal" for part in ("gate", "up", "down")}
@@ -196,7 +196,7 @@ def inputs_of_layer_1(model, sample) -> tuple[torch.Tensor, dict, torch.Tensor]:
     return caught["x"], kwargs, caught["down"]
 
 
-def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_path):
+def test_layer_after_a_quantised_one(quantized, demo_model, calibration, tmp_path):
     """Layer 1 worked out with transformers alone: U through the dequantised layer 0, F through the original."""
     from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
@@ -214,12 +214,12 @@ def test_layer_behind_a_quantised_one(quantized, demo_model, calibration, tmp_pa
     linears = ("self_attn.q_proj", "mlp.down_proj")  # with token weights, and without
     batches, norms = [], []
     for sample in samples:
-        full, kwargs, full_behind = inputs_of_layer_1(original, sample)
-        found, _, found_behind = inputs_of_layer_1(twin, sample)
+        full, kwargs, full_after = inputs_of_layer_1(original, sample)
+        found, _, found_after = inputs_of_layer_1(twin, sample)
         streams = [Stream(hidden, [((), kwargs)]) for hidden in (full, found)]
         norms.append(gradient_norms(layer, 0, FAMILIES["qwen2_vl"], *streams, linears))
         attention = [layer.input_layernorm(hidden)[0] for hidden in (found, full)]
-        batches.append(dict(zip(linears, (attention, (found_behind, full_behind)), strict=True)))
+        batches.append(dict(zip(linears, (attention, (found_after, full_after)), strict=True)))
     moments = {}
     for linear, columns in zip(linears, (256, 768), strict=True):
         g = [found[linear] for found in norms]

@@ -54,7 +54,7 @@ def sums(folder) -> str:
     return (folder / "SHA256SUMS").read_text()
 
 
-# in front of the second layer, with a third layer that has been written but not named, and behind the last layer
+# before the second layer, with a third layer that has been written but not named, and after the last layer
 @pytest.mark.parametrize(
     ("unit", "when"),
     [

@@ -66,7 +66,7 @@ def test_moments_are_collected_once_for_all_widths(given, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_a_model_that_cannot_be_run_layer_by_layer_is_refused(given, tmp_path, monkeypatch, method):
-    """Its streams forget what the tower adds behind the first decoder layers."""
+    """Its streams forget what the tower adds after the first decoder layers."""
     catch = capture.catch
 
     def forgetful(source, stack, batch, device):

@@ -109,7 +109,7 @@ def test_pieces_equal_what_a_run_writes_where_nothing_is_quantised_before(study,
 def test_scaled_pieces_are_what_the_folded_layer_amounts_to(demo_model, calibration, held_out, tmp_path):
     """AWQ's run divides the norm in front of q and k by s: its q is rounded from W s, the piece from there is Q / s.
 
-    Both runs stop behind the first layer. Bound: the piece is rounded to bfloat16, 2^-9 of each weight.
+    Both runs stop after the first layer. Bound: the piece is rounded to bfloat16, 2^-9 of each weight.
     """
     out, method = tmp_path / "study", replace(KINDS, bits=(4,), methods=("awq",))
     for run in (

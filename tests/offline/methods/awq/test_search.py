@@ -145,7 +145,7 @@ def test_chunks_and_ranks_sum_to_the_same_losses(monkeypatch):
     assert float(together[0, -1]) == pytest.approx(float(torch.cat(weights).sum()))
 
 
-def test_rounded_activations_are_rounded_behind_the_division():
+def test_rounded_activations_are_rounded_after_the_division():
     layer, streams = Block(75, 40, Scaled(75, 0.0)), streams_of((2, 11), (1, 6))
 
     def eight(x):

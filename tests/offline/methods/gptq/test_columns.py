@@ -36,7 +36,7 @@ def exact_state(problems: int, rows: int, columns: range, levels: int, pushed: b
     """A pass as it stands before the block `columns`, of eighths small enough for float32 to add and multiply exactly.
 
     What the block has no business with is NaN: other columns, their group, the factor below its diagonal, the values
-    to be, and a problem before and one behind those asked for, where rows too many would be read and written.
+    to be, and a problem before and one after those asked for, where rows too many would be read and written.
     """
     count, size, block = problems + 2, columns.stop + 3, slice(columns.start, columns.stop)
     shape, own = (count, size, rows), (count, len(columns), rows)

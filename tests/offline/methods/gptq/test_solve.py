@@ -40,8 +40,8 @@ def reference(weight, h, format, order, damp, residual=None, alpha=0.25, dynamic
     """GPTQ and GPTAQ by their derivation: round a column, spread its error by H^-1, strike the column from H^-1.
 
     Float64, one column at a time, inverses instead of factors, no blocks. GPTAQ's residual in the form that its authors
-    publish: when column i is treated, the columns behind it move by w_i alpha sum_j lambda (f_i - x_i) x_j (H_>i)^-1,
-    where H_>i holds the columns behind i.
+    publish: when column i is treated, the columns after it move by w_i alpha sum_j lambda (f_i - x_i) x_j (H_>i)^-1,
+    where H_>i holds the columns after i.
     """
     columns = weight.shape[1]
     scale, zero = find_grid(weight, format, torch.bfloat16, MSE)
@@ -62,10 +62,10 @@ def reference(weight, h, format, order, damp, residual=None, alpha=0.25, dynamic
         error = (value - (q - z) * s) / inverse[i, i]
         w -= torch.outer(error, inverse[i])
         inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
-        behind = order[position + 1 :]
-        if residual is not None and len(behind):
-            later = torch.linalg.solve(h[behind][:, behind], residual.double()[i, behind])
-            w[:, behind] += alpha * torch.outer(value, later)
+        after = order[position + 1 :]
+        if residual is not None and len(after):
+            later = torch.linalg.solve(h[after][:, after], residual.double()[i, after])
+            w[:, after] += alpha * torch.outer(value, later)
     return codes
 
 
@@ -86,7 +86,7 @@ def test_equals_the_reference(columns, base, monkeypatch):
 
 @pytest.mark.parametrize("format", [WeightFormat(3, -1, False), WeightFormat(2, 32, False), WeightFormat(4, 64, False)])
 @pytest.mark.parametrize("columns", [16, 72, 200])
-def test_file_order_finds_each_groups_grid_behind_the_compensation(format, columns):
+def test_file_order_finds_each_groups_grid_after_the_compensation(format, columns):
     weight, h = torch.randn(16, columns), moments(correlated(2000, columns))
     solution = solve_one(weight, h, format, act_order=False)
     expected = reference(weight, h, format, torch.arange(columns), 0.01, dynamic=True)

@@ -83,7 +83,7 @@ def whole(source, samples, streams):
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "gemma3"])
 def test_equals_autograd_through_the_whole_model(name, made):
-    """Tied heads, M-RoPE, DeepStack's terms behind the first layers, sliding windows; float32 sums in another order."""
+    """Tied heads, M-RoPE, DeepStack's terms after the first layers, sliding windows; float32 sums in another order."""
     source, _, samples = made(name)
     streams = streams_of(source, samples)
     before = [stream.hidden.clone() for stream in streams]
@@ -168,7 +168,7 @@ def test_soft_capped_logits(made):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_answers_are_found_behind_expanded_pictures(name, made):
+def test_answers_are_found_after_expanded_pictures(name, made):
     """Tokens of kind ANSWER spell the answers, each with the mark that ends its turn; vision tokens are the others."""
     source, processor, samples = made(name)
     vision = vision_ids(source.config)
@@ -257,7 +257,7 @@ def test_streams_keep_calls_and_terms(made):
 
 
 @pytest.mark.parametrize("name", [name for name in VIDEO if name != "smolvlm"])  # it takes them in another shape
-def test_answers_are_found_behind_videos(name, made, tmp_path):
+def test_answers_are_found_after_videos(name, made, tmp_path):
     """Some processors write the frames' times between their tokens; the user's words are the answer's too."""
     source, processor, _ = made(name)
     for i in range(4):
@@ -272,5 +272,5 @@ def test_answers_are_found_behind_videos(name, made, tmp_path):
     places = (kinds == ANSWER).nonzero().flatten().tolist()
     end = processor.tokenizer.eos_token
     assert processor.tokenizer.decode(ids[kinds == ANSWER]).replace("\n", "") == f"0.5 seconds{end}"
-    assert places == list(range(places[0], places[0] + len(places)))  # one run, behind everything else
+    assert places == list(range(places[0], places[0] + len(places)))  # one run, after everything else
     assert places[0] > int((kinds == VISION).nonzero().max())

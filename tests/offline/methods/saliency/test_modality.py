@@ -69,7 +69,7 @@ def test_ratios_equal_plain_autograd(made):
     assert len(ratios) == 3
     for part, module in LAST.items():
         middle = statistics.median(raw[module])
-        assert raw[module][2] == 0 < middle  # nothing behind the last layer's attention reads vision tokens
+        assert raw[module][2] == 0 < middle  # nothing after the last layer's attention reads vision tokens
         found = [ratio[part] for ratio in ratios]
         # sums of |gradients| in another order, and the loss's other rounding
         assert found == pytest.approx([max(middle, ratio) for ratio in raw[module]], rel=1e-4)
@@ -94,7 +94,7 @@ def test_weights(made):
         assert set(own[kind[0] == VISION].tolist()) <= {1.5} and (own[kind[0] == OTHER] == 0).all()
 
 
-def test_a_mixture_is_judged_behind_all_its_experts(tmp_path):
+def test_a_mixture_is_judged_after_all_its_experts(tmp_path):
     source, _, samples = make_samples("qwen3_vl_moe", tmp_path)
     streams = streams_of(source, samples)
     ratios = modality_ratios(source, streams, *parts(samples), CPU)
@@ -122,7 +122,7 @@ def test_samples_of_one_kind_have_no_part(tmp_path):
 
 
 def test_answers_without_a_gradient_are_refused(tmp_path):
-    """An answer of one token with no mark behind it: nothing that is predicted depends on its own place."""
+    """An answer of one token with no mark after it: nothing that is predicted depends on its own place."""
     source, _, samples = make_samples("qwen2_vl", tmp_path)
     labels, kinds = samples[0].labels.clone(), samples[0].kinds.clone()
     later = (labels[0] != -100).nonzero().flatten()[1:]
