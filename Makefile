@@ -8,8 +8,10 @@ BIN := .venv/bin
 .PHONY: demo test test-all test-oldest gpu lint types docs install oldest train clean
 .DELETE_ON_ERROR:
 
-# Install into the folder $(1) by the pins packaging/$(2)-*.txt, and what that depends on. Compiled once, here: where
-# Python may not write bytecode, importing transformers takes 19 s of processor time instead of 8, in every process.
+# Without bytecode importing transformers takes 19 s of processor time instead of 8, in every process that a test starts.
+export PYTHONDONTWRITEBYTECODE :=
+
+# Install into the folder $(1) by the pins packaging/$(2)-*.txt, and what that depends on.
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
   { echo "$$($(PYTHON) --version) is too old: Python 3.11 or later is needed (make PYTHON=python3.12 ...)"; exit 1; }

@@ -14,7 +14,7 @@ from vlmq_vllm.offline.checkpoint.verify import verify
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings
 
-GROUP = {"bits": 4, "group_size": 64}
+GROUP = {"bits": 4, "group_size": 64, "samples": 3}
 METHODS = {
     "awq": {"method": "awq"},
     "awq-mse": {"method": "awq", "scale_loss": "mse"},

@@ -86,12 +86,12 @@ def test_calibration_beats_rounding_on_held_out_questions(demo_model, tmp_path):
     from data import write
     from evaluate import judge, load
 
-    calibration = write(tmp_path / "calibration", "calibration", 64)
+    calibration = write(tmp_path / "calibration", "calibration", 32)
     losses = {}
     for method in ("rtn", "gptq", "vlmq"):
         quantize(str(demo_model), tmp_path / method, calibration, Settings(bits=2, group_size=32, method=method))
         dequantize(tmp_path / method, tmp_path / f"{method}-16")
-        scores = judge(*load(str(tmp_path / f"{method}-16")), "evaluation", 140)
+        scores = judge(*load(str(tmp_path / f"{method}-16")), "evaluation", 70)
         losses[method] = sum(loss for _, loss in scores.values())
     assert losses["gptq"] < losses["rtn"]
     assert losses["vlmq"] < losses["rtn"]

@@ -45,7 +45,7 @@ def test_no_format(value):
 
 @pytest.mark.parametrize("method", ["rtn", "vlmq"])
 def test_written_as_said(demo_model, calibration, tmp_path, method):
-    settings = Settings(bits=3, group_size=64, method=method, modules=MIXED)
+    settings = Settings(bits=3, group_size=64, method=method, modules=MIXED, samples=2)
     quantize(str(demo_model), tmp_path / "out", calibration, settings)
     found = {name: module.format for name, module in read_modules(tmp_path / "out").items()}
     assert not any("layers.1." in name for name in found) and len(found) == 3 * 7 + 4
@@ -146,7 +146,7 @@ def test_exceptions_in_every_method(options, demo_model, tmp_path):
 
     modules = {"model.layers.1.*": 16, "*.2.self_attn.k_proj": 8, "*.3.mlp.down_proj": 16, "visual.blocks.3.mlp.fc1": 4}
     settings = Settings(bits=4, group_size=64, modules=modules, **options)
-    quantize(str(demo_model), tmp_path / "out", write(tmp_path / "data", "calibration", 4), settings)
+    quantize(str(demo_model), tmp_path / "out", write(tmp_path / "data", "calibration", 2), settings)
     found = {name: module.format.bits for name, module in read_modules(tmp_path / "out").items()}
     assert len(found) == 3 * 7 - 1 + 1 and found["model.layers.2.self_attn.k_proj"] == 8
     assert found["visual.blocks.3.mlp.fc1"] == 4 and "model.layers.3.mlp.down_proj" not in found
