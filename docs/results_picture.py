@@ -21,8 +21,8 @@ METHODS = (
     ("GPTQ", "GPTQ"),
     ("GPTAQ", "GPTAQ"),
     ("VLMQ as published", "VLMQ on GPTAQ"),
-    ("GPTQ, aligned", "aligned"),
-    ("VLMQ, aligned (default)", ("VLMQ on aligned", "VLMQ on aligned", "VLMQ on aligned, all linears")),
+    ("QEP", "aligned"),
+    ("VLMQ on QEP (default)", ("VLMQ on aligned", "VLMQ on aligned", "VLMQ on aligned, all linears")),
 )
 ROW, TOP, LEFT, RIGHT, WIDTH = 30, 92, 210, 32, 760
 DECADES = (-1, 2)  # the axis runs from 10^-1 to 10^2, in 10^-3 nats

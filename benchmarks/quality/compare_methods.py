@@ -49,9 +49,9 @@ METHODS = {
     "GPTAQ": {"method": "gptq", "base": "gptaq"},
     "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq", "saliency_scope": "attention"},
     "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq", "saliency_scope": "attention"},
-    "aligned": {"method": "gptq", "base": "aligned"},
-    "VLMQ on aligned": {"method": "vlmq", "base": "aligned", "saliency_scope": "attention"},
-    "VLMQ on aligned, all linears": {"method": "vlmq", "base": "aligned", "saliency_scope": "all"},
+    "QEP": {"method": "gptq", "base": "qep"},
+    "VLMQ on QEP": {"method": "vlmq", "base": "qep", "saliency_scope": "attention"},
+    "VLMQ on QEP, all linears": {"method": "vlmq", "base": "qep", "saliency_scope": "all"},
 }
 
 

@@ -17,5 +17,5 @@ def solver_of(settings: Settings) -> Solver:
     """How a linear is solved: AWQ rounds to nearest on ranges that it has clipped, the others compensate."""
     if settings.row.rounding == CLIPPED:
         return Solver(CLIP, compensate=False)
-    static, aligned = settings.act_order == "static", settings.base == "aligned"
-    return Solver(GRIDS[settings.grid], static, settings.damp, settings.alpha, aligned)
+    static, qep = settings.act_order == "static", settings.base == "qep"
+    return Solver(GRIDS[settings.grid], static, settings.damp, settings.alpha, qep)

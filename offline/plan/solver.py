@@ -91,14 +91,14 @@ def working_bytes(problems: list[Solve], base: str, exact: bool, ordered: bool) 
 
 
 def _residual_bytes(problem: Solve, base: str) -> int:
-    """D, or W D where "aligned" sums that and it is smaller."""
-    return problem.weight if base == "aligned" and is_flat(problem.rows, problem.columns) else problem.square
+    """D, or W D where "qep" sums that and it is smaller."""
+    return problem.weight if base == "qep" and is_flat(problem.rows, problem.columns) else problem.square
 
 
 def _batch_bytes(problem: Solve, count: int, base: str, exact: bool, ordered: bool) -> int:
     """`solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
     square, weight, several = count * problem.square, count * problem.weight, count > 1
-    pushed, moved = base == "gptaq", base == "aligned"
+    pushed, moved = base == "gptaq", base == "qep"
     drift = count * _residual_bytes(problem, base)
     given = weight + (square + (drift if pushed or moved else 0) if several else 0)  # several are stacked
     factors = 2 * square if several else square  # they are stacked, the list of them stays

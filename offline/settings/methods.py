@@ -125,12 +125,12 @@ TOKEN_WEIGHTS = {
 
 # What measured best on the demo model by width (NOTES.md has the table). A setting that is given wins, then a row's.
 BEST = {
-    2: {"act_order": "none", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "all"},
-    3: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
-    4: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
-    8: {"act_order": "static", "grid": "mse", "base": "aligned", "damp": 0.01, "saliency_scope": "attention"},
+    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "all"},
+    3: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
+    4: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
+    8: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
 }
-ALPHA = {"gptq": 0.0, "gptaq": 0.25, "aligned": 1.0}  # by base: GPTAQ's is its authors', aligned measured best
+ALPHA = {"gptq": 0.0, "gptaq": 0.25, "qep": 1.0}  # by base: GPTAQ's is its authors', qep measured best
 
 
 def defaults_of(method: str, bits: int) -> dict:

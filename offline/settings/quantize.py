@@ -60,14 +60,12 @@ class Settings:
     )
     base: str = method_option(
         None,
-        "gptq reproduces a layer on the inputs that it gets; gptaq (column by column, as its authors do) and aligned "
-        "(in closed form beforehand) aim at the full-precision layer's outputs. Default: gptq, for method vlmq what "
-        "measured best for the width.",
+        "gptq reproduces a layer on the inputs that it gets; gptaq (column by column, as its authors do) and qep "
+        "(in closed form beforehand, as QEP does) aim at the full-precision layer's outputs. Default: gptq, for method "
+        "vlmq what measured best for the width.",
         tuple(ALPHA),
     )
-    alpha: float = method_option(
-        None, "Share of the residual between both streams that gptaq (0.25) and aligned (1) use."
-    )
+    alpha: float = method_option(None, "Share of the residual between both streams that gptaq (0.25) and qep (1) use.")
     samples: int = calibration(128, "Calibration samples to use.", least=1)
     max_tokens: int = calibration(2048, "Leave out longer samples, whole.", least=1)
     max_pixels: int = calibration(0, "Shrink larger pictures to this; 0: leave them.", least=0)

@@ -43,7 +43,7 @@ def _cholesky(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linalg.cholesky_ex(columns, out=(columns, torch.empty((), dtype=torch.int32)))
 
 
-def aligned(
+def qep(
     weights: torch.Tensor, residual: torch.Tensor, factor: torch.Tensor, order: torch.Tensor, alpha: float
 ) -> torch.Tensor:
     """W + alpha W D (U U^T)^-1 for weights [B, O, I]; the factor U has its columns in `order`.

@@ -72,7 +72,7 @@ def find_problems(
             alike.setdefault((id(token_weights.get(linear)), format_of(linear)), []).append(linear)
         for linears in map(tuple, alike.values()):
             rows = [linear_of(layer, linear).out_features for linear in linears]
-            known = _stacked(layer, linears) if base == "aligned" and is_flat(sum(rows), columns) else None
+            known = _stacked(layer, linears) if base == "qep" and is_flat(sum(rows), columns) else None
             moments = Moments(columns, device, base != "gptq", known)
             first = linears[0]
             problems.append(

@@ -11,7 +11,8 @@ columns that are frozen already. Before any is, the normal equations give the wh
 
     Q (H) = W sum_n lambda_n f_n x_n^T = W (H + D),    so that W + W D H^-1 is to be rounded, by plain GPTQ;
 
-here this is "aligned". Pure functions of tensors; which model they come from is `run/layer_quantizer.py`'s business.
+which is QEP (2504.09629; base "qep"). Pure functions of tensors; which model they come from is the business of
+`run/layer_quantizer.py`.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.methods.gptq.columns import ColumnPass, FindGrid
-from vlmq_vllm.offline.methods.gptq.factor import aligned, find_factor, push_of
+from vlmq_vllm.offline.methods.gptq.factor import find_factor, push_of, qep
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch, blocks_of, find_grid, on_grid
 from vlmq_vllm.offline.methods.solution import Solution
 
@@ -33,7 +34,7 @@ class Solver:
     act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
     compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
-    aligned: D moves the weights beforehand (above), not column by column as in GPTAQ. compensate: without it codes are
+    qep: D moves the weights beforehand (above), not column by column as in GPTAQ. compensate: without it codes are
     the nearest ones, on grids for which a search with importance gets the blocks of H: AWQ's clipping (2306.00978).
     """
 
@@ -41,7 +42,7 @@ class Solver:
     act_order: bool = True
     damp: float = 0.01
     alpha: float = 0.25
-    aligned: bool = False
+    qep: bool = False
     compensate: bool = True
 
 
@@ -72,7 +73,7 @@ def solve(
 ) -> list[Solution]:
     """Quantise weights [B, O, I] float32 with Hessians H [B, I, I]; scales are stored in `dtype`.
 
-    residual: D [B, I, I], or where the solver is `aligned` and O < I perhaps W D [B, O, I]; overwritten. The B
+    residual: D [B, I, I], or where the solver is `qep` and O < I perhaps W D [B, O, I]; overwritten. The B
     problems are independent and treated at once. An H that stays singular under eight dampings gives plain rounding
     and `damp` None: the caller must say so. clipped: [O] bool, the rows whose ranges may shrink (None: all), for a
     solver that does not compensate, which takes no residual.
@@ -134,8 +135,8 @@ def _moved(
     """The targets [B, O, I] of the columns, and how far each moves the later ones, [B, I, I] in `order` (None: not)."""
     if residual is None:
         return weights, None
-    if solver.aligned:
-        return aligned(weights, residual, factor, order, solver.alpha), None
+    if solver.qep:
+        return qep(weights, residual, factor, order, solver.alpha), None
     moves = _permuted(residual, order) if solver.act_order else residual
     return weights, push_of(moves, factor).mul_(solver.alpha)
 

@@ -198,7 +198,7 @@ def test_units_of_a_mixture_leave_the_router_alone(tmp_path):
     assert "model.language_model.layers.1.mlp.gate" not in names
 
 
-@pytest.mark.parametrize(("name", "base", "after"), [("qwen2_vl", "gptaq", 2), ("qwen3_vl_moe", "aligned", 5)])
+@pytest.mark.parametrize(("name", "base", "after"), [("qwen2_vl", "gptaq", 2), ("qwen3_vl_moe", "qep", 5)])
 def test_a_run_stopped_in_the_tower_or_the_decoder_goes_on_to_the_same_bytes(name, base, after, chats, tmp_path):
     """Units: three blocks of the tower, the connectors, three layers."""
     folder, data = chats(name)

@@ -65,14 +65,12 @@ def test_other_settings_change_what_they_should(demo_model):
         found = make_plan(str(demo_model), Settings(**options), options.pop("device", "cpu"), 64)
         return {phase.name: phase.device for phase in found.phases}
 
-    plain, paired, aligned = phases(base="gptq"), phases(base="gptaq"), phases(base="aligned")
+    plain, paired, qep = phases(base="gptq"), phases(base="gptaq"), phases(base="qep")
     # the phase of that name that comes last is down_proj's: one problem of 768 columns
     assert plain["language: solve"]["moments"] == 4 * 768**2
     assert paired["language: solve"]["moments"] == 2 * 4 * 768**2
-    assert (
-        aligned["language: collect moments"]["moments"] == 4 * 768**2 + 4 * 256 * 768
-    )  # 256 rows are few: W D at once
-    assert aligned["language: solve"]["moments"] == 4 * 768**2 + 4 * 256 * 768  # W D instead of D
+    assert qep["language: collect moments"]["moments"] == 4 * 768**2 + 4 * 256 * 768  # 256 rows are few: W D at once
+    assert qep["language: solve"]["moments"] == 4 * 768**2 + 4 * 256 * 768  # W D instead of D
     streams = phases(method="gptq", base="gptq")["language: solve"]["streams"]
     tokens = 128 * 64
     assert plain["language: solve"]["streams"] - streams == tokens * 256 * 4  # the full-precision stream

@@ -21,8 +21,8 @@ METHODS = {
     "mbq": {"method": "awq", "saliency": "modality"},
     "qig": {"method": "awq", "saliency": "qig"},
     "qig-in-gptq": {"method": "gptq", "saliency": "qig"},
-    "mbq-in-aligned": {"method": "gptq", "base": "aligned", "saliency": "modality"},
-    "vlmq-by-its-parts": {"method": "gptq", "base": "aligned", "saliency": "vlmq"},
+    "mbq-in-qep": {"method": "gptq", "base": "qep", "saliency": "modality"},
+    "vlmq-by-its-parts": {"method": "gptq", "base": "qep", "saliency": "vlmq"},
     "q-vlm": {"method": "qvlm"},
     "q-vlm-tower": {"method": "qvlm", "vision_bits": 4, "connector_bits": 8},
     "awq-rounded": {"method": "awq", "activation_bits": 8},
@@ -70,7 +70,7 @@ def test_stopped_and_resumed(name, runs, demo_model, calibration, tmp_path):
 
 def test_vlmq_is_gptq_with_its_weights(runs, demo_model, calibration, tmp_path):
     """And not without them, but for the first layer, where there is no signal."""
-    for name, method in (("vlmq", {"method": "vlmq"}), ("unweighted", {"method": "gptq", "base": "aligned"})):
+    for name, method in (("vlmq", {"method": "vlmq"}), ("unweighted", {"method": "gptq", "base": "qep"})):
         quantize(str(demo_model), tmp_path / name, calibration, Settings(**GROUP | method))
     folders = tmp_path / "vlmq", runs("vlmq-by-its-parts"), tmp_path / "unweighted"
     one, other, unweighted = map(tensors, folders)
@@ -116,7 +116,7 @@ def test_scaled_norms_of_a_wider_dtype(demo_model, calibration, tmp_path):
 
 def test_report_of_token_weights(runs):
     found = {}
-    for name in ("mbq", "qig", "qig-rounded", "q-vlm", "mbq-in-aligned"):
+    for name in ("mbq", "qig", "qig-rounded", "q-vlm", "mbq-in-qep"):
         rows = json.loads((runs(name) / "vlmq_report.json").read_text())["modules"]
         found[name] = {row["tokens"] for row in rows}, {row["base"] for row in rows}
     assert found["mbq"] == ({"modality"}, {None})
@@ -124,7 +124,7 @@ def test_report_of_token_weights(runs):
     # at the first layer full-precision and rounded path have one input: nothing to integrate along
     assert found["qig-rounded"] == ({"saliency", "no signal"}, {None})
     assert found["q-vlm"] == ({"equal"}, {None})
-    assert found["mbq-in-aligned"] == ({"modality"}, {"aligned"})
+    assert found["mbq-in-qep"] == ({"modality"}, {"qep"})
 
 
 @pytest.mark.parametrize(

@@ -132,9 +132,9 @@ def test_a_component_that_is_left_alone(demo_model, calibration, tmp_path):
 
 METHODS = [
     {"method": "awq"},
-    {"method": "awq", "base": "aligned"},  # as in the recipe of another method: it is of no concern here
+    {"method": "awq", "base": "qep"},  # as in the recipe of another method: it is of no concern here
     {"method": "awq", "saliency": "qig", "activation_bits": 8},
-    {"method": "gptq", "saliency": "modality", "base": "aligned"},
+    {"method": "gptq", "saliency": "modality", "base": "qep"},
     {"method": "qvlm"},
 ]
 

@@ -42,7 +42,7 @@ def test_every_method_and_width_has_the_same_grid_and_solver(group_size, symmetr
         if method == "awq":
             assert solver.search == CLIP and not solver.compensate
         else:
-            assert (solver.search, solver.act_order, solver.damp, solver.aligned) == (MSE, True, 0.01, False)
+            assert (solver.search, solver.act_order, solver.damp, solver.qep) == (MSE, True, 0.01, False)
 
 
 def test_moments_are_collected_once_for_all_widths(given, tmp_path, monkeypatch):

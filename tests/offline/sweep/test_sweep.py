@@ -204,7 +204,7 @@ def test_a_budget_becomes_a_recipe_that_a_run_obeys(study, written, demo_model, 
     assert all(row["bits_per_weight"] <= 2.6 for row in mixture["blind"]) and len(mixture["blind"]) == 3
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     settings = settings_from(read_recipe(out / "recipe.yaml"), {"samples": SAMPLES})
-    assert settings.method == "vlmq" and settings.base == "aligned"  # as without a recipe
+    assert settings.method == "vlmq" and settings.base == "qep"  # as without a recipe
     quantize(str(demo_model), tmp_path / "mixed", calibration, settings)
     modules = read_modules(tmp_path / "mixed")
     bits = sum(

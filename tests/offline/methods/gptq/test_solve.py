@@ -108,14 +108,14 @@ def test_the_residual_brings_outputs_nearer_to_the_full_precision_ones():
     collected.add(inputs, None, full)
     h, residual = collected.mean()
     format = WeightFormat(4, 32, False)
-    ways = [{}, {"residual": residual.clone(), "alpha": 1.0}, {"residual": residual, "alpha": 1.0, "aligned": True}]
+    ways = [{}, {"residual": residual.clone(), "alpha": 1.0}, {"residual": residual, "alpha": 1.0, "qep": True}]
     found = [solve_one(weight, h, format, **way).weight.dequantize() for way in ways]
-    plain, moved, aligned = (float((inputs @ q.T - full @ weight.T).square().mean()) for q in found)
-    assert moved < 0.9 * plain and aligned < moved
+    plain, moved, qep = (float((inputs @ q.T - full @ weight.T).square().mean()) for q in found)
+    assert moved < 0.9 * plain and qep < moved
 
 
-def test_aligned_rounds_the_least_squares_weight():
-    """The target of base "aligned" is the minimiser of |Q x - W f|^2, found here by float64 least squares on tokens."""
+def test_qep_rounds_the_least_squares_weight():
+    """The target of base "qep" is the minimiser of |Q x - W f|^2, found here by float64 least squares on tokens."""
     # a row that meets a value between two codes goes on with other errors: many rows, so that one hardly counts
     weight, full, lam = torch.randn(256, 96), correlated(3000, 96), torch.rand(3000)
     inputs = full + 0.3 * correlated(3000, 96)
@@ -127,13 +127,13 @@ def test_aligned_rounds_the_least_squares_weight():
     order, damp = torch.randperm(96), 1e-7
     triangle = factor.find_factor(h, order, damp)[0][None]
     for given in (residual[None], (weight @ residual)[None]):
-        found = factor.aligned(weight[None], given, triangle, order[None], 1.0)
+        found = factor.qep(weight[None], given, triangle, order[None], 1.0)
         # H has a condition of 3e4 and is summed in float32 (6e-8); the weights move by up to 2
         torch.testing.assert_close(found[0], best, rtol=0, atol=4e-3)
     for alpha, target in ((1.0, best), (0.5, (best + weight) / 2)):
         for act_order in (True, False):
             options = {"damp": damp, "act_order": act_order}
-            moved = solve_one(weight, h, residual=residual, aligned=True, alpha=alpha, **options)
+            moved = solve_one(weight, h, residual=residual, qep=True, alpha=alpha, **options)
             expected = solve_one(target, h, **options)
             assert (moved.weight.codes == expected.weight.codes).float().mean() > 0.97  # some lie between two codes
 
@@ -179,7 +179,7 @@ def test_uncorrelated_inputs_give_rounding():
     assert torch.equal(solution.weight.codes, round_to_nearest(weight, FORMAT, torch.bfloat16).codes)
 
 
-@pytest.mark.parametrize("base", ["gptq", "gptaq", "aligned"])
+@pytest.mark.parametrize("base", ["gptq", "gptaq", "qep"])
 def test_equal_weights_give_the_plain_method_and_their_size_changes_nothing(base):
     """To the bit: lambda = 1, no weights, and every lambda times a power of two, which is exact."""
     inputs, weight, lam = correlated(500, 64), torch.randn(8, 64), torch.rand(500)
@@ -189,7 +189,7 @@ def test_equal_weights_give_the_plain_method_and_their_size_changes_nothing(base
         collected = Moments(64, "cpu", residual=base != "gptq")
         collected.add(inputs, weights, full)
         h, residual = collected.mean()
-        return solve_one(weight, h, residual=residual, aligned=base == "aligned").weight.codes
+        return solve_one(weight, h, residual=residual, qep=base == "qep").weight.codes
 
     assert torch.equal(codes(None), codes(torch.ones(500)))
     assert torch.equal(codes(lam), codes(1024 * lam))
