@@ -1,0 +1,129 @@
+"""Measures this project's methods on the real language model: `python benchmarks/real_lm/methods.py MODEL CHATS`.
+
+Every method gets the same chats, groups of 64 and one thread; a seed decides which chats of the pool are drawn. `vlmq
+quantize` runs in a process of its own, whose processor time and peak memory are taken; its checkpoint, dequantised,
+goes to `judge.py`. A line for each model is added to a JSONL file, which a later run completes; the table is printed.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+from judge import Judge
+
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+
+QEP = {"method": "gptq", "base": "qep"}
+VLMQ = {"method": "vlmq", "base": "qep"}
+PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
+METHODS = {
+    "RTN": {"method": "rtn"},
+    "AWQ": {"method": "awq"},
+    "GPTQ": {"method": "gptq"},
+    "GPTAQ": {"method": "gptq", "base": "gptaq"},
+    "QEP": QEP,
+    "QEP, alpha 0.5": QEP | {"alpha": 0.5},
+    "QEP, alpha 0.25": QEP | {"alpha": 0.25},
+    "VLMQ on GPTAQ, as published": {
+        "method": "vlmq",
+        "base": "gptaq",
+        "saliency_cap": 0,
+        "saliency_scope": "attention",
+    },
+    "VLMQ on QEP, attention, not cut": VLMQ | {"saliency_scope": "attention", "saliency_cap": 0},
+    "VLMQ on QEP, all, not cut": VLMQ | {"saliency_scope": "all", "saliency_cap": 0},
+    "VLMQ on QEP, attention": VLMQ | {"saliency_scope": "attention"},
+    "VLMQ on QEP, all": VLMQ | {"saliency_scope": "all"},
+    "VLMQ on QEP, attention, g": VLMQ | {"saliency_scope": "attention", "saliency_power": 1},
+    "VLMQ on QEP, all, g": VLMQ | {"saliency_scope": "all", "saliency_power": 1},
+}
+
+
+def quantized(model: Path, data: Path, settings: dict, out: Path) -> dict[str, float]:
+    """Run `vlmq quantize`; seconds of processor time and gigabytes at its peak."""
+    recipe = out.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "vlmq_vllm.offline", "quantize", model, "-o", out, "--recipe", recipe]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).absolute().parents[2])}
+    subprocess.run([*command, "--data", data], check=True, env=environment, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"cpu_seconds": seconds, "peak_gb": after.ru_maxrss / 1e6}
+
+
+def measure(judge: Judge, model: Path, data: Path, settings: dict) -> dict[str, float]:
+    """Cost and figures of one quantised model."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, twin = Path(folder) / "out", Path(folder) / "twin"
+        cost = quantized(model, data, settings, out)
+        dequantize(out, twin)
+        return cost | judge(twin)
+
+
+def table(rows: list[dict]) -> str:
+    """Means over seeds as markdown; in brackets the standard error over chats, a mean over seeds as well, or from two
+    seeds on the standard deviation over seeds, where that is larger."""
+    kinds = [kind for kind in ("text", "picture") if f"{kind}_kl" in rows[0]]
+    names = [f"{kind} {name}" for kind in kinds for name in ("KL, nats", "top-1, %")]
+    lines = [
+        f"| bits | method | seeds | {' | '.join(names)} | CPU s |",
+        "| ---: | --- " + "| ---: " * (len(names) + 2) + "|",
+    ]
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["bits"], row["name"]), []).append(row)
+    for (bits, name), found in sorted(groups.items(), key=lambda item: (item[0][0], item[1][0]["text_kl"])):
+        cells = []
+        for kind, (figure, digits) in itertools.product(kinds, (("kl", 4), ("top1", 1))):
+            values = [row[f"{kind}_{figure}"] for row in found]
+            error = statistics.fmean(row[f"{kind}_{figure}_error"] for row in found)
+            spread = max(error, statistics.stdev(values)) if len(values) > 1 else error
+            cells.append(f"{statistics.fmean(values):.{digits}f} ({spread:.{digits}f})")
+        seconds = statistics.fmean(row["cpu_seconds"] for row in found)
+        lines.append(f"| {bits} | {name} | {len(found)} | {' | '.join(cells)} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("chats", type=Path)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all")
+    parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
+    parser.add_argument("--texts", type=int, default=80)
+    parser.add_argument("--pictures", type=int, default=210)
+    parser.add_argument("--rows", type=Path, default=Path("real_lm.jsonl"), help="file that is completed")
+    args = parser.parse_args()
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    known = {(row["bits"], row["name"], row["seed"]) for row in rows}
+    extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
+    judge = Judge(args.model, args.chats, args.texts, args.pictures)
+    data = args.chats / "calibration.jsonl"
+    for bits, seed, name in itertools.product(args.bits, args.seeds, args.methods):
+        about = {"bits": bits, "name": name + args.label, "seed": seed}
+        if tuple(about.values()) in known or (name == "RTN" and seed != args.seeds[0]):
+            continue
+        settings = {"bits": bits, "group_size": 64, "seed": seed} | METHODS[name] | extra
+        rows.append(about | {"settings": settings} | measure(judge, args.model, data, settings))
+        with args.rows.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
