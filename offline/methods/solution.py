@@ -66,7 +66,8 @@ class Row:
     streams are equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is
     compensated.
     scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled, and all but the
-    decoder's.
+    decoder's. effective_tokens: how many tokens of equal weight would say as much
+    (`methods/saliency/concentration.py`), None where all count alike.
     """
 
     module: str
@@ -76,6 +77,7 @@ class Row:
     tokens: str
     base: str | None
     scaling: float | None = None
+    effective_tokens: float | None = None
 
 
 def files_and_rows(weights: Iterable[tuple[str, QuantizedWeight]]) -> tuple[dict[str, torch.Tensor], list[Row]]:

@@ -19,6 +19,7 @@ from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
 from vlmq_vllm.offline.methods.gptq.problem import Problem, collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
+from vlmq_vllm.offline.methods.saliency.concentration import effective_tokens
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
 from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
@@ -85,6 +86,7 @@ class LayerQuantizer:
         """
         layer = self.load(name, index)
         token_weights, tokens = self._weighed(layer)
+        effective = {linear: effective_tokens(found, self.ranks) for linear, found in token_weights.items()}
         stages = self.stages(layer)
         ratios: dict[str, float | None] = {}
         tensors: dict[str, torch.Tensor] = {}
@@ -98,7 +100,7 @@ class LayerQuantizer:
                 tensors |= {f"{module}.{part}": t for part, t in solution.weight.tensors().items()}
                 loss = None if solution.loss is None else float(solution.loss.mean())
                 base = self._base(stage) if loss is not None and self.solver.compensate else None
-                told = tokens.get(linear, "equal"), base, ratios.get(linear)
+                told = tokens.get(linear, "equal"), base, ratios.get(linear), effective.get(linear)
                 rows.append(Row(module, loss, solution.damp, solution.dead, *told))
         if not last:
             self._advance(layer)

@@ -141,7 +141,7 @@ class _Run:
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
         self.progress.say(_told(unit.module, rows))
-        _warn(rows, self.settings.damp)
+        _warn(rows, self.settings.damp, {target.module: target.columns for target in self.targets})
 
     def _header(self) -> dict:
         """The quantization_config of config.json."""
@@ -157,12 +157,22 @@ def _told(name: str, rows: list[Row]) -> str:
     summed = f", loss {sum(losses):.3g}" if losses else ""
     tokens = Counter(row.tokens for row in rows if row.tokens != "equal")
     noted = "".join(f", {count} with {what}" for what, count in tokens.items())
+    if effective := [row.effective_tokens for row in rows if row.effective_tokens is not None]:
+        noted += f" ({min(effective):.0f} effective tokens or more)"
     return f"{name}: {len(rows)} linears{summed}{noted}"
 
 
-def _warn(rows: list[Row], damp: float) -> None:
-    """Name, on every console, linears that needed more than `damp` or were not solved."""
+def _warn(rows: list[Row], damp: float, columns: dict[str, int]) -> None:
+    """Name, on every console, linears that needed more than `damp`, were not solved, or have token weights that leave
+    fewer effective tokens than columns (by name in the files)."""
     for row in rows:
+        if row.effective_tokens is not None and row.effective_tokens < columns[row.module]:
+            log.warning(
+                "%s: token weights leave %.0f effective tokens for %d columns; lower --saliency-cap or raise --samples",
+                row.module,
+                row.effective_tokens,
+                columns[row.module],
+            )
         if row.damp is not None and row.damp > damp:
             log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
         if row.loss is not None and row.damp is None:

@@ -3,6 +3,7 @@
 import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
+from vlmq_vllm.offline.methods.saliency.concentration import pooled_median
 from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, rounded_norms, token_weights
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
@@ -55,13 +56,19 @@ class VLMQWeights:
                 known |= rounded_norms(layer, index, self.family, stream, silent, rounding)
             means |= self._means(norms, silent)
             found |= {linear: "saliency of rounding" for linear in silent if means[linear] is not None}
-        bounds = options.saliency_floor, options.saliency_cap
         weights = {
-            linear: token_weights([g[linear] for g in norms], options.saliency_power, mean, *bounds)
+            linear: self._token_weights([g[linear] for g in norms], mean)
             for linear, mean in means.items()
             if mean is not None
         }
         return weights, found
+
+    def _token_weights(self, norms: list[torch.Tensor], mean: float) -> list[torch.Tensor]:
+        """Of one linear, from g [N] by batch; the settings' bounds are multiples of the median."""
+        options = self.settings
+        bounds = options.saliency_floor, options.saliency_cap
+        median = pooled_median(norms, self.ranks) if any(bounds) else 0.0
+        return token_weights(norms, options.saliency_power, mean, *(bound * median for bound in bounds))
 
     def _means(self, norms: Norms, linears: list[str]) -> dict[str, float | None]:
         """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""
