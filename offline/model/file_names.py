@@ -38,6 +38,14 @@ class StoredParameter:
             return fused[self.expert, :, rows].squeeze(0).T.contiguous()
         return fused[self.expert, rows].squeeze(0)
 
+    def put(self, fused: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the parameter to its part of a fused tensor."""
+        rows = slice(self.start, self.stop)
+        if self.transposed:
+            fused[self.expert, :, rows] = value.T
+        else:
+            fused[self.expert, rows] = value
+
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The parameter's shape by that of the stored tensor."""
         if self.expert is None:

@@ -7,6 +7,7 @@ in the files is `file_names.py`'s business.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from vlmq_vllm.offline.model.families import Family, family_of
 from vlmq_vllm.offline.model.file_names import StoredParameter, find_stored_parameters
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import move_buffers, set_parameter
+from vlmq_vllm.offline.model.rotation import HEAD, Rotation
 from vlmq_vllm.offline.model.skeleton import build_skeleton
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -45,6 +47,8 @@ class Source:
         self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
         self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
+        self.rotation: Rotation | None = None
+        self.tied: dict[str, str] = {}  # tensors that a rotation adds -> those in the files that they are made from
         self._check_complete()
 
     def stack(self, name: str) -> torch.nn.ModuleList:
@@ -55,14 +59,42 @@ class Source:
         """The decoder's layers."""
         return self.stack(self.family.layers)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name in the files, as stored."""
-        with safe_open(self.folder / self.headers[name].file, "pt") as file:
-            return file.get_tensor(name)
+    def rotate(self, seed: int) -> None:
+        """From now on be the model whose decoder is turned (`rotation.py`), with a head of its own.
 
-    def parameter(self, name: str) -> torch.Tensor:
-        """The parameter of that in-memory name, as stored."""
+        Raises RefusedError for a decoder that cannot be.
+        """
+        self.rotation = Rotation(self.model, self.family, self.parsed, self._original, seed)
+        if HEAD not in self.places:
+            embeddings = self.places[f"{self.family.embed}.weight"].tensor
+            name = "language_model.lm_head.weight" if embeddings.startswith("language_model.model.") else HEAD
+            self.places[HEAD] = StoredParameter(name, name.removesuffix(".weight"))
+            self.headers = self.headers | {name: self.headers[embeddings]}
+            self.tied = {name: embeddings}
+            self.config = _untied(self.config)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of that name in the files, in the dtype in which it is stored."""
+        with safe_open(self.folder / self.headers[name].file, "pt") as file:
+            value = file.get_tensor(self.tied.get(name, name))
+        if self.rotation is None:
+            return value
+        for parameter in (own for own, place in self.places.items() if place.tensor == name):
+            if self.places[parameter].expert is None:
+                return self.rotation(parameter, value)
+            self.places[parameter].put(value, self.parameter(parameter))
+        return value
+
+    def parameter(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The parameter of that in-memory name, in the dtype in which it is stored."""
+        value = self._original(name).to(device)
+        return value if self.rotation is None else self.rotation(name, value)
+
+    def _original(self, name: str) -> torch.Tensor:
+        """The parameter of that in-memory name as it lies in the files."""
         place = self.places[name]
+        if place.tensor in self.tied:
+            place = replace(place, tensor=self.tied[place.tensor])
         with safe_open(self.folder / self.headers[place.tensor].file, "pt") as file:
             return place.read(file)
 
@@ -97,7 +129,7 @@ class Source:
             if without and full.startswith(without + "."):
                 continue
             replaced = self.quantized(self.places[full].module) if quantized and inner.endswith("weight") else None
-            value = self.parameter(full) if replaced is None else replaced
+            value = self.parameter(full, device) if replaced is None else replaced
             if not torch.isfinite(value).all():
                 found = self.places[full].tensor
                 raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
@@ -119,7 +151,7 @@ class Source:
         resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
         for name in self._others():
-            set_parameter(self.model, name, self.parameter(name).to(device, torch.float32))
+            set_parameter(self.model, name, self.parameter(name, device).to(torch.float32))
         move_buffers(self.model, device, without=family.layers)  # such as the decoder's rotary frequencies
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:
@@ -157,10 +189,11 @@ class Source:
 
     def _lend_embeddings(self, device: torch.device) -> RemovableHandle:
         """The table as stored, of which a CPU reads only the rows that are asked for; what comes out is float32."""
-        module = self.model.get_submodule(self.family.embed)
-        set_parameter(module, "weight", self.parameter(f"{self.family.embed}.weight").to(device))
+        module, name = self.model.get_submodule(self.family.embed), f"{self.family.embed}.weight"
+        set_parameter(module, "weight", self._original(name).to(device))
         move_buffers(module, device)
-        return module.register_forward_hook(lambda m, args, out: out.float())
+        turn = self.rotation
+        return module.register_forward_hook(lambda m, args, out: (turn(name, out) if turn else out).float())
 
     def _check_complete(self) -> None:
         """Every parameter must be in the files, in its shape and 16 or 32 bits wide; tied ones need be there once."""
@@ -201,6 +234,12 @@ def find(model: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None
+
+
+def _untied(config: dict) -> dict:
+    """config.json of the same model with a head that is no longer tied to the embeddings."""
+    own = {"tie_word_embeddings": False}
+    return config | own | {key: config[key] | own for key in ("text_config",) if key in config}
 
 
 def _tied(config: Any) -> set[str]:

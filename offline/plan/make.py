@@ -104,6 +104,8 @@ def make_plan(model: str, settings: Settings, device: str = "cpu", tokens: int |
         raise QuantizeError(f"tokens is {tokens}; samples have 1 to {settings.max_tokens} (--max-tokens)")
     folder = find(model)
     source = Source(folder)
+    if settings.rotate:
+        source.rotate(settings.seed)
     units = find_units(source, settings)
     targets = find_targets(source, settings, units)
     rest = find_rest(source, targets, find_kept(source, targets, units))

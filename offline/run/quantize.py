@@ -66,6 +66,8 @@ class _Run:
     ) -> None:
         self.source, self.settings, self.device, self.progress, self.stop = source, settings, device, progress, stop
         self.ranks = Ranks(device)
+        if settings.rotate:
+            source.rotate(settings.seed)
         self.units = find_units(source, settings)
         self.targets = find_targets(source, settings, self.units)
         self.kept = find_kept(source, self.targets, self.units)

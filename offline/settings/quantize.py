@@ -69,7 +69,12 @@ class Settings:
     samples: int = calibration(128, "Calibration samples to use.", least=1)
     max_tokens: int = calibration(2048, "Leave out longer samples, whole.", least=1)
     max_pixels: int = calibration(0, "Shrink larger pictures to this; 0: leave them.", least=0)
-    seed: int = calibration(42, "Decides which samples are drawn.")
+    seed: int = calibration(42, "Decides which samples are drawn, and the rotation.")
+    rotate: bool = method_option(
+        False,
+        "Turn the decoder's residual stream and values by random orthogonal matrices, folded into the weights "
+        "(QuaRot, SpinQuant: R1 and R2); an lm_head that was tied to the embeddings becomes a matrix of its own.",
+    )
     damp: float = method_option(None, f"Part of the Hessian's mean diagonal that is added to its diagonal. {BY_WIDTH}")
     act_order: str = method_option(
         None,

@@ -48,6 +48,7 @@ TWINS = {
     "q-vlm-tower": FOUR | {"method": "qvlm", "vision_bits": 4},
     "awq-wide": {"bits": 8, "group_size": 64, "method": "awq"},
     "mixture": FOUR | {"modules": MIXTURE},
+    "rotated": FOUR | {"rotate": True},
 }
 # Every linear with its inputs rounded; and those of the decoder's first layer alone, in a model with an outlier.
 ROUNDED = {

@@ -1,0 +1,103 @@
+"""Turned models: the same logits before rounding for every family, and runs that are stopped, mixed and refused."""
+
+import functools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+import family_models
+from family_samples import make_samples
+from vlmq_vllm.errors import RefusedError, StoppedError
+from vlmq_vllm.headers import read_headers
+from vlmq_vllm.offline.checkpoint.dequantize import dequantize
+from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.model.rotation import random_orthogonal
+from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.run.quantize import quantize
+from vlmq_vllm.offline.settings.quantize import Settings
+
+TURNED = [name for name in family_models.FAMILIES if name != "gemma3"]
+
+
+def widened(name, folder):
+    """The samples and the folder of a family's model in float32, with scales of norms that are not 1."""
+    _, _, samples = make_samples(name, folder)
+    path = folder / "model/model.safetensors"
+    tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
+    norms = {name: t * (1 + 0.3 * torch.randn_like(t)) for name, t in tensors.items() if name.endswith("norm.weight")}
+    save_file(tensors | norms, path, {"format": "pt"})
+    return [sample.inputs for sample in samples], folder / "model"
+
+
+def written(source, out):
+    """The source as a folder of its own, tensor by tensor."""
+    out.mkdir()
+    tensors = {name: source.read(name).contiguous() for name in source.headers}
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(source.config))
+    return out
+
+
+@torch.no_grad()
+def logits(folder, batch):
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    return model(**batch).logits
+
+
+def test_matrices_are_orthogonal_and_follow_the_seed():
+    first, again, other = (random_orthogonal(96, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    torch.testing.assert_close(first @ first.T, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_a_turned_model_is_the_same_model(name, tmp_path):
+    """float32 logits within 1e-4, with pictures, DeepStack, experts and tied heads; every matrix has moved."""
+    batches, folder = widened(name, tmp_path)
+    before, source = Source(folder), Source(folder)
+    source.rotate(seed=3)
+    turned = written(source, tmp_path / "turned")
+    for batch in batches:
+        expected = logits(folder, batch)
+        torch.testing.assert_close(logits(turned, batch), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    layer = f"{source.family.layers}.1"
+    for inner, parameter in source.model.get_submodule(layer).named_parameters():
+        own, turned_one = before.parameter(f"{layer}.{inner}"), source.parameter(f"{layer}.{inner}")
+        moved = not torch.allclose(own, turned_one, atol=1e-3)
+        assert moved == (parameter.ndim == 2 or "v_proj" in inner or "layernorm" in inner), inner
+
+
+def test_a_decoder_with_norms_after_its_blocks_is_refused(tmp_path):
+    family_models.build("gemma3", tmp_path / "model")
+    with pytest.raises(RefusedError, match="gemma3 has pre_feedforward_layernorm.weight|post_attention_layernorm"):
+        Source(tmp_path / "model").rotate(seed=0)
+
+
+@pytest.mark.parametrize("method", ["vlmq", *(pytest.param(m, marks=pytest.mark.slow) for m in ("rtn", "awq", "qvlm"))])
+def test_methods_on_a_turned_model_are_stopped_and_resumed(method, demo_model, calibration, tmp_path):
+    modules = {"model.layers.1.*": 16, "*.2.self_attn.k_proj": 8}
+    common = {"rotate": True, "samples": 2, "modules": modules, "connector_bits": 8}
+    settings = Settings(bits=4, group_size=64, method=method, **common)
+    quantize(str(demo_model), tmp_path / "whole", calibration, settings)
+    stop = functools.partial(next, iter([False, False, True]))
+    with pytest.raises(StoppedError):
+        quantize(str(demo_model), tmp_path / "out", calibration, settings, stop=stop)
+    quantize(str(demo_model), tmp_path / "out", calibration, settings, resume=True)
+    assert (tmp_path / "out/SHA256SUMS").read_text() == (tmp_path / "whole/SHA256SUMS").read_text()
+    found = {name: module.format.bits for name, module in verify(tmp_path / "out").modules.items()}
+    assert found["model.layers.2.self_attn.k_proj"] == 8 and not any("layers.1." in name for name in found)
+
+
+def test_a_tied_head_becomes_a_matrix_of_its_own(tmp_path):
+    """At 8 bits the twin is the original model but for rounding: without the head's turn logits would be others."""
+    batches, folder = widened("qwen2_vl", tmp_path)
+    settings = Settings(bits=8, group_size=32, method="rtn", rotate=True)
+    quantize(str(folder), tmp_path / "out", None, settings)
+    dequantize(tmp_path / "out", tmp_path / "twin")
+    config = json.loads((tmp_path / "twin/config.json").read_text())
+    assert config["tie_word_embeddings"] is False and "lm_head.weight" in read_headers(tmp_path / "twin")
+    expected, found = (logits(path, batches[0]) for path in (folder, tmp_path / "twin"))
+    assert float((found - expected).norm() / expected.norm()) < 0.05
