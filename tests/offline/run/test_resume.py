@@ -33,16 +33,32 @@ main()
 
 
 @pytest.fixture
-def begin(demo_model, calibration, tmp_path):
-    """Start `vlmq quantize` of the demo model into tmp_path/out; `at`: unit, signal, "before" or "after" its rename."""
+def arguments(demo_model, calibration, tmp_path) -> list:
+    """Of `vlmq`: the demo model into tmp_path/out."""
+    return ["quantize", demo_model, "-o", tmp_path / "out", "--data", calibration, *SETTINGS]
 
-    def start(*options, at: tuple = (), **how) -> subprocess.Popen:
+
+@pytest.fixture
+def begin(arguments):
+    """Start `vlmq quantize` in a process of its own; `at`: unit, signal, "before" or "after" its rename."""
+
+    def start(at: tuple = (), **how) -> subprocess.Popen:
         program = ["-c", SIGNALLED, *map(str, at)] if at else ["-m", "vlmq_vllm.offline"]
-        command = [sys.executable, "-B", *program, "quantize", demo_model, "-o", tmp_path / "out"]
-        command += ["--data", calibration, *SETTINGS, *options]
+        command = [sys.executable, *program, *arguments]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **how)
 
     return start
+
+
+@pytest.fixture
+def again(vlmq, arguments):
+    """Run the same command in this process, which has all modules: (exit code, what it says of errors)."""
+
+    def run(*options) -> tuple[int, str]:
+        code, _, lines = vlmq(*arguments, *options)
+        return code, "\n".join(lines)
+
+    return run
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str]:
@@ -63,35 +79,35 @@ def sums(folder) -> str:
         pytest.param(4, "after", marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_is_resumed_to_the_same_bytes(unit, when, begin, quantized, tmp_path):
+def test_a_killed_run_is_resumed_to_the_same_bytes(unit, when, begin, again, quantized, tmp_path):
     assert finished(begin(at=(unit, signal.SIGKILL.value, when)))[0] == -signal.SIGKILL
     files = list((tmp_path / ".out.partial").glob("*.safetensors"))
     assert len(files) == (unit if when == "after" else unit - 1) and not (tmp_path / "out").exists()
-    code, errors = finished(begin("--resume"))
+    code, errors = again("--resume")
     assert code == 0, errors
     assert sums(tmp_path / "out") == sums(quantized)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_unfinished_run_must_be_decided_about(begin, tmp_path):
+def test_an_unfinished_run_must_be_decided_about(begin, again, tmp_path):
     finished(begin(at=(1, signal.SIGKILL.value, "after")))
-    code, errors = finished(begin())
+    code, errors = again()
     assert code == 3 and "has an unfinished run (1 of 5 parts); add --resume" in errors, errors
-    code, errors = finished(begin("--resume", "--seed", "7"))
+    code, errors = again("--resume", "--seed", "7")
     assert code == 3 and "had" in errors and "remove" in errors, errors
     assert len(list((tmp_path / ".out.partial").glob("*.safetensors"))) == 1
 
 
-def test_sigterm_finishes_the_layer_and_exits_75(begin, quantized, tmp_path):
+def test_sigterm_finishes_the_layer_and_exits_75(begin, again, quantized, tmp_path):
     code, errors = finished(begin(at=(1, signal.SIGTERM.value, "before")))
     assert code == 75 and "add --resume" in errors and "Traceback" not in errors, errors
     (file,) = (tmp_path / ".out.partial").glob("*.safetensors")
     assert load_file(file)
-    assert finished(begin("--resume"))[0] == 0
+    assert again("--resume")[0] == 0
     assert sums(tmp_path / "out") == sums(quantized)
 
 
-def test_a_full_disk_says_so_and_is_resumed(begin, quantized, tmp_path):
+def test_a_full_disk_says_so_and_is_resumed(begin, again, quantized, tmp_path):
     """The kernel refuses to let any file grow beyond 1 MB, which the rest of the model does."""
 
     def limit():
@@ -100,14 +116,14 @@ def test_a_full_disk_says_so_and_is_resumed(begin, quantized, tmp_path):
     code, errors = finished(begin(preexec_fn=limit))
     assert code == 3 and "no space left while writing" in errors and "add --resume" in errors, errors
     assert "Traceback" not in errors
-    assert finished(begin("--resume"))[0] == 0
+    assert again("--resume")[0] == 0
     assert sums(tmp_path / "out") == sums(quantized)
 
 
-def test_two_runs_to_one_place_do_not_meet(begin):
+def test_two_runs_to_one_place_do_not_meet(begin, again):
     process = begin(at=(1, signal.SIGSTOP.value, "before"))
     os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-    code, errors = finished(begin("--method", "rtn"))
+    code, errors = again("--method", "rtn")
     assert code == 3 and "another process is writing" in errors, errors
     process.kill()
     process.communicate()
