@@ -86,7 +86,7 @@ def test_calibration_beats_rounding_on_held_out_questions(demo_model, tmp_path):
     from data import write
     from evaluate import judge, load
 
-    calibration = write(tmp_path / "calibration", "calibration", 32)
+    calibration = write(tmp_path / "calibration", "calibration", 64)
     losses = {}
     for method in ("rtn", "gptq", "vlmq"):
         quantize(str(demo_model), tmp_path / method, calibration, Settings(bits=2, group_size=32, method=method))
