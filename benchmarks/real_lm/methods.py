@@ -19,8 +19,10 @@ from pathlib import Path
 import yaml
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
+sys.path.insert(0, str(Path(__file__).absolute().parents[2] / "examples/demo_vlm"))
 from judge import Judge
 
+from data import write
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 QEP = {"method": "gptq", "base": "qep"}
@@ -71,19 +73,31 @@ def measure(judge: Judge, model: Path, data: Path, settings: dict) -> dict[str, 
         return cost | judge(twin)
 
 
+def write_pool(folder: Path, chats: Path, kind: str) -> Path:
+    """The calibration chats that a seed draws from: texts, pictures with a question each, or as many of both. A single
+    picture stands among texts, for a vision-language model is not calibrated without any."""
+    texts = (chats / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
+    pool = write(folder, "calibration", 1 if kind == "text" else len(texts))
+    if kind != "pictures":
+        pool.write_text(pool.read_text() + "\n".join(texts) + "\n", encoding="utf-8")
+    return pool
+
+
 def table(rows: list[dict]) -> str:
     """Means over seeds as markdown; in brackets the standard error over chats, a mean over seeds as well, or from two
     seeds on the standard deviation over seeds, where that is larger."""
     kinds = [kind for kind in ("text", "picture") if f"{kind}_kl" in rows[0]]
     names = [f"{kind} {name}" for kind in kinds for name in ("KL, nats", "top-1, %")]
     lines = [
-        f"| bits | method | seeds | {' | '.join(names)} | CPU s |",
-        "| ---: | --- " + "| ---: " * (len(names) + 2) + "|",
+        f"| bits | calibration | method | seeds | {' | '.join(names)} | CPU s |",
+        "| ---: | --- | --- " + "| ---: " * (len(names) + 2) + "|",
     ]
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["bits"], row["name"]), []).append(row)
-    for (bits, name), found in sorted(groups.items(), key=lambda item: (item[0][0], item[1][0]["text_kl"])):
+        groups.setdefault((row["bits"], row["calibration"], row["name"]), []).append(row)
+    for (bits, calibration, name), found in sorted(
+        groups.items(), key=lambda item: (*item[0][:2], item[1][0]["text_kl"])
+    ):
         cells = []
         for kind, (figure, digits) in itertools.product(kinds, (("kl", 4), ("top1", 1))):
             values = [row[f"{kind}_{figure}"] for row in found]
@@ -91,7 +105,7 @@ def table(rows: list[dict]) -> str:
             spread = max(error, statistics.stdev(values)) if len(values) > 1 else error
             cells.append(f"{statistics.fmean(values):.{digits}f} ({spread:.{digits}f})")
         seconds = statistics.fmean(row["cpu_seconds"] for row in found)
-        lines.append(f"| {bits} | {name} | {len(found)} | {' | '.join(cells)} | {seconds:.0f} |")
+        lines.append(f"| {bits} | {calibration} | {name} | {len(found)} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join(lines)
 
 
@@ -104,17 +118,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all")
     parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
+    parser.add_argument("--calibration", default="both", choices=("text", "pictures", "both"))
     parser.add_argument("--texts", type=int, default=80)
     parser.add_argument("--pictures", type=int, default=210)
     parser.add_argument("--rows", type=Path, default=Path("real_lm.jsonl"), help="file that is completed")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    known = {(row["bits"], row["name"], row["seed"]) for row in rows}
+    known = {tuple(row[key] for key in ("bits", "name", "seed", "calibration")) for row in rows}
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
     judge = Judge(args.model, args.chats, args.texts, args.pictures)
-    data = args.chats / "calibration.jsonl"
+    folder = tempfile.TemporaryDirectory()
+    data = write_pool(Path(folder.name), args.chats, args.calibration)
     for bits, seed, name in itertools.product(args.bits, args.seeds, args.methods):
-        about = {"bits": bits, "name": name + args.label, "seed": seed}
+        about = {"bits": bits, "name": name + args.label, "seed": seed, "calibration": args.calibration}
         if tuple(about.values()) in known or (name == "RTN" and seed != args.seeds[0]):
             continue
         settings = {"bits": bits, "group_size": 64, "seed": seed} | METHODS[name] | extra
