@@ -1,6 +1,6 @@
 """Measures this project's methods on the real language model: `python benchmarks/real_lm/methods.py MODEL CHATS`.
 
-Every method gets the same chats, groups of 64 and one thread; a seed decides which chats of the pool are drawn. `vlmq
+Every method gets the same chats, groups of 64 and one thread; a seed decides which chats are drawn. `vlmq
 quantize` runs in a process of its own, whose processor time and peak memory are taken; its checkpoint, dequantised,
 goes to `judge.py`. A line for each model is added to a JSONL file, which a later run completes; the table is printed.
 """
@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import os
+import random
 import resource
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from judge import Judge
 from data import write
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
+CHATS, POOL = 128, 256  # of a run; pictures that are drawn from
 QEP = {"method": "gptq", "base": "qep"}
 VLMQ = {"method": "vlmq", "base": "qep"}
 PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
@@ -73,14 +75,16 @@ def measure(judge: Judge, model: Path, data: Path, settings: dict) -> dict[str, 
         return cost | judge(twin)
 
 
-def write_pool(folder: Path, chats: Path, kind: str) -> Path:
-    """The calibration chats that a seed draws from: texts, pictures with a question each, or as many of both. A single
-    picture stands among texts, for a vision-language model is not calibrated without any."""
+def write_drawn(folder: Path, chats: Path, kind: str, seed: int) -> Path:
+    """The CHATS calibration chats of a seed: texts, pictures with a question each, or as many of both. A single picture
+    stands among texts, for a vision-language model is not calibrated without any."""
     texts = (chats / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
-    pool = write(folder, "calibration", 1 if kind == "text" else len(texts))
-    if kind != "pictures":
-        pool.write_text(pool.read_text() + "\n".join(texts) + "\n", encoding="utf-8")
-    return pool
+    pictures = {"text": 1, "pictures": CHATS, "both": CHATS // 2}[kind]
+    numbers = random.Random(seed)
+    drawn = write(folder, "calibration", POOL)
+    lines = numbers.sample(drawn.read_text().splitlines(), pictures) + numbers.sample(texts, CHATS - pictures)
+    drawn.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return drawn
 
 
 def table(rows: list[dict]) -> str:
@@ -127,14 +131,14 @@ def main() -> None:
     known = {tuple(row[key] for key in ("bits", "name", "seed", "calibration")) for row in rows}
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
     judge = Judge(args.model, args.chats, args.texts, args.pictures)
-    folder = tempfile.TemporaryDirectory()
-    data = write_pool(Path(folder.name), args.chats, args.calibration)
     for bits, seed, name in itertools.product(args.bits, args.seeds, args.methods):
         about = {"bits": bits, "name": name + args.label, "seed": seed, "calibration": args.calibration}
         if tuple(about.values()) in known or (name == "RTN" and seed != args.seeds[0]):
             continue
         settings = {"bits": bits, "group_size": 64, "seed": seed} | METHODS[name] | extra
-        rows.append(about | {"settings": settings} | measure(judge, args.model, data, settings))
+        with tempfile.TemporaryDirectory() as folder:
+            data = write_drawn(Path(folder), args.chats, args.calibration, seed)
+            rows.append(about | {"settings": settings} | measure(judge, args.model, data, settings))
         with args.rows.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(json.dumps(rows[-1]), flush=True)
