@@ -167,14 +167,17 @@ def _told(name: str, rows: list[Row]) -> str:
 def _warn(rows: list[Row], damp: float, columns: dict[str, int]) -> None:
     """Name, on every console, linears that needed more than `damp`, were not solved, or have token weights that leave
     fewer effective tokens than columns (by name in the files)."""
+    effective = [(row.effective_tokens, row.module) for row in rows if row.effective_tokens is not None]
+    few = [(count, module) for count, module in effective if count < columns[module]]
+    if few:  # one line a layer, of the worst
+        count, module = min(few)
+        log.warning(
+            "%s: token weights leave %.0f effective tokens for %d columns; lower --saliency-cap or raise --samples",
+            module,
+            count,
+            columns[module],
+        )
     for row in rows:
-        if row.effective_tokens is not None and row.effective_tokens < columns[row.module]:
-            log.warning(
-                "%s: token weights leave %.0f effective tokens for %d columns; lower --saliency-cap or raise --samples",
-                row.module,
-                row.effective_tokens,
-                columns[row.module],
-            )
         if row.damp is not None and row.damp > damp:
             log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
         if row.loss is not None and row.damp is None:

@@ -27,6 +27,8 @@ def settings_from(recipe: dict, options: dict) -> Settings:
     Raises QuantizeError for a key of the recipe that does not exist and for a value of another type.
     """
     declared = options_of(Settings)
+    if recipe.get("base") == "aligned":  # as QEP was called in recipes of version 0.1
+        recipe = recipe | {"base": "qep"}
     for key, value in recipe.items():
         if key not in declared:
             raise QuantizeError(f"the recipe has the key {key!r}; there are {', '.join(declared)}")

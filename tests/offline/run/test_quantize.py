@@ -59,6 +59,15 @@ def test_report_tells_which_tokens_were_weighted(quantized):
     expected |= {f"model.layers.0.{part}": "no signal" for part in attention}
     assert {row["module"]: row["tokens"] for row in rows} == expected
     assert all(row["damp"] == 0.01 and row["loss"] > 0 for row in rows)
+    effective = {row["module"]: row["effective_tokens"] for row in rows if row["tokens"] == "saliency"}
+    assert all((row["effective_tokens"] is None) == (row["module"] not in effective) for row in rows)
+    assert all(1 < count < 8 * 64 for count in effective.values())  # of eight chats of less than 64 tokens
+
+
+def test_a_layer_with_few_effective_tokens_is_told_once(demo_model, calibration, tmp_path, caplog):
+    quantize(str(demo_model), tmp_path / "out", calibration, Settings(bits=3, group_size=64, samples=1))
+    told = [record.getMessage() for record in caplog.records if "effective tokens" in record.getMessage()]
+    assert len(told) == 3 and all("for 256 columns; lower --saliency-cap or raise --samples" in line for line in told)
 
 
 def test_same_settings_give_the_same_bytes(quantized, demo_model, calibration, tmp_path):
