@@ -17,6 +17,7 @@ from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.methods import METHODS, TOKEN_WEIGHTS, defaults_of
 from vlmq_vllm.offline.settings.option import check_options, option, options_of
 from vlmq_vllm.offline.settings.quantize import BITS, Settings
+from vlmq_vllm.offline.settings.recipe import settings_from
 from vlmq_vllm.offline.settings.sweep import StudySettings
 
 OFFLINE = Path(__file__).parents[3] / "offline"
@@ -115,3 +116,10 @@ def test_nothing_but_the_table_compares_names_of_methods():
                 if names & {"method", "methods"} and words & set(METHODS):
                     found.append(f"{path.relative_to(OFFLINE)}:{node.lineno}")
     assert found == []
+
+
+def test_recipes_of_version_0_1_mean_qep():
+    assert settings_from({"base": "aligned"}, {}) == Settings(base="qep")
+    assert settings_from({"base": "aligned"}, {"base": "gptaq"}).base == "gptaq"
+    with pytest.raises(QuantizeError, match="base is aligned; choose one of gptq, gptaq, qep"):
+        Settings(base="aligned")
