@@ -27,6 +27,7 @@ WRITING = ("o_proj", "down_proj")
 ENTERING = ("image_newline",)  # parameters beside the embeddings that stand in the stream as they are
 FIRST_NORM = "input_layernorm"
 HEAD = "lm_head.weight"
+ROWS = 1 << 14  # of embeddings and head that are in float32 at once
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
@@ -53,12 +54,14 @@ class Rotation:
         self.exits = {name for root in family.connectors for name in _last_linears(model, root)}
         self._check(model, config.model_type)
         generator = torch.Generator().manual_seed(seed)
-        self.stream = random_orthogonal(self.size, generator)
         layers = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
-        self.heads = [random_orthogonal(self.head_size, generator) for _ in range(layers)]
+        self.stream = random_orthogonal(self.size, generator).float()
+        self.heads = [random_orthogonal(self.head_size, generator).float() for _ in range(layers)]
 
     def __call__(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The parameter of that in-memory name, in the dtype and on the device of `value`; in float32 in between."""
+        if len(value) > ROWS and name in (HEAD, f"{self.family.embed}.weight"):
+            return torch.cat([self(name, part) for part in value.split(ROWS)])
         owner, _, leaf = name.rpartition(".")
         turned = value
         if name.startswith(f"{self.family.layers}."):
@@ -79,7 +82,7 @@ class Rotation:
         linear = owner.rpartition(".")[2]
         if owner in (FIRST_NORM, self.family.attention_end):
             return torch.ones_like(value)
-        heads = self.heads[number].to(value.device, torch.float32)
+        heads = self.heads[number].to(value.device)
         if linear in READING and leaf == "weight":
             attention = inner.startswith(f"{self.family.attention}.")
             norm = FIRST_NORM if attention else self.family.attention_end
@@ -98,7 +101,8 @@ class Rotation:
         return weight.float() * self.original(norm).to(weight.device, torch.float32) @ self._matrix(weight)
 
     def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        return self.stream.to(like.device, torch.float32)
+        self.stream = self.stream.to(like.device)  # once: all parameters of a run go to one device
+        return self.stream
 
     def _split(self, name: str) -> tuple[str, int, str]:
         """In-memory name of the layer, its number, and the parameter's name in it."""

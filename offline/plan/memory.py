@@ -88,7 +88,11 @@ class Memory:
                 phases.append(Phase(f"{component}: round", {}, terms | {"codes": ROUNDING * layer.biggest}))
         # a file of unquantised tensors, mapped from the source and from what is read back
         written = max((sum(stored_bytes(self.source, name) for name in names) for names in rest.values()), default=0)
-        return [*phases, Phase("write what is left", {"tensors and their copy": 2 * written})]
+        phases.append(Phase("write what is left", {"tensors and their copy": 2 * written}))
+        if settings.rotate:
+            for phase in phases:
+                phase.device["rotation"] = FLOAT * self.source.parsed.get_text_config().hidden_size ** 2
+        return phases
 
     def _before_decoder(self, name: str, load: Load) -> Phase:
         """What runs before the decoder, one batch in the tower: embeddings, tower (large ones by block), connectors."""

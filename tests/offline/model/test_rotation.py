@@ -14,6 +14,7 @@ from vlmq_vllm.errors import RefusedError, StoppedError
 from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.checkpoint.verify import verify
+from vlmq_vllm.offline.model import rotation
 from vlmq_vllm.offline.model.rotation import random_orthogonal
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.run.quantize import quantize
@@ -51,6 +52,17 @@ def test_matrices_are_orthogonal_and_follow_the_seed():
     first, again, other = (random_orthogonal(96, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
     torch.testing.assert_close(first @ first.T, torch.eye(96, dtype=torch.float64), rtol=0, atol=1e-12)
     assert torch.equal(first, again) and not torch.allclose(first, other)
+
+
+def test_large_tables_are_turned_in_parts(tmp_path, monkeypatch):
+    family_models.build("qwen2_vl", tmp_path / "model")
+    source = Source(tmp_path / "model")
+    source.rotate(seed=0)
+    whole = [source.parameter(name) for name in (rotation.HEAD, f"{source.family.embed}.weight")]
+    monkeypatch.setattr(rotation, "ROWS", 100)
+    parts = [source.parameter(name) for name in (rotation.HEAD, f"{source.family.embed}.weight")]
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, rtol=2**-7, atol=1e-4)  # a last bit of bfloat16, by the order of sums
 
 
 @pytest.mark.parametrize("name", TURNED)
