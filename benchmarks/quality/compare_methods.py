@@ -37,6 +37,7 @@ MODEL = Path(__file__).absolute().parents[2] / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
 SAMPLES = 512  # chats of a run, about 29,000 tokens; AWQ's and QIG's papers take 128
 GROUPS = {2: 128, 3: -1, 4: -1}  # in groups of 128 this model loses too little at 3 and 4 bits to tell methods apart
+PUBLISHED = {"method": "vlmq", "saliency_scope": "attention", "saliency_cap": 0}
 METHODS = {
     "RTN": {"method": "rtn"},
     "AWQ": {"method": "awq"},
@@ -47,8 +48,8 @@ METHODS = {
     "MBQ's weights in GPTQ": {"method": "gptq", "base": "gptq", "saliency": "modality"},
     "QIG's weights in GPTQ": {"method": "gptq", "base": "gptq", "saliency": "qig"},
     "GPTAQ": {"method": "gptq", "base": "gptaq"},
-    "VLMQ on GPTQ": {"method": "vlmq", "base": "gptq", "saliency_scope": "attention"},
-    "VLMQ on GPTAQ": {"method": "vlmq", "base": "gptaq", "saliency_scope": "attention"},
+    "VLMQ on GPTQ": PUBLISHED | {"base": "gptq"},
+    "VLMQ on GPTAQ": PUBLISHED | {"base": "gptaq"},
     "QEP": {"method": "gptq", "base": "qep"},
     "VLMQ on QEP": {"method": "vlmq", "base": "qep", "saliency_scope": "attention"},
     "VLMQ on QEP, all linears": {"method": "vlmq", "base": "qep", "saliency_scope": "all"},
@@ -81,12 +82,12 @@ class Judge:
             hidden = answer(model, data, embed(model, data)[0] if whole else data["embedded"])
             yield F.log_softmax(model.lm_head(hidden[:, :-1][learnt]), -1), where
 
-    def __call__(self, folder: Path) -> dict[str, float]:
-        """Mean KL per answer token and NLL in nats, and exact match in percent, over samples."""
-        return self.judged(load(str(folder))[0])
+    def __call__(self, folder: Path, whole: bool = False) -> dict[str, float]:
+        """Mean KL per answer token and NLL in nats, and exact match in percent, over samples; `whole` as below."""
+        return self.judged(load(str(folder))[0], whole)
 
     def judged(self, model, whole: bool = False) -> dict[str, float]:
-        """The same of a model in memory; `whole` if its vision tower differs from the full-precision one."""
+        """The same of a model in memory; `whole` if its vision tower or embeddings are not the full-precision ones."""
         kl, nll, exact = [], [], []
         for (found, where), teacher in zip(self._answers(model, whole), self.teacher, strict=True):
             divergence = F.kl_div(found, teacher, log_target=True, reduction="none").sum(-1)
@@ -107,9 +108,9 @@ def measure(judge: Judge, pool: Path, options: dict) -> dict[str, float]:
         out, twin = Path(folder) / "out", Path(folder) / "twin"
         quantize(str(MODEL), out, None if settings.method == "rtn" else pool, settings)
         if settings.activation_bits != KEPT:
-            return judge(out)
+            return judge(out, settings.rotate)
         dequantize(out, twin)
-        return judge(twin)
+        return judge(twin, settings.rotate)
 
 
 def table(rows: list[dict]) -> str:

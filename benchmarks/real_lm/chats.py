@@ -8,6 +8,7 @@ is one chat, as `vlmq quantize --data` reads it.
 import argparse
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
@@ -75,7 +76,13 @@ def answers(model, processor, asked: list[str]) -> list[str]:
     inputs = processor.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     found = model.generate(**inputs, max_new_tokens=TOKENS, do_sample=True, temperature=0.7, top_p=0.95)
     replies = found[:, inputs["input_ids"].shape[1] :]
-    return [text.strip() for text in processor.batch_decode(replies, skip_special_tokens=True)]
+    return [whole_sentences(text) for text in processor.batch_decode(replies, skip_special_tokens=True)]
+
+
+def whole_sentences(text: str) -> str:
+    """The text as far as its last sentence or line goes: the end mark that follows in a chat belongs after one."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')\]]*(?=\s|$)|\n", text)]
+    return text[: ends[-1]].strip() if ends else ""
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,12 +37,7 @@ METHODS = {
     "QEP": QEP,
     "QEP, alpha 0.5": QEP | {"alpha": 0.5},
     "QEP, alpha 0.25": QEP | {"alpha": 0.25},
-    "VLMQ on GPTAQ, as published": {
-        "method": "vlmq",
-        "base": "gptaq",
-        "saliency_cap": 0,
-        "saliency_scope": "attention",
-    },
+    "VLMQ on GPTAQ, as published": PUBLISHED,
     "VLMQ on QEP, attention, not cut": VLMQ | {"saliency_scope": "attention", "saliency_cap": 0},
     "VLMQ on QEP, all, not cut": VLMQ | {"saliency_scope": "all", "saliency_cap": 0},
     "VLMQ on QEP, attention": VLMQ | {"saliency_scope": "attention"},
@@ -58,12 +52,12 @@ def quantized(model: Path, data: Path, settings: dict, out: Path) -> dict[str, f
     recipe = out.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "-m", "vlmq_vllm.offline", "quantize", model, "-o", out, "--recipe", recipe]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).absolute().parents[2])}
-    subprocess.run([*command, "--data", data], check=True, env=environment, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"cpu_seconds": seconds, "peak_gb": after.ru_maxrss / 1e6}
+    process = subprocess.Popen([*command, "--data", data], env=environment, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)  # of this process alone
+    if status:
+        sys.exit(f"vlmq quantize ended with {os.waitstatus_to_exitcode(status)}: {settings}")
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_gb": used.ru_maxrss / 1e6}
 
 
 def measure(judge: Judge, model: Path, data: Path, settings: dict) -> dict[str, float]:
@@ -123,19 +117,21 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all")
     parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
     parser.add_argument("--calibration", default="both", choices=("text", "pictures", "both"))
-    parser.add_argument("--texts", type=int, default=80)
+    parser.add_argument("--texts", type=int, default=80, help="at least two")
     parser.add_argument("--pictures", type=int, default=210)
     parser.add_argument("--rows", type=Path, default=Path("real_lm.jsonl"), help="file that is completed")
     args = parser.parse_args()
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    known = {tuple(row[key] for key in ("bits", "name", "seed", "calibration")) for row in rows}
+    known = {tuple(row[key] for key in ("bits", "name", "seed", "calibration")): row["settings"] for row in rows}
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
     judge = Judge(args.model, args.chats, args.texts, args.pictures)
     for bits, seed, name in itertools.product(args.bits, args.seeds, args.methods):
         about = {"bits": bits, "name": name + args.label, "seed": seed, "calibration": args.calibration}
+        settings = {"bits": bits, "group_size": 64, "seed": seed} | METHODS[name] | extra
+        if known.get(tuple(about.values()), settings) != settings:
+            sys.exit(f"{args.rows} has {about} with other settings; give another file or --label")
         if tuple(about.values()) in known or (name == "RTN" and seed != args.seeds[0]):
             continue
-        settings = {"bits": bits, "group_size": 64, "seed": seed} | METHODS[name] | extra
         with tempfile.TemporaryDirectory() as folder:
             data = write_drawn(Path(folder), args.chats, args.calibration, seed)
             rows.append(about | {"settings": settings} | measure(judge, args.model, data, settings))

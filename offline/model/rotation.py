@@ -13,8 +13,10 @@ when served either, for only weights change, but for a head that is tied to the 
 own. Outlier channels of the stream are spread over all columns, which a grid for groups of weights holds better.
 """
 
+import copy
 import re
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -39,100 +41,117 @@ def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
 class Rotation:
     """The rotation of one model; called with a parameter it gives the one of the turned model.
 
-    original: gives a parameter as stored, by its in-memory name. Raises RefusedError for a model whose decoder is not
-    made of RMS norms each of which is read by linears alone.
+    original: gives a parameter as stored, by its in-memory name. device: where everything is computed, wherever it
+    comes from, so that a parameter has the same bits whenever it is asked for. Raises RefusedError for a model whose
+    decoder is not made of RMS norms each of which is read by linears alone.
     """
 
     def __init__(
-        self, model: torch.nn.Module, family: Family, config: Any, original: Callable[[str], torch.Tensor], seed: int
+        self,
+        model: torch.nn.Module,
+        family: Family,
+        config: Any,
+        original: Callable[[str], torch.Tensor],
+        seed: int,
+        device: torch.device,
     ) -> None:
-        self.family, self.original = family, original
+        self.family, self.seed, self.device = family, seed, device
         text = config.get_text_config()
         self.size = text.hidden_size
         self.head_size = getattr(text, "head_dim", None) or self.size // text.num_attention_heads
-        self.root = family.layers.rpartition(".")[0]
-        self.exits = {name for root in family.connectors for name in _last_linears(model, root)}
-        self._check(model, config.model_type)
-        generator = torch.Generator().manual_seed(seed)
-        layers = len(model.get_submodule(family.layers))  # type: ignore[arg-type]
-        self.stream = random_orthogonal(self.size, generator).float()
-        self.heads = [random_orthogonal(self.head_size, generator).float() for _ in range(layers)]
+        self.layers = text.num_hidden_layers
+        self.last_norm = f"{family.layers.rpartition('.')[0]}.norm"
+        self.embeddings = f"{family.embed}.weight"
+        self.scale = cache(lambda norm: original(f"{norm}.weight").to(device, torch.float32))
+        self._check_parameters(model, config.model_type)
+        self.exits = {name for root in family.connectors for name in self._last_linears(model, root, config.model_type)}
+        for norm in (f"{family.layers}.0.{FIRST_NORM}", f"{family.layers}.0.{family.attention_end}", self.last_norm):
+            self._check_norm(model.get_submodule(norm), norm, config.model_type)
+
+    @cached_property
+    def matrices(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Q [d, d] and by layer R_l [h, h], float32; drawn when they are first needed, for a plan needs none."""
+        generator = torch.Generator().manual_seed(self.seed)
+        sizes = [self.size, *[self.head_size] * self.layers]
+        stream, *heads = (random_orthogonal(size, generator).to(self.device, torch.float32) for size in sizes)
+        return stream, heads
 
     def __call__(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """The parameter of that in-memory name, in the dtype and on the device of `value`; in float32 in between."""
-        if len(value) > ROWS and name in (HEAD, f"{self.family.embed}.weight"):
-            return torch.cat([self(name, part) for part in value.split(ROWS)])
+        if name not in (HEAD, self.embeddings):
+            return self._turned(name, value.to(self.device)).to(value.device, value.dtype)
+        turned = torch.empty_like(value)
+        for first in range(0, len(value), ROWS):
+            part = value[first : first + ROWS].to(self.device)
+            turned[first : first + ROWS] = self._turned(name, part)
+        return turned
+
+    def _turned(self, name: str, value: torch.Tensor) -> torch.Tensor:
         owner, _, leaf = name.rpartition(".")
-        turned = value
+        stream, _ = self.matrices
         if name.startswith(f"{self.family.layers}."):
-            turned = self._in_layer(name, value)
-        elif name == HEAD:
-            turned = self._read(value, f"{self.root}.norm.weight")
-        elif name == f"{self.root}.norm.weight":
-            turned = torch.ones_like(value)
-        elif name == f"{self.family.embed}.weight" or leaf in ENTERING or (owner in self.exits and leaf == "bias"):
-            turned = value.float() @ self._matrix(value)
-        elif owner in self.exits:
-            turned = self._matrix(value).T @ value.float()
-        return turned.to(value.dtype)
+            return self._in_layer(name, value)
+        if name == HEAD:
+            return self._read(value, self.last_norm)
+        if owner == self.last_norm:
+            return torch.ones_like(value)
+        if name == self.embeddings or leaf in ENTERING or (owner in self.exits and leaf == "bias"):
+            return value.float() @ stream
+        return stream.T @ value.float() if owner in self.exits else value
 
     def _in_layer(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        layer, number, inner = self._split(name)
+        number, _, inner = name.removeprefix(f"{self.family.layers}.").partition(".")
         owner, _, leaf = inner.rpartition(".")
         linear = owner.rpartition(".")[2]
         if owner in (FIRST_NORM, self.family.attention_end):
             return torch.ones_like(value)
-        heads = self.heads[number].to(value.device)
+        stream, heads = self.matrices
+        own = heads[int(number)]
         if linear in READING and leaf == "weight":
-            attention = inner.startswith(f"{self.family.attention}.")
-            norm = FIRST_NORM if attention else self.family.attention_end
-            value = self._read(value, f"{layer}.{norm}.weight")
+            norm = FIRST_NORM if inner.startswith(f"{self.family.attention}.") else self.family.attention_end
+            value = self._read(value, f"{self.family.layers}.{number}.{norm}")
         if linear == "v_proj":  # weight and bias
-            return (heads.T @ value.float().view(-1, self.head_size, value.numel() // len(value))).view(value.shape)
+            return (own.T @ value.float().view(-1, self.head_size, value.numel() // len(value))).view(value.shape)
         if linear == "o_proj" and leaf == "weight":
-            value = (value.float().view(len(value), -1, self.head_size) @ heads).flatten(1)
+            value = (value.float().view(len(value), -1, self.head_size) @ own).flatten(1)
         if linear in WRITING:
-            matrix = self._matrix(value)
-            return value.float() @ matrix if leaf == "bias" else matrix.T @ value.float()
+            return value.float() @ stream if leaf == "bias" else stream.T @ value.float()
         return value
 
     def _read(self, weight: torch.Tensor, norm: str) -> torch.Tensor:
         """W diag(g) Q."""
-        return weight.float() * self.original(norm).to(weight.device, torch.float32) @ self._matrix(weight)
+        return weight.float() * self.scale(norm) @ self.matrices[0]
 
-    def _matrix(self, like: torch.Tensor) -> torch.Tensor:
-        self.stream = self.stream.to(like.device)  # once: all parameters of a run go to one device
-        return self.stream
-
-    def _split(self, name: str) -> tuple[str, int, str]:
-        """In-memory name of the layer, its number, and the parameter's name in it."""
-        number, _, inner = name.removeprefix(f"{self.family.layers}.").partition(".")
-        return f"{self.family.layers}.{number}", int(number), inner
-
-    def _check(self, model: torch.nn.Module, model_type: str) -> None:
-        """Every parameter with the stream's size must be known to read it, to write to it or to scale its norm."""
-        norms = (FIRST_NORM, self.family.attention_end)
+    def _check_parameters(self, model: torch.nn.Module, model_type: str) -> None:
+        """Every parameter of a layer with the stream's or a head's size must be known."""
         linears = "|".join((*READING, *WRITING))
+        norms = f"{FIRST_NORM}|{re.escape(self.family.attention_end)}|{self.family.attention}.[qk]_norm"
+        known = re.compile(rf"\d+\.(.+\.({linears})\.(weight|bias)|({norms})\.weight)")
         for name, parameter in model.get_submodule(self.family.layers).named_parameters():
-            inner = name.partition(".")[2]
-            known = re.search(rf"(^|\.)({linears})\.(weight|bias)$", inner) or inner in {f"{n}.weight" for n in norms}
-            if self.size in parameter.shape and not known:
-                raise RefusedError(
-                    f"rotate: {model_type} has {inner} in its decoder's layers, through which a rotation of the stream "
-                    "does not go; leave out --rotate"
-                )
-        if not self.exits:
-            raise RefusedError(f"rotate: the connector of {model_type} does not end in a linear; leave out --rotate")
+            if {self.size, self.head_size} & set(parameter.shape) and not known.fullmatch(name):
+                raise _refused(model_type, f"has {name.partition('.')[2]} in its layers")
 
+    def _check_norm(self, norm: torch.nn.Module, name: str, model_type: str) -> None:
+        """The norm must be x g / |x| sqrt(d): one with (1 + g) or a mean taken off is another function."""
+        probe = copy.deepcopy(norm).to_empty(device=self.device)
+        scale = self.scale(name)
+        probe.load_state_dict({"weight": scale})
+        x = 100 * torch.randn(8, self.size, generator=torch.Generator().manual_seed(0)).to(self.device) + 50
+        expected = x * x.square().mean(-1, keepdim=True).rsqrt() * scale
+        if not torch.allclose(probe(x).float(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+            raise _refused(model_type, f"has a norm {name} that is no plain RMS norm")
 
-def _last_linears(model: torch.nn.Module, root: str) -> list[str]:
-    """The linears that the connectors under `root` end in, by in-memory name; none for one that ends otherwise."""
-    module = model.get_submodule(root)
-    parts = [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]
-    found = []
-    for part in parts:
-        leaves = [(name, leaf) for name, leaf in model.get_submodule(part).named_modules() if not list(leaf.children())]
-        name, leaf = next(((n, m) for n, m in reversed(leaves) if list(m.parameters(recurse=False))), ("", None))
-        if isinstance(leaf, torch.nn.Linear):
+    def _last_linears(self, model: torch.nn.Module, root: str, model_type: str) -> list[str]:
+        """The linears that the connectors under `root` end in, by in-memory name."""
+        module, found = model.get_submodule(root), []
+        for part in [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]:
+            inside = [(n, m) for n, m in model.get_submodule(part).named_modules() if list(m.parameters(recurse=False))]
+            name, last = inside[-1]
+            if not isinstance(last, torch.nn.Linear):
+                raise _refused(model_type, f"has a connector {part} that ends in no linear")
             found.append(f"{part}.{name}")
-    return found
+        return found
+
+
+def _refused(model_type: str, reason: str) -> RefusedError:
+    return RefusedError(f"rotate: {model_type} {reason}, and a rotation does not go through that; leave out --rotate")

@@ -49,6 +49,7 @@ class Source:
         self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
         self.rotation: Rotation | None = None
         self.tied: dict[str, str] = {}  # tensors that a rotation adds -> those in the files that they are made from
+        self.parameters_of: dict[str, list[str]] = {}  # of each tensor in the files, once there is a rotation
         self._check_complete()
 
     def stack(self, name: str) -> torch.nn.ModuleList:
@@ -59,35 +60,39 @@ class Source:
         """The decoder's layers."""
         return self.stack(self.family.layers)
 
-    def rotate(self, seed: int) -> None:
+    def rotate(self, seed: int, device: torch.device) -> None:
         """From now on be the model whose decoder is turned (`rotation.py`), with a head of its own.
 
         Raises RefusedError for a decoder that cannot be.
         """
-        self.rotation = Rotation(self.model, self.family, self.parsed, self._original, seed)
+        self.rotation = Rotation(self.model, self.family, self.parsed, self._original, seed, device)
         if HEAD not in self.places:
             embeddings = self.places[f"{self.family.embed}.weight"].tensor
             name = "language_model.lm_head.weight" if embeddings.startswith("language_model.model.") else HEAD
             self.places[HEAD] = StoredParameter(name, name.removesuffix(".weight"))
             self.headers = self.headers | {name: self.headers[embeddings]}
             self.tied = {name: embeddings}
+        if _tied(self.parsed):
             self.config = _untied(self.config)
+        for name, place in self.places.items():
+            self.parameters_of.setdefault(place.tensor, []).append(name)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of that name in the files, in the dtype in which it is stored."""
+        """The tensor of that name in the files, in the dtype in which it is stored; turned where the model is."""
         with safe_open(self.folder / self.headers[name].file, "pt") as file:
             value = file.get_tensor(self.tied.get(name, name))
-        if self.rotation is None:
+        if self.rotation is None or name not in self.parameters_of:
             return value
-        for parameter in (own for own, place in self.places.items() if place.tensor == name):
-            if self.places[parameter].expert is None:
-                return self.rotation(parameter, value)
+        first, *others = self.parameters_of[name]
+        if self.places[first].expert is None:
+            return self.rotation(first, value)
+        for parameter in (first, *others):  # all experts' parts of a fused tensor
             self.places[parameter].put(value, self.parameter(parameter))
         return value
 
-    def parameter(self, name: str, device: torch.device | str = "cpu") -> torch.Tensor:
-        """The parameter of that in-memory name, in the dtype in which it is stored."""
-        value = self._original(name).to(device)
+    def parameter(self, name: str) -> torch.Tensor:
+        """The parameter of that in-memory name, in the dtype in which it is stored; turned where the model is."""
+        value = self._original(name)
         return value if self.rotation is None else self.rotation(name, value)
 
     def _original(self, name: str) -> torch.Tensor:
@@ -129,7 +134,7 @@ class Source:
             if without and full.startswith(without + "."):
                 continue
             replaced = self.quantized(self.places[full].module) if quantized and inner.endswith("weight") else None
-            value = self.parameter(full, device) if replaced is None else replaced
+            value = self.parameter(full) if replaced is None else replaced
             if not torch.isfinite(value).all():
                 found = self.places[full].tensor
                 raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
@@ -151,7 +156,7 @@ class Source:
         resident = device.type != "cpu" or sum(4 * p.numel() for p in tower.parameters()) <= RESIDENT
         handles = [self._lend_embeddings(device)]
         for name in self._others():
-            set_parameter(self.model, name, self.parameter(name, device).to(torch.float32))
+            set_parameter(self.model, name, self.parameter(name).to(device, torch.float32))
         move_buffers(self.model, device, without=family.layers)  # such as the decoder's rotary frequencies
         self.materialise(family.vision, device, quantized=quantized, without="" if resident else family.blocks)
         for name in family.connectors:

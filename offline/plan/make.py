@@ -3,9 +3,11 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.model.source import Source, find
-from vlmq_vllm.offline.model.targets import expected_bytes, find_kept, find_rest, find_targets, find_units
+from vlmq_vllm.offline.model.targets import expected_bytes, find_kept, find_rest, find_targets, find_units, stored_bytes
 from vlmq_vllm.offline.plan.components import Component, find_components
 from vlmq_vllm.offline.plan.memory import LIBRARIES, Memory, Phase, is_forecast
 from vlmq_vllm.offline.plan.sizes import Load, load_of
@@ -105,7 +107,7 @@ def make_plan(model: str, settings: Settings, device: str = "cpu", tokens: int |
     folder = find(model)
     source = Source(folder)
     if settings.rotate:
-        source.rotate(settings.seed)
+        source.rotate(settings.seed, torch.device("cpu"))
     units = find_units(source, settings)
     targets = find_targets(source, settings, units)
     rest = find_rest(source, targets, find_kept(source, targets, units))
@@ -122,7 +124,7 @@ def make_plan(model: str, settings: Settings, device: str = "cpu", tokens: int |
         phases=Memory(source, settings, load, exact=kind == "cpu").phases(units, rest),
         quantized=sum(target.rows * target.columns for target in targets),
         packed_bits=sum(target.packed_bits for target in targets),
-        source_bytes=sum(part.bytes for part in parts),
+        source_bytes=sum(part.bytes for part in parts) - sum(stored_bytes(source, name) for name in source.tied),
         checkpoint_bytes=expected_bytes(source, targets),
         warnings=find_warnings(source, settings, load, linears),
     )

@@ -12,6 +12,7 @@ from vlmq_vllm.offline.methods.awq.losses import BYTES
 from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH
 from vlmq_vllm.offline.methods.saliency.answer_loss import LIMIT, ROWS
 from vlmq_vllm.offline.methods.saliency.vlmq import weighted_linears
+from vlmq_vllm.offline.model.rotation import ROWS as ROTATED_ROWS
 from vlmq_vllm.offline.model.source import RESIDENT, Source
 from vlmq_vllm.offline.model.targets import ORDER, Unit, stored_bytes
 from vlmq_vllm.offline.plan.sizes import (
@@ -90,8 +91,9 @@ class Memory:
         written = max((sum(stored_bytes(self.source, name) for name in names) for names in rest.values()), default=0)
         phases.append(Phase("write what is left", {"tensors and their copy": 2 * written}))
         if settings.rotate:
-            for phase in phases:
-                phase.device["rotation"] = FLOAT * self.source.parsed.get_text_config().hidden_size ** 2
+            size = self.source.parsed.get_text_config().hidden_size
+            for phase in phases:  # the matrix, and a part of the embeddings before and after it
+                phase.device["rotation"] = FLOAT * size * (size + 2 * ROTATED_ROWS)
         return phases
 
     def _before_decoder(self, name: str, load: Load) -> Phase:

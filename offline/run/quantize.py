@@ -67,7 +67,7 @@ class _Run:
         self.source, self.settings, self.device, self.progress, self.stop = source, settings, device, progress, stop
         self.ranks = Ranks(device)
         if settings.rotate:
-            source.rotate(settings.seed)
+            source.rotate(settings.seed, device)
         self.units = find_units(source, settings)
         self.targets = find_targets(source, settings, self.units)
         self.kept = find_kept(source, self.targets, self.units)
@@ -143,7 +143,7 @@ class _Run:
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
         self.progress.say(_told(unit.module, rows))
-        _warn(rows, self.settings.damp, {target.module: target.columns for target in self.targets})
+        _warn(rows, self.settings, {target.module: target.columns for target in self.targets})
 
     def _header(self) -> dict:
         """The quantization_config of config.json."""
@@ -164,21 +164,18 @@ def _told(name: str, rows: list[Row]) -> str:
     return f"{name}: {len(rows)} linears{summed}{noted}"
 
 
-def _warn(rows: list[Row], damp: float, columns: dict[str, int]) -> None:
-    """Name, on every console, linears that needed more than `damp`, were not solved, or have token weights that leave
-    fewer effective tokens than columns (by name in the files)."""
-    effective = [(row.effective_tokens, row.module) for row in rows if row.effective_tokens is not None]
+def _warn(rows: list[Row], settings: Settings, columns: dict[str, int]) -> None:
+    """Name, on every console, linears that needed more than the given damping or were not solved, and the one whose
+    token weights leave the fewest effective tokens for its columns (by name in the files), where they are too few."""
+    effective = [(row.effective_tokens, row.module) for row in rows if row.effective_tokens and row.base]
     few = [(count, module) for count, module in effective if count < columns[module]]
     if few:  # one line a layer, of the worst
         count, module = min(few)
-        log.warning(
-            "%s: token weights leave %.0f effective tokens for %d columns; lower --saliency-cap or raise --samples",
-            module,
-            count,
-            columns[module],
-        )
+        advice = "lower --saliency-cap or raise --samples" if settings.saliency == "vlmq" else "raise --samples"
+        told = "%s: token weights leave %.0f effective tokens for %d columns; %s"
+        log.warning(told, module, count, columns[module], advice)
     for row in rows:
-        if row.damp is not None and row.damp > damp:
-            log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, damp)
+        if row.damp is not None and row.damp > settings.damp:
+            log.warning("%s needed a damping of %.2g instead of %.2g", row.module, row.damp, settings.damp)
         if row.loss is not None and row.damp is None:
             log.warning("%s was rounded to nearest: its Hessian stayed singular under damping", row.module)

@@ -101,11 +101,11 @@ class Settings:
         "Without a signal: tokens count alike (ones), or by the error of rounded weights (rtn).",
         ("ones", "rtn"),
     )
-    saliency_floor: float = weighting(0.0, "g is raised to this many medians of g; 0: not.", least=0)
+    saliency_floor: float = weighting(0.0, "g is raised to this many medians of the positive g; 0: not.", least=0)
     saliency_cap: float = weighting(
         3.0,
-        "g is cut at this many medians of g, so that a few tokens (attention sinks) cannot have the whole weight; 0: "
-        "not, as in the paper.",
+        "g is cut at this many medians of the positive g, so that a few tokens (attention sinks) cannot have the whole "
+        "weight; 0: not, as in the paper.",
         least=0,
     )
     force: bool = formatting(False, "Take also layers that vLLM would not load.")

@@ -28,6 +28,11 @@ def settings_from(recipe: dict, options: dict) -> Settings:
     """
     declared = options_of(Settings)
     if recipe.get("base") == "aligned":  # as QEP was called in recipes of version 0.1
+        if recipe.get("saliency_cap") or recipe.get("saliency_floor"):
+            raise QuantizeError(
+                "the recipe is of version 0.1 (base: aligned), in which saliency_cap and saliency_floor were multiples "
+                "of the mean; they are of the median now: write base: qep and choose them anew"
+            )
         recipe = recipe | {"base": "qep"}
     for key, value in recipe.items():
         if key not in declared:

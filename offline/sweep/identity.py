@@ -25,7 +25,8 @@ CAUSES = {
     "held-out": ("data", "samples", "seed"),
 }
 CONTENT = {"model": "the files of the model", "calibration": "the calibration chats", "held-out": "the held-out chats"}
-LEFT = ("bits", "method", "threads", "processes", "data", "samples", "seed")  # of the identity of a checkpoint's run
+# Of the identity of a checkpoint's run; the last ones decide nothing here.
+LEFT = ("bits", "method", "threads", "processes", "data", "samples", "seed", "rotate", "saliency_floor", "saliency_cap")
 
 
 def identify(

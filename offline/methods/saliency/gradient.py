@@ -105,10 +105,11 @@ def _ends(
 
 
 def token_weights(
-    norms: list[torch.Tensor], power: int, mean: float, floor: float = 0.0, cap: float = 0.0
+    norms: list[torch.Tensor], power: int, unit: float, floor: float = 0.0, cap: float = 0.0
 ) -> list[torch.Tensor]:
-    """lambda = (clip(g, floor, cap) / mean)^power for the batches' g [N]; cap 0 is none.
+    """lambda = clip(g / unit, floor, cap)^power for the batches' g [N]; cap 0 is none.
 
-    The common factor changes nothing in GPTQ (its damping is relative); it keeps squares away from underflow.
+    The unit changes nothing in GPTQ (its damping is relative) but what the bounds are multiples of; it keeps squares
+    away from underflow.
     """
-    return [(g.clamp(floor, cap or None) / mean).pow(power) for g in norms]
+    return [(g / unit).clamp(floor, cap or None).pow(power) for g in norms]

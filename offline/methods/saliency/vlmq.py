@@ -64,11 +64,11 @@ class VLMQWeights:
         return weights, found
 
     def _token_weights(self, norms: list[torch.Tensor], mean: float) -> list[torch.Tensor]:
-        """Of one linear, from g [N] by batch; the settings' bounds are multiples of the median."""
+        """Of one linear, from g [N] by batch; bounds are multiples of the median of the positive g."""
         options = self.settings
         bounds = options.saliency_floor, options.saliency_cap
-        median = pooled_median(norms, self.ranks) if any(bounds) else 0.0
-        return token_weights(norms, options.saliency_power, mean, *(bound * median for bound in bounds))
+        unit = pooled_median(norms, self.ranks) if any(bounds) else mean
+        return token_weights(norms, options.saliency_power, unit, *bounds)
 
     def _means(self, norms: Norms, linears: list[str]) -> dict[str, float | None]:
         """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""

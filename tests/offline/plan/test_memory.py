@@ -66,7 +66,7 @@ def test_other_settings_change_what_they_should(demo_model):
         return {phase.name: phase.device for phase in found.phases}
 
     turned = phases(base="gptq", rotate=True)
-    assert {phase["rotation"] for phase in turned.values()} == {4 * 256**2}  # one matrix [d, d] in float32
+    assert {phase["rotation"] for phase in turned.values()} == {4 * 256 * (256 + 2 * 16384)}
     plain, paired, qep = phases(base="gptq"), phases(base="gptaq"), phases(base="qep")
     # the phase of that name that comes last is down_proj's: one problem of 768 columns
     assert plain["language: solve"]["moments"] == 4 * 768**2

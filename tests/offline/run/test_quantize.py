@@ -233,7 +233,7 @@ def test_layer_after_a_quantised_one(quantized, demo_model, calibration, tmp_pat
     for linear, columns in zip(linears, (256, 768), strict=True):
         g = [found[linear] for found in norms]
         moments[linear] = Moments(columns, "cpu", residual=True)
-        for batch, weight in zip(batches, token_weights(g, 2, float(torch.cat(g).mean())), strict=True):
+        for batch, weight in zip(batches, token_weights(g, 2, float(torch.cat(g).median()), 0.0, 3.0), strict=True):
             weight = weight if linear == "self_attn.q_proj" else None
             moments[linear].add(batch[linear][0], weight, batch[linear][1])
     stored = tensors(quantized)

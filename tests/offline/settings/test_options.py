@@ -120,6 +120,8 @@ def test_nothing_but_the_table_compares_names_of_methods():
 
 def test_recipes_of_version_0_1_mean_qep():
     assert settings_from({"base": "aligned"}, {}) == Settings(base="qep")
-    assert settings_from({"base": "aligned"}, {"base": "gptaq"}).base == "gptaq"
+    assert settings_from({"base": "aligned", "saliency_cap": 0.0}, {}).saliency_cap == 0
+    with pytest.raises(QuantizeError, match="multiples of the mean; they are of the median now"):
+        settings_from({"base": "aligned", "saliency_cap": 5.0}, {})
     with pytest.raises(QuantizeError, match="base is aligned; choose one of gptq, gptaq, qep"):
         Settings(base="aligned")

@@ -19,11 +19,11 @@ class Threads:
         self.barrier, self.given = threading.Barrier(2), {}
 
     def add(self, tensor):
-        self.given[threading.get_ident()] = tensor
+        self.given[threading.get_ident()] = tensor.clone()
         self.barrier.wait()
-        total = sum(self.given.values())
+        tensor.copy_(sum(self.given.values()))
         self.barrier.wait()
-        return total
+        return tensor
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1000])
@@ -37,18 +37,19 @@ def test_median_of_nothing_is_zero():
     assert pooled_median([torch.zeros(4), torch.zeros(2)], ALONE) == 0
 
 
-def test_ranks_find_the_median_of_them_all():
+@pytest.mark.parametrize("function", [pooled_median, effective_tokens])
+def test_ranks_find_what_one_process_does(function):
     values, found = torch.rand(41), []
     ranks = Threads()
     threads = [
-        threading.Thread(target=lambda part=part: found.append(pooled_median([part], ranks)))
+        threading.Thread(target=lambda part=part: found.append(function([part], ranks)))
         for part in values.split([30, 11])
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [values.median()] * 2
+    assert found == pytest.approx([function([values], ALONE)] * 2, rel=1e-12)
 
 
 def test_effective_tokens_by_hand():
@@ -60,12 +61,12 @@ def test_effective_tokens_by_hand():
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_weights_that_are_cut_cannot_collapse(power):
-    """One chat's first token of 100 has a thousand times the gradient: squared it is all there is, cut it is not."""
+    """Of each 100 tokens the first has ten thousand times the gradient: squared it is all there is, cut it is not."""
     g = torch.distributions.HalfCauchy(1.0).sample((2000,))
     g[::100] *= 1e4
     median = pooled_median([g], ALONE)
-    free = token_weights([g], power, float(g.mean()))
-    cut = token_weights([g], power, float(g.mean()), 0.0, 3 * median)
+    free = token_weights([g], power, median)
+    cut = token_weights([g], power, median, 0.0, 3.0)
     assert effective_tokens(free, ALONE) <= 40
     assert effective_tokens(cut, ALONE) >= len(g) / (2 * 3**power)
     least = g <= 3 * median

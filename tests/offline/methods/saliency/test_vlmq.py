@@ -147,4 +147,4 @@ def test_weights_are_powers_of_the_relative_norm_within_bounds():
     found = [torch.tensor([1.0, 3.0]), torch.tensor([2.0])]
     assert [w.tolist() for w in token_weights(found, 1, 2.0)] == [[0.5, 1.5], [1.0]]
     assert [w.tolist() for w in token_weights(found, 2, 2.0)] == [[0.25, 2.25], [1.0]]
-    assert [w.tolist() for w in token_weights(found, 1, 2.0, floor=1.5, cap=2.5)] == [[0.75, 1.25], [1.0]]
+    assert [w.tolist() for w in token_weights(found, 1, 2.0, floor=0.75, cap=1.25)] == [[0.75, 1.25], [1.0]]
