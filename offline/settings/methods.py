@@ -123,9 +123,10 @@ TOKEN_WEIGHTS = {
     "qig": TokenWeights("integrated gradients of the rounding error", paired_if_rounded=True),
 }
 
-# What measured best on the demo model by width (NOTES.md has the table). A setting that is given wins, then a row's.
+# What measured best by width, on the demo model and on a real language model (NOTES.md). A setting that is given wins,
+# then a row's.
 BEST = {
-    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "all"},
+    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
     3: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
     4: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
     8: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},

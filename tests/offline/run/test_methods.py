@@ -27,7 +27,7 @@ METHODS = {
     "q-vlm-tower": {"method": "qvlm", "vision_bits": 4, "connector_bits": 8},
     "awq-rounded": {"method": "awq", "activation_bits": 8},
     "qig-rounded": {"method": "awq", "saliency": "qig", "activation_bits": 8},
-    "vlmq-rounded": {"method": "vlmq", "activation_bits": 8, "vision_bits": 8},
+    "vlmq-rounded": {"method": "vlmq", "saliency_scope": "all", "activation_bits": 8, "vision_bits": 8},
 }
 # Tested in make test by another method that takes the same way.
 SLOW = ("awq-mse", "mbq", "qig", "q-vlm-tower", "qig-rounded", "awq-rounded")
