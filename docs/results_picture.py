@@ -1,6 +1,6 @@
 """Draws the picture of the README: how far each method moves the demo model's answers at 2, 3 and 4 bits.
 
-The figures are those of the committed results (`benchmarks/results/2026-11-22-methods.md` says how they were measured).
+The figures are those of the committed results; the files of their names that end in .md say how they were measured.
 One SVG with colours for light and dark pages; text stays text. No library is needed.
 """
 
@@ -9,9 +9,10 @@ import math
 import statistics
 from pathlib import Path
 
-RESULTS = Path(__file__).parent.parent / "benchmarks/results/2026-11-22-methods.jsonl"
+FOLDER = Path(__file__).parent.parent / "benchmarks/results"
+RESULTS = (FOLDER / "2026-11-22-methods.jsonl", FOLDER / "2026-11-30-cut-and-rotation.jsonl")
 WIDTHS = (4, 3, 2)
-# Name in the picture, and in the results: one name, or one for each of WIDTHS.
+# Name in the picture, and in the results.
 METHODS = (
     ("RTN", "RTN"),
     ("AWQ", "AWQ"),
@@ -22,7 +23,7 @@ METHODS = (
     ("GPTAQ", "GPTAQ"),
     ("VLMQ as published", "VLMQ on GPTAQ"),
     ("QEP", "aligned"),
-    ("VLMQ on QEP (default)", ("VLMQ on aligned", "VLMQ on aligned", "VLMQ on aligned, all linears")),
+    ("VLMQ on QEP (default)", "VLMQ on QEP, cut at 3"),
 )
 ROW, TOP, LEFT, RIGHT, WIDTH = 30, 92, 210, 32, 760
 DECADES = (-1, 2)  # the axis runs from 10^-1 to 10^2, in 10^-3 nats
@@ -68,13 +69,13 @@ def draw() -> str:
 def figures() -> dict[tuple[str, int], tuple[float, float]]:
     """Mean and standard deviation over seeds of the KL, in 10^-3 nats, by name in the picture and width."""
     by_name: dict[tuple[str, float], list[float]] = {}
-    for line in RESULTS.read_text(encoding="utf-8").splitlines():
+    for line in (line for path in RESULTS for line in path.read_text(encoding="utf-8").splitlines()):
         row = json.loads(line)
         by_name.setdefault((row["name"], row["bits"]), []).append(1e3 * row["kl"])
     found = {}
-    for name, sources in METHODS:
-        for i, bits in enumerate(WIDTHS):
-            values = by_name[sources if isinstance(sources, str) else sources[i], bits]
+    for name, source in METHODS:
+        for bits in WIDTHS:
+            values = by_name[source, bits]
             found[name, bits] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     return found
 

@@ -64,11 +64,14 @@ class VLMQWeights:
         return weights, found
 
     def _token_weights(self, norms: list[torch.Tensor], mean: float) -> list[torch.Tensor]:
-        """Of one linear, from g [N] by batch; bounds are multiples of the median of the positive g."""
+        """Of one linear, from g [N] by batch, with mean 1; bounds are multiples of the median of the positive g."""
         options = self.settings
         bounds = options.saliency_floor, options.saliency_cap
         unit = pooled_median(norms, self.ranks) if any(bounds) else mean
-        return token_weights(norms, options.saliency_power, unit, *bounds)
+        weights = token_weights(norms, options.saliency_power, unit, *bounds)
+        pooled = torch.cat(weights).double()
+        total, count = self.ranks.add(torch.stack([pooled.sum(), torch.ones_like(pooled).sum()])).tolist()
+        return [weight * (count / total) for weight in weights]
 
     def _means(self, norms: Norms, linears: list[str]) -> dict[str, float | None]:
         """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""
