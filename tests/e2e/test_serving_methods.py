@@ -161,7 +161,9 @@ def test_rounded_answers_equal_those_of_transformers(served, folders, questions,
     found = served[method]
     exact, coarse = (in_transformers(folders[method], questions, found, dtype) for dtype in (FP32, FP16))
     assert rms(found, exact) < 1.5 * rms(coarse, exact)
-    assert engines.difference(answers_of(found), answers_of(exact), tie=0.0) < TOLERANCE
+    answered, right, other = (answers_of(each) for each in (found, exact, coarse))
+    bound = TOLERANCE + engines.difference(other, right, tie=0.0)  # with an outlier one answer is not certain: 0.02
+    assert engines.difference(answered, right, tie=0.0) < bound
 
 
 @pytest.mark.parametrize("method", ["outlier"])
