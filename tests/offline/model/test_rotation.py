@@ -26,12 +26,17 @@ TURNED = [name for name in family_models.FAMILIES if name != "gemma3"]
 
 
 def widened(name, folder):
-    """The samples and the folder of a family's model in float32, with scales of norms that are not 1."""
+    """The samples and the folder of a family's model in float32, with scales of norms that are not 1. Every token goes
+    to all experts: which of two random ones is the better is decided by the last bit now and then."""
     _, _, samples = make_samples(name, folder)
     path = folder / "model/model.safetensors"
     tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     norms = {name: t * (1 + 0.3 * torch.randn_like(t)) for name, t in tensors.items() if name.endswith("norm.weight")}
     save_file(tensors | norms, path, {"format": "pt"})
+    config = json.loads((folder / "model/config.json").read_text())
+    if "num_local_experts" in config["text_config"]:
+        config["text_config"]["num_experts_per_tok"] = config["text_config"]["num_local_experts"]
+        (folder / "model/config.json").write_text(json.dumps(config))
     return samples, folder / "model"
 
 
