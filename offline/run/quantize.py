@@ -73,6 +73,7 @@ class _Run:
         self.kept = find_kept(source, self.targets, self.units)
         self.rest = find_rest(source, self.targets, self.kept)
         self.formats = {target.name: target.format for target in self.targets}
+        self.columns = {target.module: target.columns for target in self.targets}
         self.samples = Samples()
 
     def run(self, out: Path, data: str | Path | None, resume: bool) -> list[Row]:
@@ -143,7 +144,7 @@ class _Run:
             writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
         self.ranks.wait()
         self.progress.say(_told(unit.module, rows))
-        _warn(rows, self.settings, {target.module: target.columns for target in self.targets})
+        _warn(rows, self.settings, self.columns)
 
     def _header(self) -> dict:
         """The quantization_config of config.json."""

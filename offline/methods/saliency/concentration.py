@@ -38,6 +38,13 @@ def pooled_median(norms: Sequence[torch.Tensor], ranks: Ranks) -> float:
     return torch.tensor(low, dtype=torch.int32).view(torch.float32).item()
 
 
+def pooled_mean(values: Sequence[torch.Tensor], ranks: Ranks) -> float:
+    """The mean over all ranks' values [N], summed in float64."""
+    pooled = torch.cat(list(values)).double()
+    total, count = ranks.add(torch.stack([pooled.sum(), torch.tensor(float(len(pooled))).to(pooled)])).tolist()
+    return total / count
+
+
 def effective_tokens(weights: Sequence[torch.Tensor], ranks: Ranks) -> float:
     """(sum lambda)^2 / sum lambda^2 over all ranks' token weights [N] (Kish's effective sample size): the number of
     tokens where all count alike, 1 where one has the whole weight."""

@@ -3,7 +3,7 @@
 import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.saliency.concentration import pooled_median
+from vlmq_vllm.offline.methods.saliency.concentration import pooled_mean, pooled_median
 from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, rounded_norms, token_weights
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
@@ -69,16 +69,13 @@ class VLMQWeights:
         bounds = options.saliency_floor, options.saliency_cap
         unit = pooled_median(norms, self.ranks) if any(bounds) else mean
         weights = token_weights(norms, options.saliency_power, unit, *bounds)
-        pooled = torch.cat(weights).double()
-        total, count = self.ranks.add(torch.stack([pooled.sum(), torch.ones_like(pooled).sum()])).tolist()
-        return [weight * (count / total) for weight in weights]
+        scale = 1 / pooled_mean(weights, self.ranks)
+        return [weight * scale for weight in weights]
 
     def _means(self, norms: Norms, linears: list[str]) -> dict[str, float | None]:
         """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""
         means: dict[str, float | None] = {}
         for linear in linears:
-            pooled = torch.cat([g[linear] for g in norms]).double()
-            total = self.ranks.add(torch.stack([pooled.sum(), torch.tensor(float(len(pooled))).to(pooled)]))
-            mean = float(total[0] / total[1])
+            mean = pooled_mean([g[linear] for g in norms], self.ranks)
             means[linear] = mean if 0 < mean < float("inf") else None
         return means
