@@ -104,13 +104,15 @@ class Judge:
 def measure(judge: Judge, pool: Path, options: dict) -> dict[str, float]:
     """Quantise with `options` and judge the twin in 16 bits, or where activations are rounded the checkpoint itself."""
     settings = Settings(**options)
+    # whether anything before the decoder's layers may differ from the full-precision model's
+    whole = settings.rotate or bool(settings.modules) or {settings.vision_bits, settings.connector_bits} != {KEPT}
     with tempfile.TemporaryDirectory() as folder:
         out, twin = Path(folder) / "out", Path(folder) / "twin"
         quantize(str(MODEL), out, None if settings.method == "rtn" else pool, settings)
         if settings.activation_bits != KEPT:
-            return judge(out, settings.rotate)
+            return judge(out, whole)
         dequantize(out, twin)
-        return judge(twin, settings.rotate)
+        return judge(twin, whole)
 
 
 def table(rows: list[dict]) -> str:
