@@ -1,4 +1,4 @@
-"""Runs llm-compressor's GPTQ on a Qwen2-VL model, in the environment that install.py makes for it.
+"""Runs llm-compressor's GPTQ or AWQ on a Qwen2-VL model, in the environment that install.py makes for it.
 
 As its own example for this model: weights in the checkpoint's dtype, one decoder layer after the other, vision tower
 and lm_head left alone. Everything else is its default (static act-order, damping 0.01, block 128, min-max grid).
@@ -6,15 +6,20 @@ and lm_head left alone. Everything else is its default (static act-order, dampin
 
 from runner import Clock, arguments, inputs, report
 
-args = arguments()
+args = arguments(method="gptq")
 
 from llmcompressor import oneshot  # noqa: E402, after the clock of runner.py has started
 from llmcompressor.modifiers.gptq import GPTQModifier  # noqa: E402
+from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E402
+from llmcompressor.modifiers.transform.awq import AWQModifier  # noqa: E402
+from llmcompressor.pipelines.cache import IntermediatesCache  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration  # noqa: E402
 
+IntermediatesCache.pin_memory = lambda *_, **__: None  # AWQ pins without asking, which without a GPU's driver fails
 
-def recipe() -> GPTQModifier:
+
+def recipe() -> list:
     weights = {
         "num_bits": args.bits,
         "type": "int",
@@ -23,7 +28,11 @@ def recipe() -> GPTQModifier:
         "group_size": args.group_size,
     }
     groups = {"decoder": {"targets": ["Linear"], "weights": weights}}
-    return GPTQModifier(config_groups=groups, ignore=["re:.*lm_head", "re:.*visual.*"])
+    common = {"config_groups": groups, "ignore": ["re:.*lm_head", "re:.*visual.*"]}
+    return {
+        "gptq": lambda: [GPTQModifier(**common)],
+        "awq": lambda: [AWQModifier(), QuantizationModifier(**common)],
+    }[args.method]()
 
 
 def main() -> None:
@@ -33,13 +42,13 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(args.model)
     with clock("prepare"):
         samples = inputs(args.data, processor, args.samples)
-    modifier = recipe()
+    modifiers = recipe()
     with clock("quantise"):
         oneshot(
             model=model,
             processor=processor,
             dataset=DataLoader(samples, batch_size=None),
-            recipe=modifier,
+            recipe=modifiers,
             num_calibration_samples=len(samples),
             sequential_targets=["Qwen2VLDecoderLayer"],
         )
@@ -49,8 +58,9 @@ def main() -> None:
     settings = {
         "tokens": sum(sample["input_ids"].shape[1] for sample in samples),
         "dtype": str(model.dtype),
-        "damp": modifier.dampening_frac,
-        "act_order": str(modifier.actorder),
+        "method": args.method,
+        "damp": getattr(modifiers[0], "dampening_frac", None),
+        "act_order": str(getattr(modifiers[0], "actorder", None)),
         "sequential_targets": "Qwen2VLDecoderLayer",
     }
     report("llm-compressor", args, clock, ("llmcompressor", "compressed-tensors"), settings)

@@ -26,6 +26,7 @@ from data import write
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 
 CHATS, POOL = 128, 256  # of a run; pictures that are drawn from
+GROUP_SIZE = 64
 QEP = {"method": "gptq", "base": "qep"}
 VLMQ = {"method": "vlmq", "base": "qep"}
 PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
@@ -66,7 +67,14 @@ def measure(judge: Judge, model: Path, data: Path, settings: dict) -> dict[str, 
         out, twin = Path(folder) / "out", Path(folder) / "twin"
         cost = quantized(model, data, settings, out)
         dequantize(out, twin)
-        return cost | judge(twin)
+        return cost | tokens_that_count(out) | judge(twin)
+
+
+def tokens_that_count(out: Path) -> dict[str, float]:
+    """Median and least share of effective tokens over the linears whose tokens are weighted, where any are."""
+    modules = json.loads((out / "vlmq_report.json").read_text())["modules"]
+    shares = [row["effective_tokens"] / row["tokens"] for row in modules if row["effective_tokens"] is not None]
+    return {"effective_median": statistics.median(shares), "effective_least": min(shares)} if shares else {}
 
 
 def write_drawn(folder: Path, chats: Path, kind: str, seed: int) -> Path:
@@ -79,6 +87,30 @@ def write_drawn(folder: Path, chats: Path, kind: str, seed: int) -> Path:
     lines = numbers.sample(drawn.read_text().splitlines(), pictures) + numbers.sample(texts, CHATS - pictures)
     drawn.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return drawn
+
+
+class Rows:
+    """The lines of a JSONL file, a measured model each; a file that a run left off is completed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.all = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def has(self, about: dict) -> bool:
+        """Whether there is a line of that model. Ends the program where it was made with other settings."""
+        settings = about.get("settings")
+        for row in self.all:
+            if all(row[key] == about[key] for key in ("bits", "name", "seed", "calibration")):
+                if row.get("settings") != settings:
+                    sys.exit(f"{self.path} has {about} with other settings; give another file or --label")
+                return True
+        return False
+
+    def add(self, row: dict) -> None:
+        self.all.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
 
 
 def table(rows: list[dict]) -> str:
@@ -107,38 +139,37 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the measurements of our methods and of the peers share."""
     parser.add_argument("model", type=Path)
     parser.add_argument("chats", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all")
-    parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
     parser.add_argument("--calibration", default="both", choices=("text", "pictures", "both"))
     parser.add_argument("--texts", type=int, default=80, help="at least two")
     parser.add_argument("--pictures", type=int, default=210)
     parser.add_argument("--rows", type=Path, default=Path("real_lm.jsonl"), help="file that is completed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=JSON", help="settings for all")
+    parser.add_argument("--label", default="", help="added to the methods' names, to tell settings apart")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
-    known = {tuple(row[key] for key in ("bits", "name", "seed", "calibration")): row["settings"] for row in rows}
+    rows = Rows(args.rows)
     extra = {name: json.loads(value) for name, _, value in (item.partition("=") for item in args.set)}
     judge = Judge(args.model, args.chats, args.texts, args.pictures)
     for bits, seed, name in itertools.product(args.bits, args.seeds, args.methods):
         about = {"bits": bits, "name": name + args.label, "seed": seed, "calibration": args.calibration}
-        settings = {"bits": bits, "group_size": 64, "seed": seed} | METHODS[name] | extra
-        if known.get(tuple(about.values()), settings) != settings:
-            sys.exit(f"{args.rows} has {about} with other settings; give another file or --label")
-        if tuple(about.values()) in known or (name == "RTN" and seed != args.seeds[0]):
+        about["settings"] = {"bits": bits, "group_size": GROUP_SIZE, "seed": seed} | METHODS[name] | extra
+        if rows.has(about) or (name == "RTN" and seed != args.seeds[0]):
             continue
         with tempfile.TemporaryDirectory() as folder:
             data = write_drawn(Path(folder), args.chats, args.calibration, seed)
-            rows.append(about | {"settings": settings} | measure(judge, args.model, data, settings))
-        with args.rows.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
-        print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
+            rows.add(about | measure(judge, args.model, data, about["settings"]))
+    print(table(rows.all))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 BASE is what `base.py` wrote, CHATS the folder of `chats.py`. Trained are the merger and a low-rank update (LoRA, PEFT)
 of every linear of the language model, on the answers' cross-entropy with each question in a branch of its own
-(`examples/demo_vlm/batches.py`). So that the model stays what it was on text, every other step adds the KL divergence
+(`examples/demo_vlm/batches.py`). So that the model stays what it was on text, every fourth step adds the KL divergence
 to the untrained model on text chats. OUT becomes a PEFT adapter, below 30 MB; `merge.py` adds it to BASE. A run that is
 killed goes on from OUT's training state; where OUT has an adapter alone, training begins with it.
 """
@@ -29,6 +29,7 @@ from pictures import draw  # noqa: E402
 
 RANK = 32
 MERGER_RATE = 2.0  # times that of the update: it begins with random weights
+TEXT_EVERY = 4  # steps
 STATE = "training_state.pt"
 
 
@@ -120,9 +121,9 @@ class Trainer:
                 loss = picture_loss(self.model, batch(drawn, self.tokenizer, args.questions))
             loss.backward()
         losses["answer"] = loss.item()
-        if step % 2 == 0:
+        if step % TEXT_EVERY == 0:
             count = len(self.chats)
-            some = [self.chats[(step // 2 * args.texts + i) % count] for i in range(args.texts)]
+            some = [self.chats[(step // TEXT_EVERY * args.texts + i) % count] for i in range(args.texts)]
             with torch.autocast("cpu", torch.bfloat16):
                 loss = text_loss(self.wrapped, some, self.tokenizer.pad_token_id)
             (args.text_weight * loss).backward()
@@ -152,8 +153,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=16, help="pictures per step")
     parser.add_argument("--questions", type=int, default=8, help="questions per picture at most")
-    parser.add_argument("--texts", type=int, default=4, help="text chats of every other step")
-    parser.add_argument("--text-weight", type=float, default=2.0)
+    parser.add_argument("--texts", type=int, default=4, help="text chats of every fourth step")
+    parser.add_argument("--text-weight", type=float, default=4.0)
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=200, help="steps between saved states and validations")

@@ -52,7 +52,7 @@ TWINS = {
 }
 # Every linear with its inputs rounded; and those of the decoder's first layer alone, in a model with an outlier.
 ROUNDED = {
-    "vlmq-rounded": FOUR | {"activation_bits": 8, "vision_bits": 8, "connector_bits": 8},
+    "vlmq-rounded": FOUR | {"activation_bits": 8, "vision_bits": 8, "connector_bits": 8, "rotate": True},
     "awq-rounded": FOUR | {"method": "awq", "activation_bits": 8},
     "outlier": FOUR | {"activation_bits": 8, "modules": {"model.layers.[123].*": 16}},
 }

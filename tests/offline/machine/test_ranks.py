@@ -34,6 +34,7 @@ for name, options in json.loads(runs).items():
 RUNS = {
     "modality": {"method": "awq", "saliency": "modality", "vision_bits": 4},
     "joint": {"method": "qvlm"},
+    "turned": {"method": "awq", "rotate": True},
 }
 
 
