@@ -71,10 +71,10 @@ def measure(judge: Judge, model: Path, data: Path, settings: dict) -> dict[str, 
 
 
 def tokens_that_count(out: Path) -> dict[str, float]:
-    """Median and least share of effective tokens over the linears whose tokens are weighted, where any are."""
+    """Median and least effective tokens over the linears whose tokens are weighted, where any are."""
     modules = json.loads((out / "vlmq_report.json").read_text())["modules"]
-    shares = [row["effective_tokens"] / row["tokens"] for row in modules if row["effective_tokens"] is not None]
-    return {"effective_median": statistics.median(shares), "effective_least": min(shares)} if shares else {}
+    found = [row["effective_tokens"] for row in modules if row["effective_tokens"] is not None]
+    return {"effective_median": statistics.median(found), "effective_least": min(found)} if found else {}
 
 
 def write_drawn(folder: Path, chats: Path, kind: str, seed: int) -> Path:
