@@ -23,6 +23,7 @@ import torch
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.methods.gptq.columns import ColumnPass, FindGrid
 from vlmq_vllm.offline.methods.gptq.factor import find_factor, push_of, qep
+from vlmq_vllm.offline.methods.gptq.refine import refine
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch, blocks_of, find_grid, on_grid
 from vlmq_vllm.offline.methods.solution import Solution
 
@@ -34,7 +35,8 @@ class Solver:
     act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
     compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
-    qep: D moves the weights beforehand (above), not column by column as in GPTAQ. compensate: without it codes are
+    qep: D moves the weights beforehand (above), not column by column as in GPTAQ. refine: rounds of new scales and
+    codes afterwards (`refine.py`). compensate: without it codes are
     the nearest ones, on grids for which a search with importance gets the blocks of H: AWQ's clipping (2306.00978).
     """
 
@@ -43,6 +45,7 @@ class Solver:
     damp: float = 0.01
     alpha: float = 0.25
     qep: bool = False
+    refine: int = 0
     compensate: bool = True
 
 
@@ -101,8 +104,11 @@ def solve(
         targets, push = _moved(weights[pick], moves, factor, order[pick], solver)
         del moves  # where `pick` copies, the columns need that memory
         quantized, losses = _by_columns(targets, importance[pick], order[pick], factor, push, format, dtype, solver)
-        for i, weight, loss in zip(factored, quantized, losses, strict=True):
-            found[i] = Solution(weight, loss, factors[i][1], dead[i])
+        for i, target, weight, loss in zip(factored, targets, quantized, losses, strict=True):
+            used = factors[i][1]
+            if solver.refine:
+                weight, loss = refine(target, h[i], used * float(importance[i].mean()), weight, solver.refine)
+            found[i] = Solution(weight, loss, used, dead[i])
     for i in set(range(len(h))) - found.keys():
         found[i] = _nearest(weights[i], h[i], format, dtype, solver.search, None, None)
     return [found[i] for i in range(len(h))]
