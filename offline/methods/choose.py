@@ -18,4 +18,4 @@ def solver_of(settings: Settings) -> Solver:
     if settings.row.rounding == CLIPPED:
         return Solver(CLIP, compensate=False)
     static, qep = settings.act_order == "static", settings.base == "qep"
-    return Solver(GRIDS[settings.grid], static, settings.damp, settings.alpha, qep)
+    return Solver(GRIDS[settings.grid], static, settings.damp, settings.alpha, qep, settings.refine)

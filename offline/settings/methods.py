@@ -12,7 +12,7 @@ NEAREST: Rounding = "nearest"
 CLIPPED: Rounding = "clipped"
 COMPENSATED: Rounding = "compensated"
 JOINT: Rounding = "joint"
-COMPENSATION = ("base", "alpha", "damp", "act_order")
+COMPENSATION = ("base", "alpha", "damp", "act_order", "refine")
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ TOKEN_WEIGHTS = {
 # What measured best by width, on the demo model and on a real language model (NOTES.md). A setting that is given wins,
 # then a row's.
 BEST = {
-    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
-    3: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
-    4: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
-    8: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
+    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.01, "refine": 2, "saliency_scope": "attention"},
+    3: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "refine": 2, "saliency_scope": "attention"},
+    4: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "refine": 2, "saliency_scope": "attention"},
+    8: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "refine": 2, "saliency_scope": "attention"},
 }
 ALPHA = {"gptq": 0.0, "gptaq": 0.25, "qep": 1.0}  # by base: GPTAQ's is its authors', qep measured best
 

@@ -82,6 +82,12 @@ class Settings:
         f"file. {BY_WIDTH}",
         ("static", "none"),
     )
+    refine: int = method_option(
+        None,
+        "Rounds of new scales (least squares) and new codes (coordinate descent) after a weight is compensated; 0: "
+        f"none. {BY_WIDTH} Not with base gptaq.",
+        least=0,
+    )
     grid: str = method_option(
         None,
         "Scales from a group's range (minmax), by the least |error|^2.4 over shrunk ranges (mse), or by the least "
@@ -119,7 +125,10 @@ class Settings:
     def __post_init__(self) -> None:
         check_options(self)
         best = defaults_of(self.method, self.bits)
-        best["alpha"] = ALPHA[self.base or best["base"]]
+        base = self.base or best["base"]
+        best["alpha"] = ALPHA[base]
+        if base == "gptaq":
+            best["refine"] = 0
         for name, value in best.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -132,6 +141,11 @@ class Settings:
             raise QuantizeError(
                 f"saliency_cap is {self.saliency_cap}, below saliency_floor ({self.saliency_floor}): every token would "
                 "count the same; make it larger, or 0 for none"
+            )
+        if self.base == "gptaq" and self.refine:
+            raise QuantizeError(
+                "refine starts from targets that stay, and base gptaq moves them column by column; choose base qep or gptq, "
+                "or refine 0"
             )
         if not 0 <= self.alpha <= 1:
             raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1")
