@@ -24,7 +24,7 @@ def sweep(
     ] = None,
     device: Device = "",
     resume: Annotated[
-        bool, typer.Option(help="Go on with a study; may ask for more bits, methods, parts and designs.")
+        bool, typer.Option(help="Go on with a study; may ask for more bits, methods, parts or a grid.")
     ] = False,
     as_json: Json = False,
     **settings: Any,

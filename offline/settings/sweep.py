@@ -12,7 +12,7 @@ from vlmq_vllm.offline.settings.quantize import BITS, COMPONENTS, GRID_POINTS, G
 STUDIED = tuple(name for name, row in METHODS.items() if row.studied)
 UNCALIBRATED = tuple(name for name in STUDIED if not METHODS[name].calibrated)
 BY = ("component", "third", "kind", "layer", "module")
-DESIGNS = ("one", "grid", "random")
+DESIGNS = ("one", "grid")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing but the grids of AWQ's trials differs between configurations.
 SOLVER: dict[str, Any] = {"base": "gptq", "act_order": "static", "damp": 0.01}
@@ -29,8 +29,8 @@ class StudySettings:
         ("rtn", "gptq"), "How weights are rounded; each method is a study of its own.", STUDIED
     )
     by: str = designing("component", "What a part is.", BY)
-    design: str = designing("one", "one part at a time; grid: all combinations; random: some of them.", DESIGNS)
-    runs: int = designing(128, "Configurations of a random design; the most that a grid may have.", least=1)
+    design: str = designing("one", "one part at a time; grid: all combinations.", DESIGNS)
+    runs: int = designing(128, "The most configurations that a grid may have.", least=1)
     components: tuple[str, ...] | None = designing(
         None,
         "Components that are studied. Default: all that can be served by component, else language; with --resume those "
@@ -49,7 +49,7 @@ class StudySettings:
     max_tokens: int = reading(2048, "Leave out longer chats, held-out ones too.", least=1)
     max_pixels: int = reading(0, "Shrink larger calibration pictures to this; 0: leave them.", least=0)
     dtype: str = designing("float32", "Type in which the model is judged.", DTYPES)
-    seed: int = reading(42, "Decides drawn chats, random designs and the forest.")
+    seed: int = reading(42, "Decides which chats are drawn.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))

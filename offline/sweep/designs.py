@@ -1,12 +1,6 @@
-"""Lists the configurations of the parts that are run: tuples with the width of every part, 16 where it is kept.
-
-`one_at_a_time`: every part alone at every width, and all together at every width. `full_grid`: every combination.
-`random_sample`: different configurations, each width of each part equally likely. Every design contains the first, so
-that the effect of a single part never rests on a fitted model alone.
-"""
+"""Lists the configurations of the parts that are run: tuples with the width of every part, 16 where it is kept."""
 
 import itertools
-import random
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.settings.quantize import KEPT
@@ -14,14 +8,21 @@ from vlmq_vllm.offline.settings.quantize import KEPT
 Widths = tuple[int, ...]
 
 
-def find_design(design: str, parts: int, bits: tuple[int, ...], runs: int, seed: int) -> list[Widths]:
-    """The configurations of `design` ("one", "grid" or "random") in the order in which they are run, none twice, and
-    without the one that leaves everything at 16 bits. Raises RefusedError for a grid of more than `runs`."""
+def find_design(design: str, parts: int, bits: tuple[int, ...], runs: int) -> list[Widths]:
+    """What changes one part alone, and for a "grid" every other combination; never everything at 16 bits. Raises
+    RefusedError for a grid of more than `runs`."""
     first = one_at_a_time(parts, bits)
     if design == "one":
         return first
-    others = full_grid(parts, bits, runs) if design == "grid" else random_sample(parts, bits, runs, seed)
-    return list(dict.fromkeys([*first, *others]))
+    levels = (*bits, KEPT)
+    count = len(levels) ** parts - 1
+    if count > runs:
+        raise RefusedError(
+            f"the full grid of {parts} parts at {len(levels)} widths has {count} configurations, more than --runs "
+            f"({runs}); raise --runs, give fewer --bits or parts, or take --design one"
+        )
+    combinations = (widths for widths in itertools.product(levels, repeat=parts) if set(widths) != {KEPT})
+    return list(dict.fromkeys([*first, *combinations]))
 
 
 def one_at_a_time(parts: int, bits: tuple[int, ...]) -> list[Widths]:
@@ -37,32 +38,6 @@ def alone(parts: int, part: int, width: int) -> Widths:
     return tuple(width if i == part else KEPT for i in range(parts))
 
 
-def full_precision(parts: int) -> Widths:
-    """Every part at 16 bits."""
-    return (KEPT,) * parts
-
-
-def full_grid(parts: int, bits: tuple[int, ...], limit: int) -> list[Widths]:
-    """Every combination of the widths and 16. Raises RefusedError for more than `limit`."""
-    levels = (*bits, KEPT)
-    count = len(levels) ** parts - 1
-    if count > limit:
-        raise RefusedError(
-            f"the full grid of {parts} parts at {len(levels)} widths has {count} configurations, more than --runs "
-            f"({limit}); raise --runs, give fewer --bits or parts, or take --design random"
-        )
-    return [widths for widths in itertools.product(levels, repeat=parts) if set(widths) != {KEPT}]
-
-
-def random_sample(parts: int, bits: tuple[int, ...], runs: int, seed: int) -> list[Widths]:
-    """`runs` different configurations, or all where there are no more."""
-    levels = (*bits, KEPT)
-    if len(levels) ** parts - 1 <= runs:
-        return full_grid(parts, bits, runs)
-    drawn: dict[Widths, None] = {}
-    numbers = random.Random(seed)
-    while len(drawn) < runs:
-        widths = tuple(numbers.choices(levels, k=parts))
-        if set(widths) != {KEPT}:
-            drawn[widths] = None
-    return list(drawn)
+def find_rises(parts: int, bits: tuple[int, ...], rows: dict[Widths, dict]) -> list[dict[int, float]]:
+    """For each part the KL (nats) with this part alone at a width, by width; from the rows of a design."""
+    return [{width: rows[alone(parts, part, width)]["kl"] for width in bits} for part in range(parts)]

@@ -20,7 +20,6 @@ from vlmq_vllm.offline.model.layers import put
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.quantize import KEPT
-from vlmq_vllm.offline.sweep.held_out import is_pictured
 from vlmq_vllm.offline.sweep.parts import Subject
 from vlmq_vllm.offline.sweep.pieces import Pieces
 
@@ -40,10 +39,7 @@ class Figures:
 
 
 class Judge:
-    """Scores of the full-precision model, found once, and the model that is changed.
-
-    questions: those that are short enough. pictured: how many of them have a picture.
-    """
+    """Scores of the full-precision model, found once, and the model that is changed."""
 
     def __init__(
         self,
@@ -56,21 +52,14 @@ class Judge:
         device: torch.device,
     ) -> None:
         self.source, self.pieces, self.processor, self.settings = source, pieces, processor, settings
+        self.questions = questions
         self.targets = {target.name: (target, subject.unit_of(target)) for target in subject.targets}
         self.dtype, self.device = getattr(torch, settings.dtype), device
         self.now: dict[str, tuple[str, int]] = {}  # linear -> method and width of the weight that it has
-        self.kept: dict[int, tuple[dict, int]] = {}
+        self.kept: dict[int, tuple[dict, int]] = {}  # by id of the question
         self.room = KEEP
         materialise(source, device, self.dtype)
-        self.questions: list[Question] = []
-        self.teacher: list[Score] = []
-        for question in questions:
-            inputs, start = question.inputs(processor)
-            if inputs["input_ids"].shape[1] <= settings.max_tokens:
-                self._keep(len(self.questions), inputs, start)
-                self.questions.append(question)
-                self.teacher.append(self._score(len(self.questions) - 1, None))
-        self.pictured = sum(map(is_pictured, self.questions))
+        self.teacher = [self._score(question, None) for question in questions]
 
     def full_precision(self) -> Figures:
         """The figures of the model itself."""
@@ -79,7 +68,7 @@ class Judge:
     def __call__(self, method: str, widths: dict[str, int]) -> Figures:
         """The figures with these linears (in-memory names) at these widths and all others at 16 bits."""
         self._exchange({linear: (method, bits) for linear, bits in widths.items() if bits != KEPT})
-        return self._figures([self._score(i, known) for i, known in enumerate(self.teacher)])
+        return self._figures([self._score(*each) for each in zip(self.questions, self.teacher, strict=True)])
 
     def _exchange(self, wanted: dict[str, tuple[str, int]]) -> None:
         for linear in self.targets.keys() & (self.now.keys() | wanted.keys()):
@@ -91,15 +80,16 @@ class Judge:
             put(self.source.model, linear, weight.to(self.device, self.dtype))
         self.now = wanted
 
-    def _score(self, number: int, teacher: Score | None) -> Score:
-        inputs, start = self.kept.get(number) or self.questions[number].inputs(self.processor)
-        return score_one(self.source.model, inputs, start, self.questions[number].answer, set(), self.settings, teacher)
-
-    def _keep(self, number: int, inputs: dict, start: int) -> None:
-        size = sum(value.numel() * value.element_size() for value in inputs.values())
-        if size <= self.room:
-            self.kept[number] = (inputs, start)
-            self.room -= size
+    def _score(self, question: Question, teacher: Score | None) -> Score:
+        found = self.kept.get(id(question))
+        if found is None:
+            found = question.inputs(self.processor)
+            size = sum(value.nbytes for value in found[0].values())
+            if size <= self.room:
+                self.kept[id(question)] = found
+                self.room -= size
+        inputs, start = found
+        return score_one(self.source.model, inputs, start, question.answer, set(), self.settings, teacher)
 
     def _figures(self, scores: list[Score]) -> Figures:
         rows = [sample_row(*each) for each in zip(self.questions, self.teacher, scores, strict=True)]

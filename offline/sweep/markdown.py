@@ -1,14 +1,12 @@
 """Writes the report of a study as markdown: what was run, and what follows as far as the number of questions allows."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vlmq_vllm.offline.settings.compare import CompareSettings
-from vlmq_vllm.offline.sweep.forest import LEAST, Forest
 
 if TYPE_CHECKING:
     from vlmq_vllm.offline.sweep.report import Mixed, Study
-
-MODULES = 200  # more modules are left to the recipe
 
 
 def counted(number: int, what: str) -> str:
@@ -16,13 +14,15 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def markdown(study: "Study", forests: dict[str, list[Forest]], pareto: list[dict]) -> str:
+def markdown(study: "Study", pareto: list[dict]) -> str:
     """The text of report.md."""
-    sections = [_about(study), _uniform(study), *(_alone(study, method) for method in study.found)]
-    sections += [_forest(study, method, found) for method, found in forests.items()]
+    widths = study.settings.bits[::-1]
+    uniform = {m: [found[(width,) * len(study.parts)] for width in widths] for m, found in study.found.items()}
+    sections = [_about(study), "## Everything at one width\n\n" + _rows([study.base, *sum(uniform.values(), [])])]
+    sections += [_alone(study, method) for method in study.found]
     sections.append("## Front of size and damage\n\n" + _rows(pareto))
     if study.mixed:
-        sections.append(_mixture(study, study.mixed))
+        sections.append(_mixture(study, study.mixed, uniform[study.mixed.method]))
     return "\n\n".join(sections) + "\n"
 
 
@@ -43,77 +43,41 @@ def _about(study: "Study") -> str:
     )
 
 
-def _uniform(study: "Study") -> str:
-    widths = study.settings.bits[::-1]
-    rows = [found[(width,) * len(study.parts)] for found in study.found.values() for width in widths]
-    return "## Everything at one width\n\n" + _rows([study.base, *rows])
-
-
 def _alone(study: "Study", method: str) -> str:
     """One part at each width, the others at 16."""
     widths = study.settings.bits[::-1]
-    lines = _head(["part", "share of weights, %", *(f"KL at {width} bits" for width in widths)])
-    for part, share, rises in zip(study.parts, study.shares, study.rises(method), strict=True):
-        lines.append(_line([part.name, f"{100 * share:.1f}", *(f"{rises[width]:.3g}" for width in widths)]))
-    return f"## One part at a time, {method}\n\nThe other parts stay at 16 bits.\n\n" + "\n".join(lines)
+    lines = [
+        [part.name, f"{100 * share:.1f}", *(f"{rises[width]:.3g}" for width in widths)]
+        for part, share, rises in zip(study.parts, study.shares, study.rises(method), strict=True)
+    ]
+    table = _table(["part", "share of weights, %", *(f"KL at {width} bits" for width in widths)], lines)
+    return f"## One part at a time, {method}\n\nThe other parts stay at 16 bits.\n\n{table}"
 
 
-def _forest(study: "Study", method: str, forests: list[Forest]) -> str:
-    title = f"## What a random forest makes of it, {method}\n\n"
-    if not forests:
-        return title + f"There are too few configurations that differ to fit one (it takes {LEAST})."
-    text = "Shares of a model that predicts KL from widths, not damage: read the table above first. R^2 is out of bag."
-    if len(study.settings.bits) > 1:
-        text += " Rows with the narrowest width carry most of the variance, "
-        if any(forest.without for forest in forests):
-            text += (
-                "so that a second forest is fitted without them; where the two disagree, the parts' order depends on "
-                "the widths in question."
-            )
-        else:
-            text += f"and too few others that differ are left ({LEAST} are needed) to see what they say alone."
-    text += "\n\n"
-    lines = _head(["rows", "R^2", "figure", *(part.name for part in study.parts)])
-    for forest in forests:
-        rows = f"{forest.rows}" if forest.without is None else f"{forest.rows} without {forest.without} bits"
-        lines.append(_line([rows, f"{forest.r2:.2f}", "impurity, %", *(f"{100 * v:.1f}" for v in forest.impurity)]))
-        pairs = zip(forest.permutation, forest.spread, strict=True)
-        lines.append(_line([rows, f"{forest.r2:.2f}", "permutation", *(f"{m:.3f} ({s:.3f})" for m, s in pairs)]))
-    return title + text + "\n".join(lines)
-
-
-def _mixture(study: "Study", mixed: "Mixed") -> str:
-    uniform = [study.found[mixed.method][(width,) * len(study.parts)] for width in study.settings.bits[::-1]]
+def _mixture(study: "Study", mixed: "Mixed", uniform: list[dict]) -> str:
     text = (
         f"## Mixture within {study.settings.budget} bits per weight, {mixed.method}\n\n"
         f"Widths of {counted(len(mixed.modules), 'module')} with the least sum of KL alone ({mixed.mixture.rise:.3g} "
         "in sum; that these add up is an assumption, the table has what was measured). The budget is an average over "
-        "all weights of the study's linears, those left at 16 bits too; other weights of the model do not count. "
+        "all weights of the study's linears, those left at 16 bits too; other weights of the model do not count."
     )
-    if mixed.blind:
-        text += "Blind mixtures, at most as large as the budget, have its two neighbouring widths at random places."
-    else:
-        text += "There is no blind mixture beside it: at this budget it would have one width everywhere."
     if len(study.found) > 1:
         text += (
-            f" Of the methods {mixed.method} would do best in a blind mixture of this size, judged by the rows with "
+            f" Of the methods {mixed.method} would do best in a random mixture of this size, judged by the rows with "
             "one width for everything."
         )
-    text += "\n\n"
-    text += _rows([mixed.row, *mixed.blind, *uniform])
-    if mixed.mixture.pooled:
+    if pooled := mixed.mixture.pooled:
+        where = counted(len(pooled), "module")
         text += (
-            f"\n\nIn {len(mixed.mixture.pooled)} modules a wider width measured worse than a narrower one, which is "
-            "noise; both count as their mean: " + ", ".join(mixed.mixture.pooled[:10])
+            f" In {where} a wider width measured worse than a narrower one, which is noise; both count as their mean."
         )
-        text += ", ..." if len(mixed.mixture.pooled) > 10 else "."
-    lines = _head(["module", "bits", *(f"KL at {width} bits" for width in study.settings.bits[::-1])])
-    rows = list(zip(mixed.modules, mixed.mixture.widths, mixed.rises, strict=True))
-    for module, width, rises in rows[:MODULES]:
-        measured = (f"{rises[bits]:.3g}" for bits in study.settings.bits[::-1])
-        lines.append(_line([module.name, str(width), *measured]))
-    left = f"\n\n{len(rows) - MODULES} more modules are in recipe.yaml." if len(rows) > MODULES else ""
-    return text + "\n\n" + "\n".join(lines) + left + "\n\n" + _recipe(mixed.recipe)
+    widths = study.settings.bits[::-1]
+    lines = [
+        [module.name, str(width), *(f"{rises[bits]:.3g}" for bits in widths)]
+        for module, width, rises in zip(mixed.modules, mixed.mixture.widths, mixed.rises, strict=True)
+    ]
+    table = _table(["module", "bits", *(f"KL at {width} bits" for width in widths)], lines)
+    return "\n\n".join([text, _rows([mixed.row, *uniform]), table, _recipe(mixed.recipe)])
 
 
 def _recipe(recipe: dict) -> str:
@@ -132,18 +96,14 @@ def _recipe(recipe: dict) -> str:
 
 
 def _rows(rows: list[dict]) -> str:
-    lines = _head(["method", "configuration", "bits per weight", "bits per parameter", "KL", "NLL", "exact, %"])
+    lines = []
     for row in rows:
         kl = f"{row['kl']:.3g}" + ("" if row["kl_error"] is None else f" ({row['kl_error']:.1g})")
         sizes = (f"{row['bits_per_weight']:.3f}", f"{row['bits_per_parameter']:.3f}")
         method = "" if row["method"] == "none" else row["method"]
-        lines.append(_line([method, row["label"], *sizes, kl, f"{row['nll']:.4f}", f"{100 * row['exact']:.1f}"]))
-    return "\n".join(lines)
+        lines.append([method, row["label"], *sizes, kl, f"{row['nll']:.4f}", f"{100 * row['exact']:.1f}"])
+    return _table(["method", "configuration", "bits per weight", "bits per parameter", "KL", "NLL", "exact, %"], lines)
 
 
-def _head(names: list[str]) -> list[str]:
-    return [_line(names), _line(["---"] * len(names))]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _table(names: list[str], lines: Iterable[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *lines))

@@ -14,8 +14,7 @@ import yaml
 
 from vlmq_vllm.offline.checkpoint.atomic import aside
 from vlmq_vllm.offline.settings.sweep import StudySettings
-from vlmq_vllm.offline.sweep.designs import Widths, full_precision
-from vlmq_vllm.offline.sweep.forest import Forest, find_rises, fit_forests
+from vlmq_vllm.offline.sweep.designs import Widths, find_rises
 from vlmq_vllm.offline.sweep.markdown import markdown
 from vlmq_vllm.offline.sweep.mixtures import Mixture
 from vlmq_vllm.offline.sweep.pareto import draw, pareto_front
@@ -27,15 +26,14 @@ FILES = ("results.csv", "pareto.csv", "pareto.png", "recipe.yaml", "report.md")
 
 @dataclass(frozen=True)
 class Mixed:
-    """What was found for a budget. rises: of the modules, by width, as measured. row, blind: results of the mixture and
-    of its controls. recipe: settings of `vlmq quantize`."""
+    """What was found for a budget. rises: of the modules, by width, as measured. row: result of the mixture. recipe:
+    settings of `vlmq quantize`."""
 
     method: str
     modules: list[Part]
     rises: list[dict[int, float]]
     mixture: Mixture
     row: dict
-    blind: list[dict]
     recipe: dict
 
 
@@ -53,14 +51,9 @@ class Study:
     shares: list[float]
     mixed: Mixed | None
 
-    def damage(self, method: str) -> dict[Widths, float]:
-        """KL by configuration of the design, with 0 for everything at 16 bits."""
-        found = {widths: row["kl"] for widths, row in self.found[method].items()}
-        return found | {full_precision(len(self.parts)): 0.0}
-
     def rises(self, method: str) -> list[dict[int, float]]:
         """KL of every part alone, by width."""
-        return find_rises(len(self.parts), self.settings.bits, self.damage(method))
+        return find_rises(len(self.parts), self.settings.bits, self.found[method])
 
     def pareto(self) -> list[dict]:
         """Rows on the Pareto front of bits per weight and KL, the narrowest first."""
@@ -70,15 +63,11 @@ class Study:
 
 def write(folder: Path, study: Study) -> dict:
     """Write all files into `folder`; returns the summary."""
-    forests = {}
-    if study.settings.design != "one":
-        for method in study.settings.methods:
-            forests[method] = fit_forests(study.damage(method), study.settings.bits, study.settings.seed)
     pareto = study.pareto()
     makers: dict[str, Callable[[Path], object]] = {
         "results.csv": lambda path: _csv(path, [study.base, *study.rows]),
         "pareto.csv": lambda path: _csv(path, pareto),
-        "report.md": lambda path: path.write_text(markdown(study, forests, pareto), encoding="utf-8"),
+        "report.md": lambda path: path.write_text(markdown(study, pareto), encoding="utf-8"),
     }
     if find_spec("matplotlib") is not None:
         makers["pareto.png"] = lambda path: draw(path, study.rows)
@@ -90,10 +79,10 @@ def write(folder: Path, study: Study) -> dict:
                 makers[name](partial)
         else:
             (folder / name).unlink(missing_ok=True)
-    return summary(study, forests, pareto)
+    return summary(study, pareto)
 
 
-def summary(study: Study, forests: dict[str, list[Forest]], pareto: list[dict]) -> dict:
+def summary(study: Study, pareto: list[dict]) -> dict:
     """The study in JSON's types."""
     names = [part.name for part in study.parts]
     found = study.about | {
@@ -102,7 +91,6 @@ def summary(study: Study, forests: dict[str, list[Forest]], pareto: list[dict]) 
         "full_precision": study.base,
         "rows": study.rows,
         "rises": {method: dict(zip(names, study.rises(method), strict=True)) for method in study.found},
-        "forests": {method: [asdict(forest) for forest in each] for method, each in forests.items()},
         "pareto": pareto,
     }
     if mixed := study.mixed:
@@ -114,7 +102,6 @@ def summary(study: Study, forests: dict[str, list[Forest]], pareto: list[dict]) 
             "sum_of_rises": mixed.mixture.rise,
             "pooled": mixed.mixture.pooled,
             "row": mixed.row,
-            "blind": mixed.blind,
         }
     return found
 

@@ -1,4 +1,4 @@
-"""Files of a study that are whole or not at all: pieces, and what a run reports; and how long the rest takes."""
+"""Files of a study that are whole or not at all: pieces, and what a run reports."""
 
 import os
 import resource
@@ -17,11 +17,10 @@ from vlmq_vllm.offline.model.targets import Target, Unit
 from vlmq_vllm.offline.settings.sweep import StudySettings
 from vlmq_vllm.offline.sweep import pieces as module
 from vlmq_vllm.offline.sweep import report
-from vlmq_vllm.offline.sweep.designs import full_precision, one_at_a_time
+from vlmq_vllm.offline.sweep.designs import one_at_a_time
 from vlmq_vllm.offline.sweep.mixtures import Mixture
 from vlmq_vllm.offline.sweep.parts import Part
 from vlmq_vllm.offline.sweep.pieces import Pieces
-from vlmq_vllm.offline.sweep.remaining import Remaining, duration
 from vlmq_vllm.offline.sweep.results import Results
 
 UNIT = Unit("language-00000", "language", "layers.0", 0)
@@ -136,10 +135,8 @@ def study_of(budget):
     }
     base = {"method": "none", "key": "", "label": "16 bits", "bits_per_weight": 16.0, "bits_per_parameter": 16.0}
     parts = [Part("one", ("a",)), Part("two", ("b",))]
-    [first, *others] = rows.values()
-    mixed = report.Mixed(
-        "rtn", parts, [{2: 0.9, 4: 0.8}] * 2, Mixture((2, 4), 1.7, []), first, others, {"bits": 2, "modules": {"b": 4}}
-    )
+    first, recipe = next(iter(rows.values())), {"bits": 2, "modules": {"b": 4}}
+    mixed = report.Mixed("rtn", parts, [{2: 0.9, 4: 0.8}] * 2, Mixture((2, 4), 1.7, []), first, recipe)
     return report.Study(
         about={"model": "m", "data": "d", "calibration": None, "questions": 1, "pictured": 1},
         settings=settings,
@@ -152,10 +149,8 @@ def study_of(budget):
     )
 
 
-def test_damage_of_everything_at_16_bits_is_none():
-    study = study_of(None)
-    assert full_precision(1) == (16,) and study.damage("rtn")[16, 16] == 0
-    assert study.rises("rtn") == [{2: 16 / 18, 4: 0.8}, {2: 16 / 18, 4: 0.8}]
+def test_rises_are_those_of_the_parts_alone():
+    assert study_of(None).rises("rtn") == [{2: 16 / 18, 4: 0.8}, {2: 16 / 18, 4: 0.8}]
 
 
 def test_all_files_are_of_the_same_run(tmp_path, monkeypatch):
@@ -187,22 +182,3 @@ def test_a_report_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
             patch.setattr(report, name, torn)
             report.write(tmp_path, study_of(3.5))
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_the_time_that_is_left_is_said_once_after_the_first_configuration():
-    said = []
-    remaining = Remaining(13, said.append)
-    for seconds in (15.0, 1.0, 1.0):
-        remaining.done(seconds)
-    assert said == ["a configuration takes 15 seconds; 12 more take about 3 minutes"] and remaining.count == 10
-    Remaining(1, said.append).done(15.0)
-    assert len(said) == 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 seconds"), (9.9, "9.9 seconds"), (10.2, "10 seconds"), (119, "119 seconds"), (120, "2 minutes")]
-    + [(7199, "120 minutes"), (7200, "2 hours"), (172800, "2 days")],
-)
-def test_a_duration_has_a_unit_of_which_there_are_several(seconds, text):
-    assert duration(seconds) == text

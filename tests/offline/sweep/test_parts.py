@@ -92,7 +92,7 @@ def test_a_whole_configuration_at_16_bits_has_the_files_size(family):
         ({"bits": ()}, "bits is empty"),
         ({"methods": ("vlmq",)}, "methods is vlmq; choose among rtn, awq, gptq"),
         ({"by": "row"}, "by is row; choose one of component, third, kind, layer, module"),
-        ({"design": "all"}, "design is all; choose one of one, grid, random"),
+        ({"design": "all"}, "design is all; choose one of one, grid"),
         ({"runs": 0}, "runs is 0; it must be at least 1"),
         ({"budget": 17.0}, "budget is 17.0; give average bits per weight"),
         ({"group_size": 48}, "group_size is 48; with 3 bits"),
