@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from vlmq_vllm.offline.compare.bootstrap import DRAWS, LEVEL, intervals
+from vlmq_vllm.offline.compare.bootstrap import intervals
 from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.scores import Score, first_difference, kl
 
@@ -58,14 +58,12 @@ def split_rows(rows: list[dict], seed: int) -> list[dict]:
 
 
 def _split(name: str, rows: list[dict], seed: int) -> dict:
-    values = np.array([[np.nan if row[f] is None else row[f] for f in FIGURES] for row in rows], dtype=float)
-    found = intervals(values, seed)
-    figures = {figure: None if np.isnan(found[0, i]) else _figure(found[:, i]) for i, figure in enumerate(FIGURES)}
+    columns = intervals(np.array([[row[figure] for figure in FIGURES] for row in rows], dtype=float), seed).T
+    figures = {
+        figure: None if np.isnan(column[0]) else _figure(column)
+        for figure, column in zip(FIGURES, columns, strict=True)
+    }
     return {"split": name, "n": len(rows), "tokens": sum(row["tokens"] for row in rows), **figures}
-
-
-def bootstrap_settings(seed: int) -> dict:
-    return {"level": LEVEL, "draws": DRAWS, "seed": seed, "over": "samples"}
 
 
 def _figure(column: np.ndarray) -> dict[str, float | None]:
