@@ -20,6 +20,14 @@ SOLVER: dict[str, Any] = {"base": "gptq", "act_order": "static", "damp": 0.01}
 designing, formatting, reading = (partial(option, panel=name) for name in ("Study", "Format", "Data"))
 
 
+class Apart(Settings):
+    """Settings of a run in which every linear is rounded on what the full-precision ones before it give."""
+
+    @property
+    def sequential(self) -> bool:
+        return False
+
+
 @dataclass(frozen=True)
 class StudySettings:
     """Settings of `vlmq sweep`. Raises QuantizeError for a value that cannot be."""
@@ -70,5 +78,5 @@ class StudySettings:
         return (*self.bits, KEPT)
 
     def of(self, method: str, bits: int) -> Settings:
-        """The settings with which `vlmq quantize` would round every part to `bits`."""
-        return Settings(bits=bits, group_size=self.group_size, symmetric=self.symmetric, method=method, **SOLVER)
+        """The settings with which every part is rounded to `bits`."""
+        return Apart(bits=bits, group_size=self.group_size, symmetric=self.symmetric, method=method, **SOLVER)
