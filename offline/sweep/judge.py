@@ -6,7 +6,6 @@ answer tokens, then the mean over samples.
 
 import math
 import statistics
-from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +15,7 @@ from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.report import sample_row
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.data.processor import Processor
-from vlmq_vllm.offline.model.layers import put
+from vlmq_vllm.offline.model.layers import put, set_parameter
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.quantize import KEPT
@@ -24,18 +23,6 @@ from vlmq_vllm.offline.sweep.parts import Subject
 from vlmq_vllm.offline.sweep.pieces import Pieces
 
 KEEP = 1 << 30  # bytes of prepared inputs that stay in memory; those of further questions are made anew every time
-
-
-@dataclass(frozen=True)
-class Figures:
-    """kl: KL(16 bits || configuration) in nats per answer token; kl_error: its standard error over samples, None for a
-    single one. nll: negative log-likelihood of the answer in nats per token. exact: share of answers of which every
-    token is the likeliest."""
-
-    kl: float
-    kl_error: float | None
-    nll: float
-    exact: float
 
 
 class Judge:
@@ -61,11 +48,11 @@ class Judge:
         materialise(source, device, self.dtype)
         self.teacher = [self._score(question, None) for question in questions]
 
-    def full_precision(self) -> Figures:
+    def full_precision(self) -> dict[str, float | None]:
         """The figures of the model itself."""
         return self._figures(self.teacher)
 
-    def __call__(self, method: str, widths: dict[str, int]) -> Figures:
+    def __call__(self, method: str, widths: dict[str, int]) -> dict[str, float | None]:
         """The figures with these linears (in-memory names) at these widths and all others at 16 bits."""
         self._exchange({linear: (method, bits) for linear, bits in widths.items() if bits != KEPT})
         return self._figures([self._score(*each) for each in zip(self.questions, self.teacher, strict=True)])
@@ -91,32 +78,31 @@ class Judge:
         inputs, start = found
         return score_one(self.source.model, inputs, start, question.answer, set(), self.settings, teacher)
 
-    def _figures(self, scores: list[Score]) -> Figures:
+    def _figures(self, scores: list[Score]) -> dict[str, float | None]:
+        """kl: KL(16 bits || configuration) in nats per answer token; kl_error: its standard error over samples, None
+        for a single one. nll: negative log-likelihood of the answer in nats per token. exact: share of answers of which
+        every token is the likeliest."""
         rows = [sample_row(*each) for each in zip(self.questions, self.teacher, scores, strict=True)]
         kl = [row["kl"] for row in rows]
         if not all(map(math.isfinite, kl)):
             raise QuantizeError(
                 f"the model answers with NaN or infinity in {self.settings.dtype}; take --dtype float32 or bfloat16"
             )
-        return Figures(
-            kl=statistics.fmean(kl),
-            kl_error=statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None,
-            nll=statistics.fmean(row["nll_student"] for row in rows),
-            exact=statistics.fmean(row["exact_student"] for row in rows),
-        )
+        return {
+            "kl": statistics.fmean(kl),
+            "kl_error": statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None,
+            "nll": statistics.fmean(row["nll_student"] for row in rows),
+            "exact": statistics.fmean(row["exact_student"] for row in rows),
+        }
 
 
 def materialise(source: Source, device: torch.device, dtype: torch.dtype) -> None:
     """Load every parameter of the model; tied ones share theirs as in the skeleton, or the input embeddings'."""
-    model = source.model
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for alike in names.values():
-        stored = next((name for name in alike if name in source.places), f"{source.family.embed}.weight")
-        value = source.parameter(stored).to(device, dtype)
-        parameter = torch.nn.Parameter(value, requires_grad=False)
-        for name in alike:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_parameter(leaf, parameter)
-    model.to(device)
+    loaded: dict[int, torch.nn.Parameter] = {}  # by the id of the skeleton's
+    for name, skeleton in list(source.model.named_parameters(remove_duplicate=False)):
+        if id(skeleton) not in loaded:
+            stored = name if name in source.places else f"{source.family.embed}.weight"
+            value = source.parameter(stored).to(device, dtype)
+            loaded[id(skeleton)] = torch.nn.Parameter(value, requires_grad=False)
+        set_parameter(source.model, name, loaded[id(skeleton)])
+    source.model.to(device)

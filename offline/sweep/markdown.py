@@ -1,12 +1,8 @@
 """Writes the report of a study as markdown: what was run, and what follows as far as the number of questions allows."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from vlmq_vllm.offline.settings.compare import CompareSettings
-
-if TYPE_CHECKING:
-    from vlmq_vllm.offline.sweep.report import Mixed, Study
 
 
 def counted(number: int, what: str) -> str:
@@ -14,27 +10,33 @@ def counted(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def markdown(study: "Study", pareto: list[dict]) -> str:
-    """The text of report.md."""
-    widths = study.settings.bits[::-1]
-    uniform = {m: [found[(width,) * len(study.parts)] for width in widths] for m, found in study.found.items()}
-    sections = [_about(study), "## Everything at one width\n\n" + _rows([study.base, *sum(uniform.values(), [])])]
-    sections += [_alone(study, method) for method in study.found]
-    sections.append("## Front of size and damage\n\n" + _rows(pareto))
-    if study.mixed:
-        sections.append(_mixture(study, study.mixed, uniform[study.mixed.method]))
+def markdown(found: dict) -> str:
+    """The text of report.md; `found` as in `run.py`."""
+    rows = {(row["method"], row["label"]): row for row in found["rows"]}
+    widths = found["settings"]["bits"][::-1]
+    uniform = {method: [rows[method, f"all {width}"] for width in widths] for method in found["rises"]}
+    every = [found["full_precision"], *(row for own in uniform.values() for row in own)]
+    sections = [_about(found), f"## Everything at one width\n\n{_rows(every)}"]
+    for method, rises in found["rises"].items():
+        table = _rises("share of weights, %", [f"{100 * share:.1f}" for share in found["shares"]], rises)
+        sections.append(f"## One part at a time, {method}\n\nThe other parts stay at 16 bits.\n\n{table}")
+    sections.append(f"## Front of size and damage\n\n{_rows(found['pareto'])}")
+    if mixture := found.get("mixture"):
+        table = _rises("bits", map(str, mixture["widths"].values()), mixture["rises"])
+        results = _rows([mixture["row"], *uniform[mixture["method"]]])
+        sections += [_mixture(found, mixture), results, table, _recipe(mixture["recipe"])]
     return "\n\n".join(sections) + "\n"
 
 
-def _about(study: "Study") -> str:
-    options, about = study.settings, study.about
-    groups = "One group per row" if options.group_size == -1 else f"Groups of {options.group_size}"
-    grid = "symmetric" if options.symmetric else "asymmetric"
-    error = "" if about["questions"] > 1 else " There is one question only, so that there are no standard errors."
+def _about(found: dict) -> str:
+    group_size = found["settings"]["group_size"]
+    groups = "One group per row" if group_size == -1 else f"Groups of {group_size}"
+    grid = "symmetric" if found["settings"]["symmetric"] else "asymmetric"
+    error = "" if found["questions"] > 1 else " There is one question only, so that there are no standard errors."
     return (
-        f"# Component study of {about['model']}\n\n"
-        f"{counted(len(study.rows), 'configuration')} on {counted(about['questions'], 'held-out question')} "
-        f"({about['data']}), {about['pictured']} with a picture; calibrated with {about['calibration'] or 'nothing'}. "
+        f"# Component study of {found['model']}\n\n"
+        f"{counted(len(found['rows']), 'configuration')} on {counted(found['questions'], 'held-out question')} "
+        f"({found['data']}), {found['pictured']} with a picture; calibrated with {found['calibration'] or 'nothing'}. "
         f"{groups}, {grid}, one solver for all widths; every linear was rounded on the full-precision stream.\n\n"
         "KL is that of the next token at the answers' tokens to the full-precision model, over its "
         f'{CompareSettings.top} likeliest tokens and "any other" (at most that over the whole vocabulary), in nats, '
@@ -43,41 +45,25 @@ def _about(study: "Study") -> str:
     )
 
 
-def _alone(study: "Study", method: str) -> str:
-    """One part at each width, the others at 16."""
-    widths = study.settings.bits[::-1]
-    lines = [
-        [part.name, f"{100 * share:.1f}", *(f"{rises[width]:.3g}" for width in widths)]
-        for part, share, rises in zip(study.parts, study.shares, study.rises(method), strict=True)
-    ]
-    table = _table(["part", "share of weights, %", *(f"KL at {width} bits" for width in widths)], lines)
-    return f"## One part at a time, {method}\n\nThe other parts stay at 16 bits.\n\n{table}"
-
-
-def _mixture(study: "Study", mixed: "Mixed", uniform: list[dict]) -> str:
+def _mixture(found: dict, mixture: dict) -> str:
+    method, modules = mixture["method"], counted(len(mixture["widths"]), "module")
     text = (
-        f"## Mixture within {study.settings.budget} bits per weight, {mixed.method}\n\n"
-        f"Widths of {counted(len(mixed.modules), 'module')} with the least sum of KL alone ({mixed.mixture.rise:.3g} "
+        f"## Mixture within {found['settings']['budget']} bits per weight, {method}\n\n"
+        f"Widths of {modules} with the least sum of KL alone ({mixture['sum_of_rises']:.3g} "
         "in sum; that these add up is an assumption, the table has what was measured). The budget is an average over "
         "all weights of the study's linears, those left at 16 bits too; other weights of the model do not count."
     )
-    if len(study.found) > 1:
+    if len(found["rises"]) > 1:
         text += (
-            f" Of the methods {mixed.method} would do best in a random mixture of this size, judged by the rows with "
-            "one width for everything."
+            f" Of the methods {method} would do best in a random mixture of this size, judged by the rows with one "
+            "width for everything."
         )
-    if pooled := mixed.mixture.pooled:
+    if pooled := mixture["pooled"]:
         where = counted(len(pooled), "module")
         text += (
             f" In {where} a wider width measured worse than a narrower one, which is noise; both count as their mean."
         )
-    widths = study.settings.bits[::-1]
-    lines = [
-        [module.name, str(width), *(f"{rises[bits]:.3g}" for bits in widths)]
-        for module, width, rises in zip(mixed.modules, mixed.mixture.widths, mixed.rises, strict=True)
-    ]
-    table = _table(["module", "bits", *(f"KL at {width} bits" for width in widths)], lines)
-    return "\n\n".join([text, _rows([mixed.row, *uniform]), table, _recipe(mixed.recipe)])
+    return text
 
 
 def _recipe(recipe: dict) -> str:
@@ -95,6 +81,16 @@ def _recipe(recipe: dict) -> str:
     )
 
 
+def _rises(heading: str, column: Iterable[str], rises: dict[str, dict[int, float]]) -> str:
+    """KL of every part alone, by width, and a column more."""
+    widths = sorted(next(iter(rises.values())), reverse=True)
+    lines = [
+        [part, cell, *(f"{own[width]:.3g}" for width in widths)]
+        for cell, (part, own) in zip(column, rises.items(), strict=True)
+    ]
+    return _table(["part", heading, *(f"KL at {width} bits" for width in widths)], lines)
+
+
 def _rows(rows: list[dict]) -> str:
     lines = []
     for row in rows:
@@ -105,5 +101,5 @@ def _rows(rows: list[dict]) -> str:
     return _table(["method", "configuration", "bits per weight", "bits per parameter", "KL", "NLL", "exact, %"], lines)
 
 
-def _table(names: list[str], lines: Iterable[list[str]]) -> str:
+def _table(names: list[str], lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *lines))

@@ -3,30 +3,19 @@
 The budget is an average over the weights of the study's linears, scales and zero points included.
 """
 
+import math
 import re
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.model.experts import is_expert
-from vlmq_vllm.offline.model.targets import Target
 from vlmq_vllm.offline.settings.quantize import KEPT
 from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
 from vlmq_vllm.offline.sweep.knapsack import allocate
 from vlmq_vllm.offline.sweep.parts import Part, Subject
 from vlmq_vllm.offline.sweep.sizes import linear_bits
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """widths: of the modules, in their order. rise: sum of their rises, nats. pooled: modules for which a wider width
-    had measured worse, so that rises were averaged."""
-
-    widths: tuple[int, ...]
-    rise: float
-    pooled: list[str]
 
 
 class Budget:
@@ -45,20 +34,18 @@ class Budget:
         if self.total < least:
             raise RefusedError(
                 f"a budget of {average} bits per weight cannot be met with {levels[0]} bits and scales: give "
-                f"{_up(least / weights)} or more, narrower --bits or larger groups"
+                f"{math.ceil(100 * least / weights) / 100:.2f} or more, narrower --bits or larger groups"
             )
 
-    def mix(self, rises: list[dict[int, float]]) -> Mixture:
-        """The mixture with the least sum of rises (by width, for every module; 16 bits have none)."""
+    def mix(self, rises: list[dict[int, float]]) -> tuple[tuple[int, ...], float, list[str]]:
+        """The widths of the modules with the least sum of rises (by width, for every module; 16 bits have none), that
+        sum in nats, and the modules for which a wider width had measured worse, so that rises were averaged."""
         measured = np.array([[found[width] for width in self.levels[:-1]] for found in rises])
         smooth = np.pad(np.apply_along_axis(isotonic, 1, measured), ((0, 0), (0, 1)))
         chosen = allocate(self.bits, smooth, self.total)
         worse = np.any(np.diff(measured) > 0, axis=1).tolist()
-        return Mixture(
-            widths=tuple(self.levels[level] for level in chosen),
-            rise=float(smooth[range(len(chosen)), chosen].sum()),
-            pooled=[module.name for module, pooled in zip(self.modules, worse, strict=True) if pooled],
-        )
+        pooled = [module.name for module, found in zip(self.modules, worse, strict=True) if found]
+        return tuple(self.levels[i] for i in chosen), float(smooth[range(len(chosen)), chosen].sum()), pooled
 
     def expected(self, uniform: dict[int, float]) -> float:
         """KL to be expected of widths mixed at random within the budget if damages add up: with `uniform`, the KL of
@@ -90,7 +77,10 @@ def recipe_of(subject: Subject, widths: dict[str, int], settings: StudySettings,
     modules: dict[str, int] = {} if decoder else {"*": KEPT}
     for target in subject.targets:
         if widths[target.name] != (default if target.component == "language" else KEPT):
-            modules[_pattern(target)] = widths[target.name]
+            name = target.module
+            if is_expert(target.name):  # that of all experts of its layer
+                name = re.sub(r"\.\d+\.(?=[^.]+$)", ".*.", name)
+            modules[name] = widths[target.name]
     return {
         "bits": default,
         "group_size": settings.group_size,
@@ -98,13 +88,3 @@ def recipe_of(subject: Subject, widths: dict[str, int], settings: StudySettings,
         **({} if calibrated else {"method": UNCALIBRATED[0]}),
         "modules": modules,
     }
-
-
-def _pattern(target: Target) -> str:
-    """The linear's name in the files; of an expert, that of all experts of its layer."""
-    return re.sub(r"\.\d+\.(?=[^.]+$)", ".*.", target.module) if is_expert(target.name) else target.module
-
-
-def _up(value: float) -> str:
-    """With two digits after the point, rounded up, so that the number itself is possible."""
-    return f"{-(-value * 100 // 1) / 100:.2f}"

@@ -24,14 +24,15 @@ from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
 from vlmq_vllm.offline.sweep.designs import Widths, find_design, find_rises, one_at_a_time
 from vlmq_vllm.offline.sweep.held_out import read
 from vlmq_vllm.offline.sweep.identity import identify
-from vlmq_vllm.offline.sweep.judge import Figures, Judge
+from vlmq_vllm.offline.sweep.judge import Judge
 from vlmq_vllm.offline.sweep.knapsack import check_solver
 from vlmq_vllm.offline.sweep.make_pieces import PieceMaker
 from vlmq_vllm.offline.sweep.markdown import counted
 from vlmq_vllm.offline.sweep.mixtures import Budget, recipe_of
+from vlmq_vllm.offline.sweep.pareto import pareto_front
 from vlmq_vllm.offline.sweep.parts import Part, expand, find_parts, find_subject, label_of
 from vlmq_vllm.offline.sweep.pieces import Pieces
-from vlmq_vllm.offline.sweep.report import Mixed, Study, write
+from vlmq_vllm.offline.sweep.report import write
 from vlmq_vllm.offline.sweep.results import Results, key_of
 from vlmq_vllm.offline.sweep.sizes import Sizes
 
@@ -110,24 +111,38 @@ class _Run:
         pictured = sum(question.pictured for question in found.questions)
         questions, parts = counted(len(found.questions), "held-out question"), counted(len(self.parts), "part")
         self.say(f"{questions}, {pictured} with a picture; {parts} by {settings.by}")
-        rows = {method: self._evaluate(method, self.parts, self.design) for method in settings.methods}
-        study = Study(
-            about={
-                "model": self.model,
-                "data": str(data),
-                "calibration": str(calibration) if calibration else None,
-                "questions": len(found.questions),
-                "pictured": pictured,
-            },
-            settings=settings,
-            parts=self.parts,
-            base=self._row("none", "16 bits", {}, self.judge.full_precision()),
-            found=rows,
-            shares=self.sizes.shares(self.parts),
-            mixed=self._mix(self.budget, rows, calibration is not None) if self.budget else None,
-            rows=list(results.rows.values()),
-        )
-        return write(results.folder, study)
+        report = self._report(results, calibration is not None) | {
+            "model": self.model,
+            "data": str(data),
+            "calibration": str(calibration) if calibration else None,
+            "questions": len(found.questions),
+            "pictured": pictured,
+        }
+        write(results.folder, report)
+        return report
+
+    def _report(self, results: Results, calibrated: bool) -> dict:
+        """What was found, in JSON's types: rows of all configurations and of the model at 16 bits, the front of bits
+        per weight and KL, and for every method and part the KL of this part alone, by width."""
+        settings, names = self.settings, [part.name for part in self.parts]
+        base = self._row("none", "16 bits", {}, self.judge.full_precision())
+        found = {method: self._evaluate(method, self.parts, self.design) for method in settings.methods}
+        rises = {
+            method: dict(zip(names, find_rises(len(names), settings.bits, rows), strict=True))
+            for method, rows in found.items()
+        }
+        mixed = {"mixture": self._mix(self.budget, found, calibrated)} if self.budget else {}
+        every = [*results.rows.values(), base]
+        return {
+            "settings": asdict(settings),
+            "parts": names,
+            "shares": self.sizes.shares(self.parts),
+            "full_precision": base,
+            "rows": every[:-1],
+            "rises": rises,
+            "pareto": [every[i] for i in pareto_front([(row["bits_per_weight"], row["kl"]) for row in every])],
+            **mixed,
+        }
 
     def _evaluate(self, method: str, parts: list[Part], design: list[Widths]) -> dict[Widths, dict]:
         """The rows of a design."""
@@ -150,17 +165,17 @@ class _Run:
             self.say(f"{method}{place}: {label}: KL {row['kl']:.3g}, in {took}")
         return row
 
-    def _row(self, method: str, label: str, linears: dict[str, int], figures: Figures) -> dict:
+    def _row(self, method: str, label: str, linears: dict[str, int], figures: dict) -> dict:
         return {
             "method": method,
             "key": key_of(linears),
             "label": label,
             "bits_per_weight": self.sizes.bits_per_weight(linears),
             "bits_per_parameter": self.sizes.bits_per_parameter(linears),
-            **asdict(figures),
+            **figures,
         }
 
-    def _mix(self, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool) -> Mixed:
+    def _mix(self, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool) -> dict:
         """The best mixture within the budget by the method of which a random one is to be expected best. One method,
         since no checkpoint mixes them; which is best differs between widths."""
         bits, count = self.settings.bits, len(self.modules)
@@ -171,8 +186,16 @@ class _Run:
         method = min(self.settings.methods, key=expected)
         self.say(f"budget: {count} modules by {method}")
         rises = find_rises(count, bits, self._evaluate(method, self.modules, one_at_a_time(count, bits)))
-        mixture = budget.mix(rises)
+        widths, rise, pooled = budget.mix(rises)
         label = f"mixture within {self.settings.budget} bits"
-        row = self._judged(method, label, expand(self.modules, mixture.widths)) | {"label": label}
-        recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), self.settings, calibrated)
-        return Mixed(method, self.modules, rises, mixture, row, recipe)
+        row = self._judged(method, label, expand(self.modules, widths)) | {"label": label}
+        names = [part.name for part in self.modules]
+        return {
+            "method": method,
+            "widths": dict(zip(names, widths, strict=True)),
+            "rises": dict(zip(names, rises, strict=True)),
+            "sum_of_rises": rise,
+            "pooled": pooled,
+            "row": row,
+            "recipe": recipe_of(self.subject, expand(self.modules, widths, kept=True), self.settings, calibrated),
+        }

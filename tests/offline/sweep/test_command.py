@@ -40,7 +40,7 @@ def test_a_study_is_stopped_goes_on_and_prints_json(vlmq, demo_model, held_out, 
     assert any(re.search(r"rtn 2 of 8: all 2: KL .*, in 0:\d\d:\d\d$", line) for line in said)
     code, printed, said = vlmq(*arguments, "--resume")
     assert code == 0 and "recipe.yaml" in printed and not any("of 8" in line for line in said)
-    made = {"identity.json", "pieces", "results.jsonl", "results.csv", "pareto.csv", "pareto.png", "report.md"}
+    made = {"study.json", "pieces", "results.csv", "pareto.csv", "pareto.png", "report.md"}
     assert {path.name for path in (tmp_path / "study").iterdir()} == made | {"recipe.yaml"}
     code, printed, said = vlmq(*arguments[:-2], "--resume")
     assert code == 0 and "recipe" not in printed and not any("KL" in line for line in said)
@@ -55,15 +55,15 @@ def test_a_study_that_was_damaged_goes_on_or_says_what_to_do(vlmq, demo_model, h
     pieces = {path: path.read_bytes() for path in sorted(out.glob("pieces/rtn-2/*"))}
     cut = list(pieces)[1]
     os.truncate(cut, 1000)
-    rows = (out / "results.jsonl").read_bytes()
-    (out / "results.jsonl").write_bytes(b"")
+    study = json.loads((out / "study.json").read_text())
+    (out / "study.json").write_text(json.dumps(study | {"rows": []}))
     code, _, said = vlmq(*arguments, "--resume")
     assert code == 0 and f"vlmq: {cut} was damaged; it is made again when it is needed" in said
-    assert {path: path.read_bytes() for path in pieces} == pieces and (out / "results.jsonl").read_bytes() == rows
-    for name, content in (("results.jsonl", b"[]\n" + rows), ("identity.json", b"{")):
-        (out / name).write_bytes(content)
-        code, _, said = vlmq(*arguments, "--resume")
-        assert code == 3 and said[-1].startswith("vlmq: error: ") and f"{name} is damaged" in said[-1]
+    assert {path: path.read_bytes() for path in pieces} == pieces
+    assert json.loads((out / "study.json").read_text()) == study
+    (out / "study.json").write_text("{")
+    code, _, said = vlmq(*arguments, "--resume")
+    assert code == 3 and said[-1].startswith("vlmq: error: ") and "study.json is damaged" in said[-1]
 
 
 def test_a_resumed_study_keeps_its_components_and_names_options_that_differ(vlmq, demo_model, held_out, tmp_path):

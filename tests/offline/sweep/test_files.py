@@ -2,6 +2,7 @@
 
 import os
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,12 +19,13 @@ from vlmq_vllm.offline.settings.sweep import StudySettings
 from vlmq_vllm.offline.sweep import pieces as module
 from vlmq_vllm.offline.sweep import report
 from vlmq_vllm.offline.sweep.designs import one_at_a_time
-from vlmq_vllm.offline.sweep.mixtures import Mixture
-from vlmq_vllm.offline.sweep.parts import Part
+from vlmq_vllm.offline.sweep.markdown import markdown
+from vlmq_vllm.offline.sweep.parts import Part, label_of
 from vlmq_vllm.offline.sweep.pieces import Pieces
 from vlmq_vllm.offline.sweep.results import Results
 
 UNIT = Unit("language-00000", "language", "layers.0", 0)
+PARTS = [Part("one", ("a",)), Part("two", ("b",))]
 SHAPES = [(1, 32), (7, 96), (33, 64)]
 
 
@@ -125,32 +127,31 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def study_of(budget):
     """Two parts by one method at 2 and 4 bits; a recipe where there is a budget."""
-    settings = StudySettings(bits=(2, 4), methods=("rtn",), budget=budget)
     figures = {"kl_error": None, "nll": 1.0, "exact": 0.5}
-    rows = {
-        widths: {"method": "rtn", "key": str(i), "label": str(widths), "bits_per_weight": sum(widths) / 2}
+    rows = [
+        {"method": "rtn", "key": str(i), "label": label_of(PARTS, widths), "bits_per_weight": sum(widths) / 2}
         | {"bits_per_parameter": 8.0, "kl": 16 / sum(widths)}
         | figures
-        for i, widths in enumerate(one_at_a_time(2, settings.bits))
-    }
+        for i, widths in enumerate(one_at_a_time(2, (2, 4)))
+    ]
     base = {"method": "none", "key": "", "label": "16 bits", "bits_per_weight": 16.0, "bits_per_parameter": 16.0}
-    parts = [Part("one", ("a",)), Part("two", ("b",))]
-    first, recipe = next(iter(rows.values())), {"bits": 2, "modules": {"b": 4}}
-    mixed = report.Mixed("rtn", parts, [{2: 0.9, 4: 0.8}] * 2, Mixture((2, 4), 1.7, []), first, recipe)
-    return report.Study(
-        about={"model": "m", "data": "d", "calibration": None, "questions": 1, "pictured": 1},
-        settings=settings,
-        parts=parts,
-        base=base | {"kl": 0.0} | figures,
-        rows=list(rows.values()),
-        found={"rtn": rows},
-        shares=[0.5, 0.5],
-        mixed=mixed if budget else None,
+    rises = {"one": {2: 0.9, 4: 0.8}, "two": {2: 0.7, 4: 0.6}}
+    mixture = {"method": "rtn", "widths": {"one": 2, "two": 4}, "rises": rises, "sum_of_rises": 1.5, "pooled": []}
+    mixture |= {"row": rows[0], "recipe": {"bits": 2, "modules": {"b": 4}}}
+    found = {"model": "m", "data": "d", "calibration": None, "questions": 1, "pictured": 1}
+    found |= {"settings": asdict(StudySettings(bits=(2, 4), budget=budget)), "shares": [0.25, 0.75]}
+    found |= {"full_precision": base | {"kl": 0.0} | figures, "rows": rows, "pareto": rows[:1], "rises": {"rtn": rises}}
+    return found | ({"mixture": mixture} if budget else {})
+
+
+def test_a_report_has_what_was_found():
+    text = markdown(study_of(3.5))
+    assert "| one | 25.0 | 0.8 | 0.9 |" in text and "| two | 75.0 | 0.6 | 0.7 |" in text  # shares, KL at 4 and 2 bits
+    assert "| rtn | all 4 | 4.000 | 8.000 | 2 | 1.0000 | 50.0 |" in text
+    assert (
+        "Widths of 2 modules with the least sum of KL alone (1.5 in sum;" in text and "| two | 4 | 0.6 | 0.7 |" in text
     )
-
-
-def test_rises_are_those_of_the_parts_alone():
-    assert study_of(None).rises("rtn") == [{2: 16 / 18, 4: 0.8}, {2: 16 / 18, 4: 0.8}]
+    assert "measured worse" not in text and "would do best" not in text
 
 
 def test_all_files_are_of_the_same_run(tmp_path, monkeypatch):
@@ -162,10 +163,10 @@ def test_all_files_are_of_the_same_run(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == {"bits": 2, "modules": {"b": 4}}
     assert (tmp_path / "pareto.png").read_text() == "picture of 6"
     assert "## Mixture" in (tmp_path / "report.md").read_text()
-    (tmp_path / "results.jsonl").write_text("")  # no report: it stays
+    (tmp_path / "study.json").write_text("")  # no report: it stays
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     report.write(tmp_path, study_of(None))
-    assert {path.name for path in tmp_path.iterdir()} == made | {"results.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == made | {"study.json"}
     assert "## Mixture" not in (tmp_path / "report.md").read_text()
 
 

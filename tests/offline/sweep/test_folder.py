@@ -32,15 +32,15 @@ def test_a_study_is_the_same_when_it_is_opened_again(tmp_path):
         assert results.identity == BEGUN
         results.begin(BEGUN)
         assert results.rows == {("rtn", key): ROW | {"key": key} for key in "ab"}
-    assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "results.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["study.json"]
 
 
 def test_what_a_kill_left_before_the_identity_counts_as_nothing(tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
-    (folder / "identity.json.partial").write_text('{"mod')
+    (folder / "study.json.partial").write_text('{"mod')
     begun(folder)
-    assert [path.name for path in folder.iterdir()] == ["identity.json"]
+    assert [path.name for path in folder.iterdir()] == ["study.json"]
 
 
 def test_places_are_refused_before_anything_is_written(tmp_path):
@@ -78,34 +78,13 @@ def test_a_new_folder_goes_away_when_nothing_was_begun(tmp_path, there):
     assert folder.is_dir() == there
 
 
-@pytest.mark.parametrize("tail", ['{"method": "rt', '{"method": "rt\n', "\0" * 30, "\0\n", '{"method": "rtn"}\n'])
-def test_a_torn_last_line_is_measured_again(tmp_path, tail):
-    path = begun(tmp_path / "s", "ab") / "results.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole + tail.encode())
-    with Results(tmp_path / "s", resume=True) as results:
-        assert [key for _, key in results.rows] == ["a", "b"] and path.read_bytes() == whole
-    path.write_bytes(whole[:-1])  # a whole object, but another line would follow on the same one
-    with Results(tmp_path / "s", resume=True) as results:
-        assert [key for _, key in results.rows] == ["a"]
-
-
-@pytest.mark.parametrize("line", ['{"method": "rt', "", "[1]", "\xff", '{"method": "rtn", "key": "b"}'])
-def test_a_damaged_line_is_named(tmp_path, line):
-    path = begun(tmp_path / "s", "abc") / "results.jsonl"
-    lines = path.read_text().splitlines()
-    content = "\n".join([lines[0], line, lines[2], ""]).encode("latin-1")
-    path.write_bytes(content)
-    with pytest.raises(RefusedError, match=r"s/results\.jsonl is damaged in line 2; remove that line, and --resume"):
+@pytest.mark.parametrize("content", ["", '{"identity": {}', "[]", "\0" * 9, '{"identity": {}}', '{"rows": []}'])
+def test_a_damaged_study_is_named_and_left(tmp_path, content):
+    path = begun(tmp_path / "s", "ab") / "study.json"
+    path.write_text(content)
+    with pytest.raises(RefusedError, match=r"s/study\.json is damaged; remove .*s to begin anew, or choose another"):
         Results(tmp_path / "s", resume=True)
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("content", [b"", b'{"model": "1"', b"[]", b"\0" * 9, b"\xff"])
-def test_a_damaged_identity_is_named(tmp_path, content):
-    (begun(tmp_path / "s") / "identity.json").write_bytes(content)
-    with pytest.raises(RefusedError, match=r"s/identity\.json is damaged.*; remove .*s to begin anew, or choose"):
-        Results(tmp_path / "s", resume=True)
+    assert path.read_text() == content
 
 
 OTHERS = {  # entries, what the message says
@@ -123,10 +102,10 @@ OTHERS = {  # entries, what the message says
 def test_another_study_is_refused_with_what_differs(tmp_path, name):
     entries, message = OTHERS[name]
     folder = begun(tmp_path / "s")
-    content = (folder / "identity.json").read_bytes()
+    content = (folder / "study.json").read_bytes()
     with Results(folder, resume=True) as results, pytest.raises(RefusedError, match=message) as refused:
         results.begin(BEGUN | entries)
-    assert "choose another folder" in str(refused.value) and (folder / "identity.json").read_bytes() == content
+    assert "choose another folder" in str(refused.value) and (folder / "study.json").read_bytes() == content
 
 
 def test_a_study_without_calibration_gets_it_later_and_keeps_it(tmp_path):
@@ -137,7 +116,7 @@ def test_a_study_without_calibration_gets_it_later_and_keeps_it(tmp_path):
     for identity in (bare, BEGUN, BEGUN):
         with Results(folder, resume=True) as results:
             results.begin(identity)
-    assert json.loads((folder / "identity.json").read_text()) == BEGUN
+    assert json.loads((folder / "study.json").read_text())["identity"] == BEGUN
     with Results(folder, resume=True) as results, pytest.raises(RefusedError, match="has another calibration"):
         results.begin(bare)
 
