@@ -85,21 +85,20 @@ class Cache:
 
     def _tell_nearest(self, key: dict[str, str]) -> None:
         """Say in what the nearest file differs."""
-        differences = []
-        for path in sorted(self.folder.glob("teacher-*.safetensors")):
-            try:
-                other = _metadata(path)
-            except (SafetensorError, OSError):
-                continue
-            differences.append([name for name in key if other.get(name) != key[name]])
+        found = filter(None, map(_metadata, sorted(self.folder.glob("teacher-*.safetensors"))))
+        differences = [[name for name in key if other.get(name) != key[name]] for other in found]
         if differences:
             what = min(differences, key=len)
             self.say(f"{self.folder} has no scores for this run (other {', '.join(what)}); the 16-bit model is run")
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "np") as file:
-        return file.metadata() or {}
+    """None of a damaged file."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _version(package: str) -> str:
