@@ -1,9 +1,9 @@
 """Predicts the peak memory of `vlmq quantize`, phase by phase, each term named after what it holds.
 
 A phase gives what lies in the host's memory whatever the device is (pixel values, files) and what lies on the device
-(streams, weights in float32, Hessians, the solver's working set). On a CPU both are one memory. Methods and token
-weights of which `settings/methods.py` says so are forecast, but not with GPTAQ; of the others every component has one
-phase "at most", the sum of the largest things that such a method may hold at once.
+(streams, weights in float32, Hessians, the solver's working set). On a CPU both are one memory. Methods that search
+(AWQ, Q-VLM), token weights but VLMQ's and the base gptaq are not forecast: every component has one phase "at most", the
+sum of the largest things that such a method may hold at once.
 """
 
 from dataclasses import dataclass, field, replace
@@ -53,8 +53,9 @@ class Phase:
 
 def is_forecast(settings: Settings) -> bool:
     """Whether memory is forecast within 20 %; else peaks are upper bounds."""
-    known = settings.row.forecast and TOKEN_WEIGHTS[settings.saliency].forecast
-    return known and not (settings.residual and settings.base == "gptaq")
+    row, weights = settings.row, TOKEN_WEIGHTS[settings.saliency]
+    searches = row.joint or row.scales_channels or weights.labelled or weights.paired_if_rounded
+    return not searches and not (settings.residual and settings.base == "gptaq")
 
 
 class Memory:
@@ -84,8 +85,9 @@ class Memory:
             elif settings.row.solves:
                 phases += self._solving(component, layer, between)
             else:  # every linear is rounded as it comes; originals stay until the layer is done
-                terms = {"streams": 0, "layer in float32": layer.bytes, "originals": layer.linears}
-                phases.append(Phase(f"{component}: round", {}, terms | {"codes": ROUNDING * layer.biggest}))
+                codes = ROUNDING * FLOAT * max(rows * columns for rows, columns in layer.shapes.values())
+                terms = {"streams": 0, "layer in float32": layer.bytes, "originals": layer.linears, "codes": codes}
+                phases.append(Phase(f"{component}: round", {}, terms))
         # a file of unquantised tensors, mapped from the source and from what is read back
         written = max((sum(stored_bytes(self.source, name) for name in names) for names in rest.values()), default=0)
         phases.append(Phase("write what is left", {"tensors and their copy": 2 * written}))

@@ -110,29 +110,19 @@ def streams_of(settings: Settings, component: str, width: int, load: Load, moved
 class LayerSize:
     """The sizes of a component's layer.
 
-    shapes: [rows, columns] of its linears. parameters: all of them. inner, width: the greatest number of features
-    inside it and of what it passes on, per token of the decoder, or per patch of the tower.
+    shapes: [rows, columns] of its linears. bytes: all parameters, in float32. inner, width: the greatest number of
+    features inside it and of what it passes on, per token of the decoder, or per patch of the tower.
     """
 
     shapes: dict[str, tuple[int, int]]
-    parameters: int
+    bytes: int
     inner: int
     width: int
-
-    @property
-    def bytes(self) -> int:
-        """In float32."""
-        return FLOAT * self.parameters
 
     @property
     def linears(self) -> int:
         """Bytes of all linears' weights in float32."""
         return FLOAT * sum(rows * columns for rows, columns in self.shapes.values())
-
-    @property
-    def biggest(self) -> int:
-        """Bytes of the largest linear's weight in float32."""
-        return FLOAT * max(rows * columns for rows, columns in self.shapes.values())
 
     @property
     def activations(self) -> int:
@@ -154,7 +144,7 @@ def layer_of(source: Source, component: str, name: str, load: Load) -> LayerSize
         width = widest(source.stack(source.family.blocks)[0])[1]
     if component == "connector":
         inner = -(-inner // load.patches)
-    return LayerSize(shapes, numel(module), inner, width)
+    return LayerSize(shapes, FLOAT * numel(module), inner, width)
 
 
 def widest(layer: torch.nn.Module) -> tuple[int, int]:
