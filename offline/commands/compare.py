@@ -68,7 +68,7 @@ def _show(report: dict) -> None:
         for row in splits
     ]
     headings = ["n", *(heading for heading, *_ in shown)]
-    show(table_of(["split", *headings], lines, right=headings), _legend(report))
+    show(table_of(lines, ["split", *headings], right=headings), _legend(report))
 
 
 def _cell(figure: dict | None, factor: int, form: str) -> str:

@@ -49,12 +49,12 @@ def inspect(
     if against:
         both = shared(own, [marks(chat) for chat in read_all(against)])
         found["overlap"] = dict(zip(("chats", "pictures"), both, strict=True))
-    from vlmq_vllm.offline.commands.tables import rows_of, show
+    from vlmq_vllm.offline.commands.tables import show, table_of
 
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        show(rows_of(_rows(found, max_tokens, source)))
+        show(table_of(_rows(found, max_tokens, source)))
 
 
 def _tokens(chats: list[dict], model: str, limit: int, max_tokens: int, max_pixels: int | None) -> dict:

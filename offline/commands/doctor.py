@@ -22,11 +22,11 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _show(found: Diagnosis) -> None:
-    from vlmq_vllm.offline.commands.tables import rows_of, show
+    from vlmq_vllm.offline.commands.tables import show, table_of
 
     lines = [(p.name, p.found or "not installed", p.supported, "PROBLEM" if p.problem else "") for p in found.packages]
     said = [f"problem: {problem}" for problem in found.problems] or ["quantising and serving can work here"]
-    show(rows_of([*lines, *_rows(found)]), *said)
+    show(table_of([*lines, *_rows(found)]), *said)
 
 
 def _rows(found: Diagnosis) -> list[tuple[str, str]]:

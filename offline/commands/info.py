@@ -23,7 +23,7 @@ def info(folder: Quantized, as_json: Json = False) -> None:
 
 
 def _show(found: "Info") -> None:
-    from vlmq_vllm.offline.commands.tables import rows_of, show, table_of
+    from vlmq_vllm.offline.commands.tables import show, table_of
 
     lines = []
     for kind in found.kinds:
@@ -32,7 +32,7 @@ def _show(found: "Info") -> None:
         bits = str(kind.format.bits), group, grid, str(kind.count), f"{kind.bits:.3f}"
         lines.append((kind.pattern, kind.component, *bits))
     headings = ("quantised linears", "component", "bits", "group", "grid", "count", "bits per weight")
-    show(table_of(headings, lines), rows_of(_rows(found)))
+    show(table_of(lines, headings), table_of(_rows(found)))
 
 
 def _rows(found: "Info") -> list[tuple[str, str]]:

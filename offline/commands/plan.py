@@ -41,14 +41,14 @@ def plan(
 
 
 def _show(found: "Plan") -> None:
-    from vlmq_vllm.offline.commands.tables import rows_of, show, table_of
+    from vlmq_vllm.offline.commands.tables import show, table_of
 
     parts = ("component", "dtype", "parameters", "size", "quantised", "bits per weight")
     linears = ("quantised linears", "count", "rows x columns", "vLLM's layer", "tensor parallel")
     show(
-        table_of(parts, _parts(found), right=("parameters",)),
-        table_of(linears, _linears(found)),
-        rows_of(_sizes(found)),
+        table_of(_parts(found), parts, right=("parameters",)),
+        table_of(_linears(found), linears),
+        table_of(_sizes(found)),
         *(f"warning: {warning}" for warning in found.warnings),
     )
 

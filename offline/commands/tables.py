@@ -9,19 +9,11 @@ from rich.table import Table
 PLAIN_WIDTH = 240  # where there is no terminal, hardly anything is wrapped
 
 
-def table_of(headings: Sequence[str], lines: Iterable[Sequence[str]], right: Sequence[str] = ()) -> Table:
-    """A table under headings; those in `right` are aligned there. Where it is too wide, its first column folds."""
-    table = Table(box=box.SIMPLE, show_edge=False)
+def table_of(lines: Iterable[Sequence[str]], headings: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    """A table, perhaps under headings, some of them to the right. Where it is too wide, its first column folds."""
+    table = Table(box=box.SIMPLE, show_header=bool(headings), show_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, overflow="fold", no_wrap=number > 0, justify="right" if heading in right else "left")
-    for line in lines:
-        table.add_row(*line)
-    return table
-
-
-def rows_of(lines: Iterable[Sequence[str]]) -> Table:
-    """What stands in the first column has what stands behind it."""
-    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
     for line in lines:
         table.add_row(*line)
     return table
