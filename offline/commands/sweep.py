@@ -22,13 +22,11 @@ def sweep(
         str | None, typer.Option(help="Calibration data, none of it held out; only rtn alone goes without.")
     ] = None,
     device: Device = "",
-    resume: Annotated[
-        bool, typer.Option(help="Go on with a study; may ask for more bits, methods, parts or a grid.")
-    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a study; may ask for more bits, methods and parts.")] = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Give parts of MODEL fewer bits, one at a time or in combinations, and report what that costs.
+    """Give parts of MODEL fewer bits, one at a time and all together, and report what that costs.
 
     Writes OUT/report.md, results.csv, pareto.csv and pareto.png; with --budget also recipe.yaml, for vlmq quantize
     --recipe. Lists are written with commas.

@@ -12,12 +12,11 @@ from vlmq_vllm.offline.settings.quantize import BITS, COMPONENTS, GRID_POINTS, G
 STUDIED = tuple(name for name, row in METHODS.items() if row.studied)
 UNCALIBRATED = tuple(name for name in STUDIED if not METHODS[name].calibrated)
 BY = ("component", "third", "kind", "layer", "module")
-DESIGNS = ("one", "grid")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing but the grids of AWQ's trials differs between configurations.
 SOLVER: dict[str, Any] = {"base": "gptq", "act_order": "static", "damp": 0.01}
 # Headings of --help.
-designing, formatting, reading = (partial(option, panel=name) for name in ("Study", "Format", "Data"))
+studying, formatting, reading = (partial(option, panel=name) for name in ("Study", "Format", "Data"))
 
 
 class Apart(Settings):
@@ -33,13 +32,11 @@ class StudySettings:
     """Settings of `vlmq sweep`. Raises QuantizeError for a value that cannot be."""
 
     bits: tuple[int, ...] = formatting((2, 3, 4), f"Widths that parts are given, besides {KEPT}.", BITS)
-    methods: tuple[str, ...] = designing(
+    methods: tuple[str, ...] = studying(
         ("rtn", "gptq"), "How weights are rounded; each method is a study of its own.", STUDIED
     )
-    by: str = designing("component", "What a part is.", BY)
-    design: str = designing("one", "one part at a time; grid: all combinations.", DESIGNS)
-    runs: int = designing(128, "The most configurations that a grid may have.", least=1)
-    components: tuple[str, ...] | None = designing(
+    by: str = studying("component", "What a part is.", BY)
+    components: tuple[str, ...] | None = studying(
         None,
         "Components that are studied. Default: all that can be served by component, else language; with --resume those "
         "that the study has.",
@@ -47,7 +44,7 @@ class StudySettings:
     )
     group_size: int = formatting(128, GROUPS)
     symmetric: bool = formatting(False, GRID_POINTS)
-    budget: float | None = designing(
+    budget: float | None = studying(
         None,
         f"Also find widths of modules for so many bits per weight (below {KEPT}), on average over all linears of the "
         "components, scales and zero points included, and write a recipe (needs SciPy: the extra sweep).",
@@ -56,7 +53,7 @@ class StudySettings:
     calibration_samples: int = reading(128, "Calibration chats to use.", least=1)
     max_tokens: int = reading(2048, "Leave out longer chats, held-out ones too.", least=1)
     max_pixels: int = reading(0, "Shrink larger calibration pictures to this; 0: leave them.", least=0)
-    dtype: str = designing("float32", "Type in which the model is judged.", DTYPES)
+    dtype: str = studying("float32", "Type in which the model is judged.", DTYPES)
     seed: int = reading(42, "Decides which chats are drawn.")
 
     def __post_init__(self) -> None:

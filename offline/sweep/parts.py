@@ -1,4 +1,4 @@
-"""Finds the parts of a model to which a study gives widths, and which linears they are.
+"""Finds the parts of a model to which a study gives widths, which linears they are, and the configurations of them.
 
 Parts are whole components, thirds of a stack of layers, kinds of sublayer, single layers, or modules: what vLLM fuses
 into one is one module (q, k and v; gate and up; gate and up of all experts of a layer, down of all of them), so that a
@@ -18,6 +18,7 @@ from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.unserved import why_unserved
 
 THIRDS = ("front", "middle", "end")
+Widths = tuple[int, ...]  # of every part, 16 where it is kept: a configuration
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,33 @@ def find_parts(by: str, subject: Subject) -> list[Part]:
     return [Part(name, tuple(linears)) for name, linears in found.items()]
 
 
-def expand(parts: list[Part], widths: tuple[int, ...], kept: bool = False) -> dict[str, int]:
+def one_at_a_time(count: int, bits: tuple[int, ...]) -> list[Widths]:
+    """The configurations that are run: all of `count` parts at each width, from wide to narrow, then each part alone at
+    each width, the others at 16."""
+    wide = sorted(bits, reverse=True)
+    uniform = [(width,) * count for width in wide]
+    return list(dict.fromkeys([*uniform, *(_alone(count, part, width) for part in range(count) for width in wide)]))
+
+
+def find_rises(parts: list[Part], bits: tuple[int, ...], rows: dict[Widths, dict]) -> dict[str, dict[int, float]]:
+    """By name of a part the KL (nats) with this part alone at a width, by width."""
+    return {
+        part.name: {width: rows[_alone(len(parts), number, width)]["kl"] for width in bits}
+        for number, part in enumerate(parts)
+    }
+
+
+def _alone(count: int, part: int, width: int) -> Widths:
+    return tuple(width if i == part else KEPT for i in range(count))
+
+
+def expand(parts: list[Part], widths: Widths, kept: bool = False) -> dict[str, int]:
     """Linears of the parts with their widths; those at 16 bits only where `kept`."""
     pairs = zip(parts, widths, strict=True)
     return {linear: width for part, width in pairs for linear in part.linears if kept or width != KEPT}
 
 
-def label_of(parts: list[Part], widths: tuple[int, ...]) -> str:
+def label_of(parts: list[Part], widths: Widths) -> str:
     """A configuration in words."""
     if len(set(widths)) == 1:
         return f"all {widths[0]}"

@@ -1,8 +1,8 @@
 """Runs a study from model and data to report: pieces, then configurations, then what they say.
 
 The full-precision model judges every configuration on held-out chats that are no calibration chats. What has been done
-stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods, parts
-or a grid, and for calibration where there was none.
+stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods and
+parts, and for calibration where there was none.
 """
 
 import time
@@ -21,7 +21,6 @@ from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
-from vlmq_vllm.offline.sweep.designs import Widths, find_design, find_rises, one_at_a_time
 from vlmq_vllm.offline.sweep.held_out import read
 from vlmq_vllm.offline.sweep.identity import identify
 from vlmq_vllm.offline.sweep.judge import Judge
@@ -30,7 +29,16 @@ from vlmq_vllm.offline.sweep.make_pieces import PieceMaker
 from vlmq_vllm.offline.sweep.markdown import counted
 from vlmq_vllm.offline.sweep.mixtures import Budget, recipe_of
 from vlmq_vllm.offline.sweep.pareto import pareto_front
-from vlmq_vllm.offline.sweep.parts import Part, expand, find_parts, find_subject, label_of
+from vlmq_vllm.offline.sweep.parts import (
+    Part,
+    Widths,
+    expand,
+    find_parts,
+    find_rises,
+    find_subject,
+    label_of,
+    one_at_a_time,
+)
 from vlmq_vllm.offline.sweep.pieces import Pieces
 from vlmq_vllm.offline.sweep.report import write
 from vlmq_vllm.offline.sweep.results import Results, key_of
@@ -73,7 +81,7 @@ def sweep(
 
 
 class _Run:
-    """One run. `parts` are the parts of the design; `modules` those of the budget, empty without one."""
+    """One run. `parts` are those of the study; `modules` those of the budget, empty without one."""
 
     def __init__(
         self,
@@ -88,7 +96,6 @@ class _Run:
         only = settings.components or (None if settings.by == "component" else ("language",))
         self.subject = find_subject(self.source, settings.of(settings.methods[0], settings.bits[0]), only)
         self.parts = find_parts(settings.by, self.subject)
-        self.design = find_design(settings.design, len(self.parts), settings.bits, settings.runs)
         self.sizes = Sizes(self.source, self.subject.targets)
         self.modules = find_parts("module", self.subject) if settings.budget else []
         self.budget = Budget(self.subject, self.modules, settings.levels, settings.budget) if settings.budget else None
@@ -124,29 +131,25 @@ class _Run:
     def _report(self, results: Results, calibrated: bool) -> dict:
         """What was found, in JSON's types: rows of all configurations and of the model at 16 bits, the front of bits
         per weight and KL, and for every method and part the KL of this part alone, by width."""
-        settings, names = self.settings, [part.name for part in self.parts]
+        settings = self.settings
         base = self._row("none", "16 bits", {}, self.judge.full_precision())
-        found = {method: self._evaluate(method, self.parts, self.design) for method in settings.methods}
-        rises = {
-            method: dict(zip(names, find_rises(len(names), settings.bits, rows), strict=True))
-            for method, rows in found.items()
-        }
+        found = {method: self._evaluate(method, self.parts) for method in settings.methods}
         mixed = {"mixture": self._mix(self.budget, found, calibrated)} if self.budget else {}
         every = [*results.rows.values(), base]
         return {
             "settings": asdict(settings),
-            "parts": names,
+            "parts": [part.name for part in self.parts],
             "shares": self.sizes.shares(self.parts),
             "full_precision": base,
             "rows": every[:-1],
-            "rises": rises,
+            "rises": {method: find_rises(self.parts, settings.bits, rows) for method, rows in found.items()},
             "pareto": [every[i] for i in pareto_front([(row["bits_per_weight"], row["kl"]) for row in every])],
             **mixed,
         }
 
-    def _evaluate(self, method: str, parts: list[Part], design: list[Widths]) -> dict[Widths, dict]:
-        """The rows of a design."""
-        rows = {}
+    def _evaluate(self, method: str, parts: list[Part]) -> dict[Widths, dict]:
+        """The rows of all configurations of these parts."""
+        rows, design = {}, one_at_a_time(len(parts), self.settings.bits)
         for number, widths in enumerate(design, 1):
             linears, place = expand(parts, widths), f" {number} of {len(design)}"
             rows[widths] = self._judged(method, label_of(parts, widths), linears, place)
@@ -178,22 +181,21 @@ class _Run:
     def _mix(self, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool) -> dict:
         """The best mixture within the budget by the method of which a random one is to be expected best. One method,
         since no checkpoint mixes them; which is best differs between widths."""
-        bits, count = self.settings.bits, len(self.modules)
+        bits = self.settings.bits
 
         def expected(method: str) -> float:
             return budget.expected({width: found[method][(width,) * len(self.parts)]["kl"] for width in bits})
 
         method = min(self.settings.methods, key=expected)
-        self.say(f"budget: {count} modules by {method}")
-        rises = find_rises(count, bits, self._evaluate(method, self.modules, one_at_a_time(count, bits)))
-        widths, rise, pooled = budget.mix(rises)
+        self.say(f"budget: {len(self.modules)} modules by {method}")
+        rises = find_rises(self.modules, bits, self._evaluate(method, self.modules))
+        widths, rise, pooled = budget.mix(list(rises.values()))
         label = f"mixture within {self.settings.budget} bits"
         row = self._judged(method, label, expand(self.modules, widths)) | {"label": label}
-        names = [part.name for part in self.modules]
         return {
             "method": method,
-            "widths": dict(zip(names, widths, strict=True)),
-            "rises": dict(zip(names, rises, strict=True)),
+            "widths": dict(zip(rises, widths, strict=True)),
+            "rises": rises,
             "sum_of_rises": rise,
             "pooled": pooled,
             "row": row,

@@ -1,4 +1,4 @@
-"""Designs, fronts and budgets of the component study on made-up data whose right answer is known."""
+"""Configurations, fronts and budgets of the component study on made-up data whose right answer is known."""
 
 import ctypes
 import itertools
@@ -9,29 +9,15 @@ import pytest
 
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.offline.sweep import knapsack
-from vlmq_vllm.offline.sweep.designs import find_design, find_rises, one_at_a_time
 from vlmq_vllm.offline.sweep.knapsack import allocate, check_solver
 from vlmq_vllm.offline.sweep.mixtures import isotonic
 from vlmq_vllm.offline.sweep.pareto import pareto_front
+from vlmq_vllm.offline.sweep.parts import Part, find_rises, one_at_a_time
 
 
 def test_one_at_a_time_changes_one_part_or_all():
     assert one_at_a_time(2, (2, 3)) == [(3, 3), (2, 2), (3, 16), (2, 16), (16, 3), (16, 2)]
     assert one_at_a_time(1, (4,)) == [(4,)]  # the only part alone is all parts
-
-
-@pytest.mark.parametrize(("parts", "bits"), [(1, (2, 3, 4)), (3, (2, 4)), (2, (8,))])
-def test_a_full_grid_is_every_combination_but_the_model_itself(parts, bits):
-    found = find_design("grid", parts, bits, 1000)
-    assert len(found) == len(set(found)) == (len(bits) + 1) ** parts - 1
-    assert (16,) * parts not in found and {width for widths in found for width in widths} <= {*bits, 16}
-    first = one_at_a_time(parts, bits)
-    assert found[: len(first)] == first == find_design("one", parts, bits, 1)
-
-
-def test_a_grid_that_is_too_large_is_refused_with_its_size():
-    with pytest.raises(RefusedError, match=r"4 parts at 4 widths has 255 .* more than --runs \(128\).*--design one"):
-        find_design("grid", 4, (2, 3, 4), 128)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -112,10 +98,9 @@ def test_an_impossible_allocation_is_refused():
 
 def test_rises_are_read_from_the_single_runs():
     kl = {(2, 16): 0.5, (3, 16): 0.1, (16, 2): 0.3, (16, 3): 0.2, (2, 2): 9.0}
-    assert find_rises(2, (2, 3), {widths: {"kl": value} for widths, value in kl.items()}) == [
-        {2: 0.5, 3: 0.1},
-        {2: 0.3, 3: 0.2},
-    ]
+    rows = {widths: {"kl": value} for widths, value in kl.items()}
+    found = find_rises([Part("one", ()), Part("two", ())], (2, 3), rows)
+    assert found == {"one": {2: 0.5, 3: 0.1}, "two": {2: 0.3, 3: 0.2}}
 
 
 def test_a_missing_scipy_is_said(monkeypatch):

@@ -105,7 +105,6 @@ MISTAKES = {
     "no calibration data": (["--methods", "gptq"], 2, "need calibration data; give --calibration FILE.jsonl"),
     "unknown method": (["--methods", "magic"], 2, "methods is magic; choose among rtn, awq, gptq"),
     "unknown component": (["--components", "sound"], 2, "components is sound; choose among language, vision"),
-    "grid that is too large": (["--by", "layer", "--design", "grid"], 3, "has 255 configurations, more than --runs"),
     "budget without any saving": (["--budget", "16"], 2, "budget is 16.0; give average bits per weight below 16"),
     "budget out of reach": (
         ["--bits", "3", "--budget", "2.5"],

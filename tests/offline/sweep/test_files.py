@@ -18,9 +18,8 @@ from vlmq_vllm.offline.model.targets import Target, Unit
 from vlmq_vllm.offline.settings.sweep import StudySettings
 from vlmq_vllm.offline.sweep import pieces as module
 from vlmq_vllm.offline.sweep import report
-from vlmq_vllm.offline.sweep.designs import one_at_a_time
 from vlmq_vllm.offline.sweep.markdown import markdown
-from vlmq_vllm.offline.sweep.parts import Part, label_of
+from vlmq_vllm.offline.sweep.parts import Part, label_of, one_at_a_time
 from vlmq_vllm.offline.sweep.pieces import Pieces
 from vlmq_vllm.offline.sweep.results import Results
 
