@@ -10,16 +10,17 @@ import typer
 
 from vlmq_vllm.offline.commands.compare import compare
 from vlmq_vllm.offline.commands.data import data
-from vlmq_vllm.offline.commands.dequantize import dequantize
 from vlmq_vllm.offline.commands.doctor import doctor
-from vlmq_vllm.offline.commands.export import export
+from vlmq_vllm.offline.commands.export import dequantize, export
 from vlmq_vllm.offline.commands.info import info
+from vlmq_vllm.offline.commands.options import is_first, say
 from vlmq_vllm.offline.commands.plan import plan
 from vlmq_vllm.offline.commands.quantize import quantize
+from vlmq_vllm.offline.commands.stopping import STOPPED
 from vlmq_vllm.offline.commands.sweep import sweep
 from vlmq_vllm.offline.commands.verify import verify
 
-USAGE, REFUSED, UNSOUND = 2, 3, 4  # exit codes; 75, stopped and to be resumed, is given where a run stops
+USAGE, REFUSED, UNSOUND = 2, 3, 4  # exit codes; STOPPED (75): to be resumed
 
 app = typer.Typer(
     help="Quantise vision-language models to 2, 3, 4 or 8 bits and check the result.",
@@ -35,13 +36,17 @@ app.add_typer(data, name="data")
 
 def main() -> None:
     """Run the command; a user's mistake is one line on standard error and an exit code that tells its kind."""
-    from vlmq_vllm.errors import CheckpointError, QuantizeError, RefusedError
+    from vlmq_vllm.errors import CheckpointError, QuantizeError, RefusedError, StoppedError
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that half-written output goes
     try:
         app()
+    except StoppedError as stopped:
+        if is_first():
+            say(str(stopped))
+        sys.exit(STOPPED)
     except (QuantizeError, CheckpointError, OSError) as error:
-        print(f"vlmq: error: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"error: {' '.join(str(error).split())}")
         sys.exit(
             REFUSED if isinstance(error, RefusedError) else UNSOUND if isinstance(error, CheckpointError) else USAGE
         )

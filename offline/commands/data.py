@@ -49,10 +49,12 @@ def inspect(
     if against:
         both = shared(own, [marks(chat) for chat in read_all(against)])
         found["overlap"] = dict(zip(("chats", "pictures"), both, strict=True))
+    from vlmq_vllm.offline.commands.tables import show, table_of
+
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        _show(found, max_tokens, source)
+        show(table_of(_rows(found, max_tokens, source)))
 
 
 def _tokens(chats: list[dict], model: str, limit: int, max_tokens: int, max_pixels: int | None) -> dict:
@@ -65,17 +67,6 @@ def _tokens(chats: list[dict], model: str, limit: int, max_tokens: int, max_pixe
     folder: Path = find(model)
     vision = vision_ids(read_config(folder))
     return survey_tokens(chats, load_processor(folder), vision, limit, max_tokens, max_pixels)
-
-
-def _show(found: dict, max_tokens: int, source: str) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
-    for name, value in _rows(found, max_tokens, source):
-        table.add_row(name, value)
-    Console(highlight=False, markup=False).print(table)
 
 
 def _rows(found: dict, max_tokens: int, source: str) -> list[tuple[str, str]]:
@@ -99,17 +90,17 @@ def _rows(found: dict, max_tokens: int, source: str) -> list[tuple[str, str]]:
 
 
 def _token_rows(tokens: dict, max_tokens: int) -> list[tuple[str, str]]:
-    kinds = tokens["kinds"]
     unknown = "unknown: the chat template rewrites texts"
+    kinds = {kind: unknown if count is None else str(count) for kind, count in tokens["kinds"].items()}
     lengths = ", ".join(f"{name} {length}" for name, length in tokens["lengths"].items())
     return [
         ("samples used", f"{tokens['used']}; {tokens['too_long']} left out with more than {max_tokens} tokens"),
         ("pictures shrunk", str(tokens["shrunk"])),
         ("tokens per sample", lengths),
-        ("vision tokens", str(kinds["vision"])),
-        ("user's text", unknown if kinds["user"] is None else str(kinds["user"])),
-        ("assistant's answers", unknown if kinds["answer"] is None else str(kinds["answer"])),
-        ("template and special", unknown if kinds["special"] is None else str(kinds["special"])),
+        ("vision tokens", kinds["vision"]),
+        ("user's text", kinds["user"]),
+        ("assistant's answers", kinds["answer"]),
+        ("template and special", kinds["special"]),
     ]
 
 

@@ -22,22 +22,11 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _show(found: Diagnosis) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from vlmq_vllm.offline.commands.tables import show, table_of
 
-    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
-    for package in found.packages:
-        verdict = "" if package.problem is None else "PROBLEM"
-        table.add_row(package.name, package.found or "not installed", package.supported, verdict)
-    for name, value in _rows(found):
-        table.add_row(name, value, "", "")
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(table)
-    for problem in found.problems:
-        console.print(f"problem: {problem}")
-    if not found.problems:
-        console.print("quantising and serving can work here")
+    lines = [(p.name, p.found or "not installed", p.supported, "PROBLEM" if p.problem else "") for p in found.packages]
+    said = [f"problem: {problem}" for problem in found.problems] or ["quantising and serving can work here"]
+    show(table_of([*lines, *_rows(found)]), *said)
 
 
 def _rows(found: Diagnosis) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""`vlmq export`: the same weights for other software."""
+"""`vlmq export` and `vlmq dequantize`: the same weights for other software."""
 
 from typing import Annotated
 
@@ -15,3 +15,11 @@ def export(folder: Quantized, out: Out, target: Format) -> None:
 
     note = write(folder, out, target)
     typer.echo(f"{out}: the same codes as {target}" + (f"; {note}" if note else ""))
+
+
+def dequantize(folder: Quantized, out: Out) -> None:
+    """Write FOLDER's weights back to 16 bits, for software that does not know vlmq."""
+    from vlmq_vllm.offline.checkpoint.dequantize import dequantize as write
+
+    write(folder, out)
+    typer.echo(f"{out}: the same model, no longer packed")

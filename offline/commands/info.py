@@ -23,25 +23,16 @@ def info(folder: Quantized, as_json: Json = False) -> None:
 
 
 def _show(found: "Info") -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from vlmq_vllm.offline.commands.tables import show, table_of
 
-    formats = Table(box=box.SIMPLE, show_edge=False)
-    formats.add_column("quantised linears", overflow="fold")
-    for name in ("component", "bits", "group", "grid", "count", "bits per weight"):
-        formats.add_column(name, no_wrap=True)
+    lines = []
     for kind in found.kinds:
         group = "row" if kind.format.group_size == -1 else str(kind.format.group_size)
         grid = "symmetric" if kind.format.symmetric else "asymmetric"
-        row = (kind.pattern, kind.component, str(kind.format.bits), group, grid, str(kind.count), f"{kind.bits:.3f}")
-        formats.add_row(*row)
-    table = Table(box=box.SIMPLE, show_header=False, show_edge=False)
-    for name, value in _rows(found):
-        table.add_row(name, value)
-    console = Console(highlight=False, markup=False)
-    console.print(formats)
-    console.print(table)
+        bits = str(kind.format.bits), group, grid, str(kind.count), f"{kind.bits:.3f}"
+        lines.append((kind.pattern, kind.component, *bits))
+    headings = ("quantised linears", "component", "bits", "group", "grid", "count", "bits per weight")
+    show(table_of(lines, headings), table_of(_rows(found)))
 
 
 def _rows(found: "Info") -> list[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Gives commands their options: those of a settings class in one stroke, and the arguments that several share."""
 
 import inspect
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,16 @@ def settings_of(settings: type, values: dict) -> Any:
                 ) from None
             found[name] = None if declared.default is None and not listed else listed
     return settings(**found)
+
+
+def say(line: str) -> None:
+    """A line for the user, on standard error."""
+    typer.echo(f"vlmq: {line}", err=True)
+
+
+def is_first() -> bool:
+    """Whether this is the process, perhaps of several, that speaks for all."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def given(context: typer.Context) -> dict:

@@ -1,15 +1,13 @@
 """`vlmq quantize`: the options of a run, and the run."""
 
 import json
-import os
-import sys
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from vlmq_vllm.offline.commands.options import Device, Json, Model, Out, Recipe, given, takes
-from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
+from vlmq_vllm.offline.commands.options import Device, Json, Model, Out, Recipe, given, is_first, say, takes
+from vlmq_vllm.offline.commands.stopping import stop_on_sigterm
 from vlmq_vllm.offline.settings.quantize import Settings
 
 
@@ -29,7 +27,6 @@ def quantize(
     **settings: Any,
 ) -> None:
     """Quantise MODEL and write a checkpoint that vLLM serves."""
-    from vlmq_vllm.errors import StoppedError
     from vlmq_vllm.offline.machine.device import default_device
     from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
     from vlmq_vllm.offline.settings.methods import unread
@@ -43,17 +40,12 @@ def quantize(
     from vlmq_vllm.offline.run import quantize as run
 
     give_back_large_blocks()
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     if first and (idle := unread(chosen.method, chosen.saliency, list(options))):
         named = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
-        typer.echo(f"vlmq: method {chosen.method} makes no use of {named}", err=True)
+        say(f"method {chosen.method} makes no use of {named}")
     progress = Progress(Console(stderr=True)) if first else Progress()
-    try:
-        rows = run.quantize(model, out, data, chosen, default_device(device), progress, resume, stop_on_sigterm())
-    except StoppedError as stopped:
-        if first:
-            typer.echo(f"vlmq: {stopped}", err=True)
-        sys.exit(STOPPED)
+    rows = run.quantize(model, out, data, chosen, default_device(device), progress, resume, stop_on_sigterm())
     if first and as_json:
         modules = [asdict(row) for row in rows]
         typer.echo(json.dumps({"out": str(out), "settings": chosen.to_dict(), "modules": modules}, indent=2))

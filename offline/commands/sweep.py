@@ -1,14 +1,13 @@
 """`vlmq sweep`: which parts of a model bear fewer bits."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vlmq_vllm.offline.commands.options import Device, Json, Model, settings_of, takes
-from vlmq_vllm.offline.commands.stopping import STOPPED, stop_on_sigterm
+from vlmq_vllm.offline.commands.options import Device, Json, Model, say, settings_of, takes
+from vlmq_vllm.offline.commands.stopping import stop_on_sigterm
 from vlmq_vllm.offline.settings.sweep import StudySettings
 
 
@@ -23,18 +22,15 @@ def sweep(
         str | None, typer.Option(help="Calibration data, none of it held out; only rtn alone goes without.")
     ] = None,
     device: Device = "",
-    resume: Annotated[
-        bool, typer.Option(help="Go on with a study; may ask for more bits, methods, parts and designs.")
-    ] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a study; may ask for more bits, methods and parts.")] = False,
     as_json: Json = False,
     **settings: Any,
 ) -> None:
-    """Give parts of MODEL fewer bits, one at a time or in combinations, and report what that costs.
+    """Give parts of MODEL fewer bits, one at a time and all together, and report what that costs.
 
     Writes OUT/report.md, results.csv, pareto.csv and pareto.png; with --budget also recipe.yaml, for vlmq quantize
     --recipe. Lists are written with commas.
     """
-    from vlmq_vllm.errors import StoppedError
     from vlmq_vllm.offline.machine.device import default_device
     from vlmq_vllm.offline.machine.malloc import give_back_large_blocks
 
@@ -42,15 +38,8 @@ def sweep(
     from vlmq_vllm.offline.sweep.markdown import counted
     from vlmq_vllm.offline.sweep.run import sweep as run
 
-    def say(line: str) -> None:
-        typer.echo(f"vlmq: {line}", err=True)
-
     give_back_large_blocks()
-    try:
-        found = run(model, data, calibration, out, chosen, default_device(device), say, resume, stop_on_sigterm())
-    except StoppedError as stopped:
-        typer.echo(f"vlmq: {stopped}", err=True)
-        sys.exit(STOPPED)
+    found = run(model, data, calibration, out, chosen, default_device(device), say, resume, stop_on_sigterm())
     if as_json:
         typer.echo(json.dumps(found, indent=2, allow_nan=False))
         return

@@ -36,19 +36,13 @@ def key_of(model: Path, chats: list[str], ends: set[int], settings: CompareSetti
 
 
 def fingerprint_of(model: Path) -> str:
-    """SHA-256 of a folder's small files and of every weight file's name, size, time of change and header.
-
-    Weights are not read through: for that they would have to be read as often as the teacher is run.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(path for path in model.iterdir() if path.suffix in SMALL and path.is_file()):
-        digest.update(json.dumps([path.name, hashlib.sha256(path.read_bytes()).hexdigest()]).encode())
-    for path in weight_files(model):
+    """SHA-256 of a folder's small files and of every weight file's name, size and time of change: reading weights
+    through takes as long as running the teacher."""
+    digest, weights = hashlib.sha256(), set(weight_files(model))
+    for path in sorted(weights.union(path for path in model.iterdir() if path.suffix in SMALL and path.is_file())):
         stat = path.stat()
-        with path.open("rb") as file:
-            header = file.read(int.from_bytes(file.read(8), "little"))
-        about = [path.name, stat.st_size, stat.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-        digest.update(json.dumps(about).encode())
+        content = f"{stat.st_size} {stat.st_mtime_ns}".encode() if path in weights else path.read_bytes()
+        digest.update(f"{path.name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
@@ -91,21 +85,20 @@ class Cache:
 
     def _tell_nearest(self, key: dict[str, str]) -> None:
         """Say in what the nearest file differs."""
-        differences = []
-        for path in sorted(self.folder.glob("teacher-*.safetensors")):
-            try:
-                other = _metadata(path)
-            except (SafetensorError, OSError):
-                continue
-            differences.append([name for name in key if other.get(name) != key[name]])
+        found = filter(None, map(_metadata, sorted(self.folder.glob("teacher-*.safetensors"))))
+        differences = [[name for name in key if other.get(name) != key[name]] for other in found]
         if differences:
             what = min(differences, key=len)
             self.say(f"{self.folder} has no scores for this run (other {', '.join(what)}); the 16-bit model is run")
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    with safe_open(path, "np") as file:
-        return file.metadata() or {}
+    """None of a damaged file."""
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _version(package: str) -> str:

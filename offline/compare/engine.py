@@ -68,8 +68,8 @@ def _run(place: Path, folder: Path, exam: Exam, tasks: list[dict | None]) -> lis
         "tasks": [task for task in tasks if task is not None],
     }
     (place / JOB).write_text(json.dumps(job), encoding="utf-8")
-    log = place / "log"
-    with log.open("w") as output:
+    with tempfile.NamedTemporaryFile(prefix="vlmq-compare-", suffix=".log", delete=False) as output:
+        log = Path(output.name)
         process = subprocess.Popen(
             [sys.executable, "-m", "vlmq_vllm.offline.compare.worker", str(place)],
             stdout=output,
@@ -83,18 +83,11 @@ def _run(place: Path, folder: Path, exam: Exam, tasks: list[dict | None]) -> lis
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     if code != 0:
-        kept = _keep(log)
         raise QuantizeError(
-            f"vLLM failed with {folder}: {reason(kept.read_text(errors='replace'))} (its whole output is in {kept})"
+            f"vLLM failed with {folder}: {reason(log.read_text(errors='replace'))} (its whole output is in {log})"
         )
+    log.unlink()
     return [score for score in load(place / RESULT) if score is not None]
-
-
-def _keep(log: Path) -> Path:
-    number, name = tempfile.mkstemp(prefix="vlmq-compare-", suffix=".log")
-    with os.fdopen(number, "wb") as file:
-        file.write(log.read_bytes())
-    return Path(name)
 
 
 def reason(log: str) -> str:

@@ -36,9 +36,14 @@ class Question:
     trailing: int
 
     @property
+    def pictured(self) -> bool:
+        """Whether a picture or a video is in it."""
+        return bool(self.chat["images"] or self.chat["videos"])
+
+    @property
     def splits(self) -> list[str]:
         """Names of the parts of the data to which the question belongs, apart from "all"."""
-        kind = "with picture" if self.chat["images"] or self.chat["videos"] else "text only"
+        kind = "with picture" if self.pictured else "text only"
         return [kind] + ([f"task {self.chat['task']}"] if "task" in self.chat else [])
 
     def inputs(self, processor: Processor) -> tuple[dict[str, torch.Tensor], int]:

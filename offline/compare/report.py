@@ -2,22 +2,11 @@
 
 import numpy as np
 
-from vlmq_vllm.offline.compare.bootstrap import DRAWS, LEVEL, intervals
+from vlmq_vllm.offline.compare.bootstrap import intervals
 from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.scores import Score, first_difference, kl
 
-FIGURES = (
-    "kl",
-    "top1",
-    "nll_teacher",
-    "nll_student",
-    "nll_difference",
-    "exact_teacher",
-    "exact_student",
-    "exact_difference",
-    "greedy_same",
-    "first_difference",
-)
+ABOUT = ("line", "splits", "tokens")  # of a sample; the rest of its row are figures
 
 
 def sample_row(question: Question, teacher: Score, student: Score) -> dict:
@@ -47,7 +36,7 @@ def sample_row(question: Question, teacher: Score, student: Score) -> dict:
 
 
 def split_rows(rows: list[dict], seed: int) -> list[dict]:
-    """{"split", "n", "tokens", FIGURE: {"mean", "low", "high"}, ...} for all samples and for every part of them.
+    """{"split", "n", "tokens", figure: {"mean", "low", "high"}, ...} for all samples and for every part of them.
 
     Parts that hold all samples are left out. A figure that no sample has is None; bounds are None for one sample.
     """
@@ -58,14 +47,12 @@ def split_rows(rows: list[dict], seed: int) -> list[dict]:
 
 
 def _split(name: str, rows: list[dict], seed: int) -> dict:
-    values = np.array([[np.nan if row[f] is None else row[f] for f in FIGURES] for row in rows], dtype=float)
-    found = intervals(values, seed)
-    figures = {figure: None if np.isnan(found[0, i]) else _figure(found[:, i]) for i, figure in enumerate(FIGURES)}
+    names = [name for name in rows[0] if name not in ABOUT]
+    columns = intervals(np.array([[row[figure] for figure in names] for row in rows], dtype=float), seed).T
+    figures = {
+        figure: None if np.isnan(column[0]) else _figure(column) for figure, column in zip(names, columns, strict=True)
+    }
     return {"split": name, "n": len(rows), "tokens": sum(row["tokens"] for row in rows), **figures}
-
-
-def bootstrap_settings(seed: int) -> dict:
-    return {"level": LEVEL, "draws": DRAWS, "seed": seed, "over": "samples"}
 
 
 def _figure(column: np.ndarray) -> dict[str, float | None]:

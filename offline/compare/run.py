@@ -8,9 +8,10 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.offline.checkpoint.writer import REPORT
 from vlmq_vllm.offline.compare import engine, hf
+from vlmq_vllm.offline.compare.bootstrap import DRAWS, LEVEL
 from vlmq_vllm.offline.compare.cache import Cache, key_of
 from vlmq_vllm.offline.compare.questions import Exam, draw, end_ids, read_question
-from vlmq_vllm.offline.compare.report import bootstrap_settings, sample_row, split_rows
+from vlmq_vllm.offline.compare.report import sample_row, split_rows
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.compare.weights import is_vlmq
 from vlmq_vllm.offline.data.fingerprint import fingerprint
@@ -51,12 +52,9 @@ def compare(
     if not any(teacher):
         raise QuantizeError(f"no chat in {data} has at most {settings.max_tokens} tokens; raise --max-tokens")
     student = SCORERS[settings.backend](quantized, exam, teacher, track)
-    used = []
-    for question, first, second in zip(questions, teacher, student, strict=True):
-        if first:
-            assert second, "a question that the teacher was asked is asked the student"
-            used.append((question, first, second))
-    rows = [sample_row(*each) for each in used]
+    pairs = zip(questions, teacher, student, strict=True)
+    rows = [sample_row(question, first, second) for question, first, second in pairs if first and second]
+    assert len(rows) == sum(map(bool, teacher)), "a question that the teacher was asked is asked the student"
     return {
         "model": model,
         "quantized": str(quantized),
@@ -65,9 +63,9 @@ def compare(
         "dtype": settings.dtype,
         "samples": len(rows),
         "left_out": {"longer than max_tokens": len(questions) - len(rows), "max_tokens": settings.max_tokens},
-        "kl": _outcomes(used[0][1]),
+        "kl": _outcomes(next(filter(None, teacher))),
         "max_new_tokens": settings.max_new_tokens,
-        "bootstrap": bootstrap_settings(settings.seed),
+        "bootstrap": {"level": LEVEL, "draws": DRAWS, "seed": settings.seed, "over": "samples"},
         "teacher_from_cache": cached,
         "calibration_overlap": overlap,
         "splits": split_rows(rows, settings.seed),

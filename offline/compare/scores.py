@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 from vlmq_vllm.errors import CheckpointError
 
@@ -74,8 +75,6 @@ def first_difference(one: np.ndarray, other: np.ndarray) -> int | None:
 
 def save(path: Path, scores: Sequence[Score | None], metadata: dict[str, str]) -> None:
     """Write scores as safetensors; None stands for a sample that was left out."""
-    from safetensors.numpy import save_file
-
     found = [score for score in scores if score is not None]
     tensors = {f.name: np.concatenate([getattr(score, f.name) for score in found]) for f in fields(Score)}
     lengths = [(-1, -1) if score is None else (len(score.answer), len(score.greedy)) for score in scores]
@@ -84,8 +83,6 @@ def save(path: Path, scores: Sequence[Score | None], metadata: dict[str, str]) -
 
 def load(path: Path) -> list[Score | None]:
     """Back from a file of `save`. Raises what safetensors and numpy raise for a damaged one."""
-    from safetensors.numpy import load_file
-
     tensors = load_file(path)
     lengths = tensors.pop("lengths")
     kept = lengths[lengths[:, 0] >= 0]

@@ -9,6 +9,7 @@ remaining mass is one minus their sum and known to about REST_FLOOR, which both 
 import json
 import sys
 from collections.abc import Sequence
+from heapq import nlargest
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def score(engine: Engine, tasks: list[dict], teacher: list[Score] | None) -> lis
     if teacher is None:
         found = engine.ask(asked, lengths, [{"max_tokens": 1, "logprobs": top}] * len(places))
     else:
-        named = [_named(teacher[i].ids[j], token) for (i, j), token in zip(places, right, strict=True)]
+        named = [sorted({*teacher[i].ids[j].tolist(), token}) for (i, j), token in zip(places, right, strict=True)]
         found = engine.ask(asked, lengths, [{"max_tokens": 1, "logprob_token_ids": ids} for ids in named])
     logs = [{token: entry.logprob for token, entry in answer.logprobs[0].items()} for answer in found]
     _add_missing(engine, asked, lengths, right, logs)
@@ -89,14 +90,10 @@ def score(engine: Engine, tasks: list[dict], teacher: list[Score] | None) -> lis
     for i, task in enumerate(tasks):
         steps = [step for step, (owner, _) in enumerate(places) if owner == i]
         chosen = None if teacher is None else teacher[i].ids
-        ids = np.array([_likeliest(logs[s], top) for s in steps], dtype=np.int32) if chosen is None else chosen
+        ids = np.array([nlargest(top, logs[s], logs[s].__getitem__) for s in steps]) if chosen is None else chosen
         best = [found[s].token_ids[0] for s in steps]
         scores.append(_score(task, ids, [logs[s] for s in steps], best, greedy[i].token_ids if new_tokens else []))
     return scores
-
-
-def _named(ids: np.ndarray, token: int) -> list[int]:
-    return [int(i) for i in ids] + ([] if token in ids else [token])
 
 
 def _add_missing(engine: Engine, asked: list, lengths: list, right: list, logs: list[dict]) -> None:
@@ -107,10 +104,6 @@ def _add_missing(engine: Engine, asked: list, lengths: list, right: list, logs: 
         found = engine.ask([asked[s] for s in missing], [lengths[s] for s in missing], options)
         for step, answer in zip(missing, found, strict=True):
             logs[step][right[step]] = answer.logprobs[0][right[step]].logprob
-
-
-def _likeliest(logs: dict[int, float], top: int) -> list[int]:
-    return sorted(logs, key=lambda token: -logs[token])[:top]
 
 
 def _score(task: dict, ids: np.ndarray, logs: list[dict], best: list[int], greedy: Sequence[int]) -> Score:

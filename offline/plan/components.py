@@ -63,19 +63,12 @@ def find_components(source: Source, targets: Iterable[Target]) -> list[Component
 def _component(source: Source, name: str, linears: set[str]) -> str:
     """The component of a parameter by its in-memory name; "" is one that the model does not use."""
     family = source.family
-    if any(_inside(name, connector) for connector in family.connectors):  # may lie in the tower: asked first
-        return "connector"
-    if _inside(name, family.vision):
-        return "vision"
-    if _inside(name, family.embed):
-        return "embeddings"
-    if _inside(name, "lm_head"):
-        return "lm_head"
+    places = dict.fromkeys(family.connectors, "connector")  # may lie in the tower: asked first
+    places |= {family.vision: "vision", family.embed: "embeddings", "lm_head": "lm_head"}
+    for place, component in places.items():
+        if name.startswith(f"{place}."):
+            return component
     module, _, leaf = name.rpartition(".")
-    if _inside(name, family.layers) and leaf == "weight" and module in linears:
+    if name.startswith(f"{family.layers}.") and leaf == "weight" and module in linears:
         return "experts" if is_expert(module) else "language"
     return OTHER
-
-
-def _inside(name: str, module: str) -> bool:
-    return name.startswith(module + ".")

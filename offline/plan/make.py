@@ -28,8 +28,6 @@ class Plan:
     parts: list[Component]
     linears: list[LinearKind]
     phases: list[Phase]
-    quantized: int
-    packed_bits: float
     source_bytes: int
     checkpoint_bytes: int
     warnings: list[str]
@@ -39,9 +37,14 @@ class Plan:
         return sum(part.parameters for part in self.parts)
 
     @property
+    def quantized(self) -> int:
+        """Weights that become quantised."""
+        return sum(part.quantized for part in self.parts)
+
+    @property
     def bits_per_weight(self) -> float:
         """Of the quantised weights, with scales and zero points."""
-        return self.packed_bits / self.quantized
+        return sum(part.packed_bits for part in self.parts) / self.quantized
 
     @property
     def peak(self) -> Phase:
@@ -122,8 +125,6 @@ def make_plan(model: str, settings: Settings, device: str = "cpu", tokens: int |
         parts=parts,
         linears=linears,
         phases=Memory(source, settings, load, exact=kind == "cpu").phases(units, rest),
-        quantized=sum(target.rows * target.columns for target in targets),
-        packed_bits=sum(target.packed_bits for target in targets),
         source_bytes=sum(part.bytes for part in parts) - sum(stored_bytes(source, name) for name in source.tied),
         checkpoint_bytes=expected_bytes(source, targets),
         warnings=find_warnings(source, settings, load, linears),

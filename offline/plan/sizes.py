@@ -87,23 +87,14 @@ def expert_share(source: Source) -> float:
     return (getattr(text, "num_experts_per_tok", None) or 1) / experts
 
 
-@dataclass(frozen=True)
-class Streams:
-    """Bytes of a stack's streams: `captured` before its first layer, `between` after it, `one` of them alone.
+def streams_of(settings: Settings, component: str, width: int, load: Load, moved: bool) -> tuple[int, int]:
+    """Bytes of a stack's streams before its first layer and after it, as `run/begin.py` captures them.
 
     Where nothing tells both streams apart, the full-precision one is captured together with the quantised one: hidden
     states are shared until a layer has run, what comes with them (rotary tables, masks, DeepStack) for good. After a
-    quantised tower or connector, and where inputs are rounded, everything is held twice.
+    quantised tower or connector, and where inputs are rounded, everything is held twice. width: features of a hidden
+    state. moved: some of the tower or connector is quantised.
     """
-
-    captured: int
-    between: int
-    one: int
-
-
-def streams_of(settings: Settings, component: str, width: int, load: Load, moved: bool) -> Streams:
-    """As `run/begin.py` captures them. width: features of a hidden state. moved: some of the tower or connector is
-    quantised."""
     if component == "language":
         count, others, paired = load.total, load.kept + load.terms * width * FLOAT, settings.paired
     else:
@@ -111,28 +102,22 @@ def streams_of(settings: Settings, component: str, width: int, load: Load, moved
     if component == "connector":
         others = 0  # it is called with nothing else
     apart = paired and (moved and component != "vision" or settings.activation_bits != KEPT)
-    states, beside = count * width * FLOAT, count * others
-    one, twice = states + beside, beside * (2 if apart else 1)
-    return Streams(one * (2 if apart else 1), states * (2 if paired else 1) + twice, one)
+    states, beside = count * width * FLOAT, count * others * (2 if apart else 1)
+    return states * (2 if apart else 1) + beside, states * (2 if paired else 1) + beside
 
 
 @dataclass(frozen=True)
 class LayerSize:
     """The sizes of a component's layer.
 
-    shapes: [rows, columns] of its linears. parameters: all of them. inner, width: the greatest number of features
-    inside it and of what it passes on, per token of the decoder, or per patch of the tower.
+    shapes: [rows, columns] of its linears. bytes: all parameters, in float32. inner, width: the greatest number of
+    features inside it and of what it passes on, per token of the decoder, or per patch of the tower.
     """
 
     shapes: dict[str, tuple[int, int]]
-    parameters: int
+    bytes: int
     inner: int
     width: int
-
-    @property
-    def bytes(self) -> int:
-        """In float32."""
-        return FLOAT * self.parameters
 
     @property
     def linears(self) -> int:
@@ -140,18 +125,14 @@ class LayerSize:
         return FLOAT * sum(rows * columns for rows, columns in self.shapes.values())
 
     @property
-    def biggest(self) -> int:
-        """Bytes of the largest linear's weight in float32."""
-        return FLOAT * max(rows * columns for rows, columns in self.shapes.values())
-
-    @property
     def activations(self) -> int:
         """Bytes of a token's activations in a forward pass."""
         return FLOAT * (MLP * self.inner + self.width)
 
-    def graph(self, inner: int) -> int:
-        """Bytes of a token's activations in the layer's graph with `inner` features in the MLP; 0: without it."""
-        return FLOAT * (ATTENTION_GRAPH * self.width + MLP_GRAPH * inner)
+    @property
+    def graph(self) -> int:
+        """Bytes of a token's activations in the layer's graph."""
+        return FLOAT * (ATTENTION_GRAPH * self.width + MLP_GRAPH * self.inner)
 
 
 def layer_of(source: Source, component: str, name: str, load: Load) -> LayerSize:
@@ -163,7 +144,7 @@ def layer_of(source: Source, component: str, name: str, load: Load) -> LayerSize
         width = widest(source.stack(source.family.blocks)[0])[1]
     if component == "connector":
         inner = -(-inner // load.patches)
-    return LayerSize(shapes, numel(module), inner, width)
+    return LayerSize(shapes, FLOAT * numel(module), inner, width)
 
 
 def widest(layer: torch.nn.Module) -> tuple[int, int]:

@@ -4,6 +4,7 @@ Each term names the code whose tensors it counts. Sizes are in bytes.
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from vlmq_vllm.names import FUSED
@@ -31,6 +32,11 @@ class Solve:
         """Bytes of the weight in float32."""
         return FLOAT * self.rows * self.columns
 
+    @property
+    def residual(self) -> int:
+        """Bytes of D, or of W D where that is summed since it is smaller."""
+        return self.weight if is_flat(self.rows, self.columns) else self.square
+
 
 @dataclass
 class Stage:
@@ -43,6 +49,17 @@ class Stage:
     def weights(self) -> int:
         """Bytes of all its weights in float32."""
         return sum(problem.weight for problem in self.problems)
+
+    def moments(self, residual: bool) -> int:
+        """Hessians of all problems (`Moments.h`), and `Moments.residual`."""
+        return sum(problem.square + (problem.residual if residual else 0) for problem in self.problems)
+
+    def working(self, residual: bool, exact: bool) -> int:
+        """Greatest need of `solve_all`: problems of one shape are solved as batches of at most TOGETHER bytes, beside
+        the codes of the others. exact: on a CPU, factors in float64."""
+        batches = {one: min(count, max(1, TOGETHER // one.square)) for one, count in Counter(self.problems).items()}
+        codes = self.weights // FLOAT if len(self.problems) > 1 else 0
+        return codes + max(_batch_bytes(one, count, residual, exact) for one, count in batches.items())
 
 
 def stages_of(shapes: dict[str, tuple[int, int]], apart: set[str]) -> list[Stage]:
@@ -68,51 +85,16 @@ def stages_of(shapes: dict[str, tuple[int, int]], apart: set[str]) -> list[Stage
     return list(stages.values())
 
 
-def moments_bytes(problems: list[Solve], base: str) -> int:
-    """Hessians of all problems of a stage (`Moments.h`), and `Moments.residual` where the base asks for it."""
-    total = sum(problem.square for problem in problems)
-    return total if base == "gptq" else total + sum(_residual_bytes(problem, base) for problem in problems)
-
-
-def working_bytes(problems: list[Solve], base: str, exact: bool, ordered: bool) -> int:
-    """Greatest need of `solve_all`: problems of one shape are solved as one batch of at most TOGETHER bytes.
-
-    exact: on a CPU, factors in float64. ordered: columns are treated in an order of their own.
-    """
-    solved = most = 0  # codes of the batches before
-    for problem in dict.fromkeys(problems):
-        left, together = problems.count(problem), max(1, TOGETHER // problem.square)
-        while left > 0:
-            count = min(left, together)
-            most = max(most, solved + _batch_bytes(problem, count, base, exact, ordered))
-            solved += count * problem.rows * problem.columns
-            left -= count
-    return most
-
-
-def _residual_bytes(problem: Solve, base: str) -> int:
-    """D, or W D where "qep" sums that and it is smaller."""
-    return problem.weight if base == "qep" and is_flat(problem.rows, problem.columns) else problem.square
-
-
-def _batch_bytes(problem: Solve, count: int, base: str, exact: bool, ordered: bool) -> int:
+def _batch_bytes(problem: Solve, count: int, residual: bool, exact: bool) -> int:
     """`solve` of `count` problems: the weights and copies that it is given, and its greediest step."""
-    square, weight, several = count * problem.square, count * problem.weight, count > 1
-    pushed, moved = base == "gptaq", base == "qep"
-    drift = count * _residual_bytes(problem, base)
-    given = weight + (square + (drift if pushed or moved else 0) if several else 0)  # several are stacked
-    factors = 2 * square if several else square  # they are stacked, the list of them stays
-    # targets, owed and for a push the values, all transposed weights; codes in order, scattered and as bytes of rows
-    columns = weight * (3 if pushed else 2) + 3 * weight // FLOAT
-    steps = [_factor_bytes(problem, exact) + square - problem.square]  # beside the factors that are ready
-    if pushed:  # it works in place of D, or of its permuted copy
-        strips = 2 * count * FLOAT * min(STRIP, problem.columns) * problem.columns
-        steps.append(factors + (max(strips + square, 3 * square) if ordered else strips))
-        columns += square if ordered else 0
-    if moved:
-        steps.append(factors + 3 * drift + 2 * weight)
-        columns += weight
-    return given + max(*steps, factors + columns)
+    square, weight = count * problem.square, count * problem.weight
+    drift = count * problem.residual if residual else 0
+    given = weight + (square + drift if count > 1 else 0)  # several are stacked
+    factors = 2 * square if count > 1 else square  # they are stacked, the list of them stays
+    # targets and owed, transposed weights, and moved ones; codes in order, scattered and as bytes of rows
+    columns = weight * (3 if residual else 2) + 3 * weight // FLOAT
+    moved = 3 * drift + 2 * weight if residual else 0
+    return given + max(_factor_bytes(problem, exact) + square - problem.square, factors + max(columns, moved))
 
 
 def _factor_bytes(problem: Solve, exact: bool) -> int:

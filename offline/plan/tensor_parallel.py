@@ -21,12 +21,7 @@ LAYERS = dict.fromkeys((*FUSED["qkv_proj"], "qkv"), "QKVParallelLinear")
 LAYERS |= dict.fromkeys(FUSED["gate_up_proj"], "MergedColumnParallelLinear")
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Attention heads of the decoder."""
-
-    query: int
-    key: int
+Heads = tuple[int, int]  # of the decoder's attention: query, key
 
 
 @dataclass
@@ -49,7 +44,7 @@ class LinearKind:
 def find_linear_kinds(source: Source, targets: list[Target]) -> list[LinearKind]:
     """The distinct linears of a plan."""
     text = source.parsed.get_text_config()
-    heads = Heads(text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads)
+    heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     found: dict[tuple, LinearKind] = {}
     for target in targets:
         pattern = re.sub(r"\.\d+(?=\.)", ".*", target.module)
@@ -89,11 +84,12 @@ def why_not_cut(leaf: str, rows: int, columns: int, format: WeightFormat, size: 
         if format.part(columns, columns // size) is None:
             return f"groups of {format.group_size} cannot be cut into {columns // size} columns for each rank"
         return None
-    if heads and leaf == "q_proj" and heads.query % size:
-        return f"{heads.query} attention heads do not divide by {size}"
-    if heads and leaf in ("k_proj", "v_proj"):
-        if max(heads.key, size) % min(heads.key, size):
-            return f"{heads.key} key and value heads can be neither divided among nor shared by {size} ranks"
+    query, key = heads or (size, size)
+    if leaf == "q_proj" and query % size:
+        return f"{query} attention heads do not divide by {size}"
+    if leaf in ("k_proj", "v_proj") and heads:
+        if max(key, size) % min(key, size):
+            return f"{key} key and value heads can be neither divided among nor shared by {size} ranks"
         return None
     return f"{rows} rows do not divide by {size}" if rows % size else None
 

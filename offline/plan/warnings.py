@@ -12,16 +12,13 @@ ENOUGH = 4  # tokens per column: fewer leave the Hessian poorly known, which is 
 
 def find_warnings(source: Source, settings: Settings, load: Load, linears: list[LinearKind]) -> list[str]:
     """One line each."""
-    found = [*_served(linears), *_cut(linears)]
+    found = [f"vLLM will not load {linear.pattern}: {linear.refused}" for linear in linears if linear.refused]
+    found += _cut(linears)
     if settings.row.compensates:
         found += _tokens(source, load, linears)
     if settings.row.calibrated:
         found += _pictures(source, settings)
     return found
-
-
-def _served(linears: list[LinearKind]) -> list[str]:
-    return [f"vLLM will not load {linear.pattern}: {linear.refused}" for linear in linears if linear.refused]
 
 
 def _cut(linears: list[LinearKind]) -> list[str]:
@@ -75,11 +72,9 @@ def _processor_pixels(source: Source) -> int | None:
     """The greatest number of pixels that the processor's files allow for a picture; None where they say nothing."""
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = source.folder / name
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            found = found.get("image_processor", found)
-            size = found.get("size") or {}
-            pixels = found.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels")
-            if pixels:
-                return pixels
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = found.get("image_processor", found)
+        size = found.get("size") or {}
+        if pixels := found.get("max_pixels") or size.get("longest_edge") or size.get("max_pixels"):
+            return pixels
     return None

@@ -24,9 +24,8 @@ class Method:
     of earlier ones (GPTQ), "joint" searches the ranges of several layers together (Q-VLM). token_weights: those of
     TOKEN_WEIGHTS that it takes, its default first. scales_channels: channel scales are searched and folded into a layer
     before it is rounded (AWQ). sequential: a layer is calibrated on what the quantised layers before it give.
-    rounds_activations: goes with activations of 8 bits. studied: `vlmq sweep` takes it. forecast: `vlmq plan` foresees
-    its memory within 20 %; of others it gives a bound. defaults: settings that differ from BEST. options: those that
-    methods without them do not read.
+    rounds_activations: goes with activations of 8 bits. studied: `vlmq sweep` takes it. defaults: settings that differ
+    from BEST. options: those that methods without them do not read.
     """
 
     help: str
@@ -36,7 +35,6 @@ class Method:
     sequential: bool = True
     rounds_activations: bool = True
     studied: bool = False
-    forecast: bool = False
     defaults: dict = field(default_factory=dict)
     options: tuple[str, ...] = ()
 
@@ -67,20 +65,19 @@ class TokenWeights:
     """A row of TOKEN_WEIGHTS.
 
     help: what weighs tokens. paired: needs the full-precision stream beside the quantised one; paired_if_rounded: only
-    where activations are rounded. labelled: tokens of answers and of pictures must be told apart. forecast: as in
-    Method. options: settings that nothing else reads.
+    where activations are rounded. labelled: tokens of answers and of pictures must be told apart. options: settings
+    that nothing else reads.
     """
 
     help: str
     paired: bool = False
     paired_if_rounded: bool = False
     labelled: bool = False
-    forecast: bool = False
     options: tuple[str, ...] = ()
 
 
 METHODS = {
-    "rtn": Method("rounds to nearest", NEAREST, studied=True, forecast=True, defaults={"base": "gptq"}),
+    "rtn": Method("rounds to nearest", NEAREST, studied=True, defaults={"base": "gptq"}),
     "awq": Method(
         "scales the decoder's channels, searches clipped ranges and rounds",
         CLIPPED,
@@ -96,13 +93,10 @@ METHODS = {
         COMPENSATED,
         ("none", "modality", "qig", "vlmq"),
         studied=True,
-        forecast=True,
         defaults={"base": "gptq"},
         options=COMPENSATION,
     ),
-    "vlmq": Method(
-        "compensates, with token weights of its own", COMPENSATED, ("vlmq",), forecast=True, options=COMPENSATION
-    ),
+    "vlmq": Method("compensates, with token weights of its own", COMPENSATED, ("vlmq",), options=COMPENSATION),
     "qvlm": Method(
         "searches ranges for several layers jointly",
         JOINT,
@@ -112,11 +106,10 @@ METHODS = {
 }
 
 TOKEN_WEIGHTS = {
-    "none": TokenWeights("every token counts alike", forecast=True),
+    "none": TokenWeights("every token counts alike"),
     "vlmq": TokenWeights(
         "gradient of a local loss",
         paired=True,
-        forecast=True,
         options=("saliency_power", "saliency_scope", "saliency_fallback", "saliency_floor", "saliency_cap"),
     ),
     "modality": TokenWeights("MBQ: vision against answer tokens", labelled=True),

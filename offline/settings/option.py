@@ -24,10 +24,10 @@ class Option:
     type: Any
     default: Any
     help: str
-    choices: tuple
-    least: float | None
-    panel: str
-    recipe_only: bool
+    choices: tuple = ()
+    least: float | None = None
+    panel: str = "Options"
+    recipe_only: bool = False
 
     @property
     def several(self) -> bool:
@@ -35,19 +35,12 @@ class Option:
         return any(get_origin(part) is tuple for part in (self.type, *get_args(self.type)))
 
 
-def option(
-    default: Any,
-    help: str,
-    choices: tuple = (),
-    least: float | None = None,
-    panel: str = "Options",
-    recipe_only: bool = False,
-) -> Any:
+def option(default: Any, help: str, choices: tuple = (), **about: Any) -> Any:
     """A field of a settings class, for `options_of`; the parameters are those of Option."""
-    about = {"help": help, "choices": choices, "least": least, "panel": panel, "recipe_only": recipe_only}
+    metadata = {"help": help, "choices": choices, **about}
     if isinstance(default, dict):
-        return field(default_factory=dict, metadata=about)
-    return field(default=default, metadata=about)
+        return field(default_factory=dict, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def options_of(settings: type) -> dict[str, Option]:

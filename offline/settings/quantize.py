@@ -152,8 +152,6 @@ class Settings:
         if not 0 < self.damp < 1:
             raise QuantizeError(f"damp is {self.damp}; it must lie between 0 and 1 (usual: 0.01)")
         self._check_formats()
-        if self.activation_bits != KEPT:
-            self._check_activations()
 
     @property
     def row(self) -> Method:
@@ -206,23 +204,18 @@ class Settings:
         return format
 
     def _check_formats(self) -> None:
-        """Raises QuantizeError for a width and group that do not go together, and for an override that cannot be."""
+        """Raises QuantizeError for a width and group that do not go together, for an override that cannot be, and for
+        what cannot be served with rounded activations."""
         try:
-            for component in COMPONENTS:
-                self.format_of(component)
+            formats = [self.format_of(component) for component in COMPONENTS]
         except ValueError as error:
             raise QuantizeError(str(error)) from None
-        for pattern, found in self.modules.items():
-            override(pattern, found, self.format, self.format)
-
-    def _check_activations(self) -> None:
-        """Raises QuantizeError for what cannot be served with rounded activations."""
+        formats += [override(pattern, found, self.format, self.format) for pattern, found in self.modules.items()]
+        if self.activation_bits == KEPT:
+            return
         if not self.row.rounds_activations:
             raise QuantizeError(f"method {self.method} searches weights alone here; leave activation_bits at {KEPT}")
-        widths = [self.bits, self.vision_bits, self.connector_bits]
-        overrides = (override(pattern, found, self.format, self.format) for pattern, found in self.modules.items())
-        widths += [format.bits for format in overrides if format]
-        if narrow := [bits for bits in widths if bits not in (4, 8, KEPT)]:
+        if narrow := [format.bits for format in formats if format and format.bits not in (4, 8)]:
             raise QuantizeError(
                 f"activation_bits is {self.activation_bits} with weights of {narrow[0]} bits; activations are rounded "
                 "with weights of 4 and 8 bits only"

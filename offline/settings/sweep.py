@@ -12,12 +12,19 @@ from vlmq_vllm.offline.settings.quantize import BITS, COMPONENTS, GRID_POINTS, G
 STUDIED = tuple(name for name, row in METHODS.items() if row.studied)
 UNCALIBRATED = tuple(name for name in STUDIED if not METHODS[name].calibrated)
 BY = ("component", "third", "kind", "layer", "module")
-DESIGNS = ("one", "grid", "random")
 DTYPES = ("float32", "bfloat16", "float16")
 # One solver for every width and method, so that nothing but the grids of AWQ's trials differs between configurations.
 SOLVER: dict[str, Any] = {"base": "gptq", "act_order": "static", "damp": 0.01}
 # Headings of --help.
-designing, formatting, reading = (partial(option, panel=name) for name in ("Study", "Format", "Data"))
+studying, formatting, reading = (partial(option, panel=name) for name in ("Study", "Format", "Data"))
+
+
+class Apart(Settings):
+    """Settings of a run in which every linear is rounded on what the full-precision ones before it give."""
+
+    @property
+    def sequential(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,11 @@ class StudySettings:
     """Settings of `vlmq sweep`. Raises QuantizeError for a value that cannot be."""
 
     bits: tuple[int, ...] = formatting((2, 3, 4), f"Widths that parts are given, besides {KEPT}.", BITS)
-    methods: tuple[str, ...] = designing(
+    methods: tuple[str, ...] = studying(
         ("rtn", "gptq"), "How weights are rounded; each method is a study of its own.", STUDIED
     )
-    by: str = designing("component", "What a part is.", BY)
-    design: str = designing("one", "one part at a time; grid: all combinations; random: some of them.", DESIGNS)
-    runs: int = designing(128, "Configurations of a random design; the most that a grid may have.", least=1)
-    components: tuple[str, ...] | None = designing(
+    by: str = studying("component", "What a part is.", BY)
+    components: tuple[str, ...] | None = studying(
         None,
         "Components that are studied. Default: all that can be served by component, else language; with --resume those "
         "that the study has.",
@@ -39,7 +44,7 @@ class StudySettings:
     )
     group_size: int = formatting(128, GROUPS)
     symmetric: bool = formatting(False, GRID_POINTS)
-    budget: float | None = designing(
+    budget: float | None = studying(
         None,
         f"Also find widths of modules for so many bits per weight (below {KEPT}), on average over all linears of the "
         "components, scales and zero points included, and write a recipe (needs SciPy: the extra sweep).",
@@ -48,8 +53,8 @@ class StudySettings:
     calibration_samples: int = reading(128, "Calibration chats to use.", least=1)
     max_tokens: int = reading(2048, "Leave out longer chats, held-out ones too.", least=1)
     max_pixels: int = reading(0, "Shrink larger calibration pictures to this; 0: leave them.", least=0)
-    dtype: str = designing("float32", "Type in which the model is judged.", DTYPES)
-    seed: int = reading(42, "Decides drawn chats, random designs and the forest.")
+    dtype: str = studying("float32", "Type in which the model is judged.", DTYPES)
+    seed: int = reading(42, "Decides which chats are drawn.")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", tuple(sorted(set(self.bits))))
@@ -70,5 +75,5 @@ class StudySettings:
         return (*self.bits, KEPT)
 
     def of(self, method: str, bits: int) -> Settings:
-        """The settings with which `vlmq quantize` would round every part to `bits`."""
-        return Settings(bits=bits, group_size=self.group_size, symmetric=self.symmetric, method=method, **SOLVER)
+        """The settings with which every part is rounded to `bits`."""
+        return Apart(bits=bits, group_size=self.group_size, symmetric=self.symmetric, method=method, **SOLVER)

@@ -17,9 +17,9 @@ from vlmq_vllm.offline.settings.sweep import StudySettings
 
 @dataclass(frozen=True)
 class Chats:
-    """questions: in the order of the data. batches: as in a quantisation run. probe: the shortest calibration sample
-    with a picture, None without calibration. taught, asked: fingerprints of the calibration and of the held-out
-    chats."""
+    """questions: those that are short enough, in the order of the data. batches: as in a quantisation run. probe: the
+    shortest calibration sample with a picture, None without calibration. taught, asked: fingerprints of the calibration
+    and of all held-out chats."""
 
     questions: list[Question]
     batches: list[dict]
@@ -42,7 +42,8 @@ def read(
     held_out = draw(data, "held-out", settings.samples, settings.seed)
     ends = end_ids(source.folder, processor)
     questions = [read_question(chat, processor, ends) for chat in held_out]
-    check_usable(questions, processor, components, settings.max_tokens)
+    short = [q for q in questions if q.inputs(processor)[0]["input_ids"].shape[1] <= settings.max_tokens]
+    check_usable(short, components, settings.max_tokens)
     taught, samples = [], []
     if calibration is not None:
         drawn = read_chats(calibration, settings.seed)
@@ -54,35 +55,20 @@ def read(
     asked = [marks(chat) for chat in held_out]
     check_disjoint(taught, asked, say)
     probe = min(filter(has_vision, samples), key=lambda inputs: inputs["input_ids"].shape[1], default=None)
-    return Chats(questions, batched(samples), probe, [mark.chat for mark in taught], [mark.chat for mark in asked])
+    return Chats(short, batched(samples), probe, [mark.chat for mark in taught], [mark.chat for mark in asked])
 
 
-def check_usable(questions: list[Question], processor: Processor, components: list[str], limit: int) -> None:
-    """Raises QuantizeError unless a chat has at most `limit` tokens, and one with a picture where a component is
-    studied that nothing else reaches: its linears would seem to bear any width."""
-
-    def fits(question: Question) -> bool:
-        return question.inputs(processor)[0]["input_ids"].shape[1] <= limit
-
-    if not any(map(fits, questions)):
+def check_usable(questions: list[Question], components: list[str], limit: int) -> None:
+    """Raises QuantizeError where no chat is short enough, and none with a picture while a component is studied that
+    nothing else reaches: its linears would seem to bear any width."""
+    if not questions:
         raise QuantizeError(f"no held-out chat has at most {limit} tokens; raise --max-tokens")
     unreached = " and ".join(component for component in components if component != "language")
-    pictured = list(filter(is_pictured, questions))
-    if unreached and not any(map(fits, pictured)):
-        found = (
-            f"no held-out chat with a picture has at most {limit} tokens"
-            if pictured
-            else (f"none of the {len(questions)} held-out chats has a picture")
-        )
-        advice = "raise --max-tokens" if pictured else "give --data with pictures"
+    if unreached and not any(question.pictured for question in questions):
         raise QuantizeError(
-            f"{found}, so that nothing is known of {unreached}; {advice}, or study --components language alone"
+            f"no held-out chat with a picture has at most {limit} tokens, so that nothing is known of {unreached}; "
+            "give --data with pictures, raise --max-tokens, or study --components language alone"
         )
-
-
-def is_pictured(question: Question) -> bool:
-    """Whether a picture or a video is in it."""
-    return bool(question.chat["images"] or question.chat["videos"])
 
 
 def check_disjoint(taught: list[Marks], asked: list[Marks], say: Callable[[str], None]) -> None:

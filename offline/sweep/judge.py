@@ -6,7 +6,6 @@ answer tokens, then the mean over samples.
 
 import math
 import statistics
-from dataclasses import dataclass
 
 import torch
 
@@ -16,34 +15,18 @@ from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.compare.report import sample_row
 from vlmq_vllm.offline.compare.scores import Score
 from vlmq_vllm.offline.data.processor import Processor
-from vlmq_vllm.offline.model.layers import put
+from vlmq_vllm.offline.model.layers import put, set_parameter
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.quantize import KEPT
-from vlmq_vllm.offline.sweep.held_out import is_pictured
 from vlmq_vllm.offline.sweep.parts import Subject
 from vlmq_vllm.offline.sweep.pieces import Pieces
 
 KEEP = 1 << 30  # bytes of prepared inputs that stay in memory; those of further questions are made anew every time
 
 
-@dataclass(frozen=True)
-class Figures:
-    """kl: KL(16 bits || configuration) in nats per answer token; kl_error: its standard error over samples, None for a
-    single one. nll: negative log-likelihood of the answer in nats per token. exact: share of answers of which every
-    token is the likeliest."""
-
-    kl: float
-    kl_error: float | None
-    nll: float
-    exact: float
-
-
 class Judge:
-    """Scores of the full-precision model, found once, and the model that is changed.
-
-    questions: those that are short enough. pictured: how many of them have a picture.
-    """
+    """Scores of the full-precision model, found once, and the model that is changed."""
 
     def __init__(
         self,
@@ -56,30 +39,23 @@ class Judge:
         device: torch.device,
     ) -> None:
         self.source, self.pieces, self.processor, self.settings = source, pieces, processor, settings
+        self.questions = questions
         self.targets = {target.name: (target, subject.unit_of(target)) for target in subject.targets}
         self.dtype, self.device = getattr(torch, settings.dtype), device
         self.now: dict[str, tuple[str, int]] = {}  # linear -> method and width of the weight that it has
-        self.kept: dict[int, tuple[dict, int]] = {}
+        self.kept: dict[int, tuple[dict, int]] = {}  # by id of the question
         self.room = KEEP
         materialise(source, device, self.dtype)
-        self.questions: list[Question] = []
-        self.teacher: list[Score] = []
-        for question in questions:
-            inputs, start = question.inputs(processor)
-            if inputs["input_ids"].shape[1] <= settings.max_tokens:
-                self._keep(len(self.questions), inputs, start)
-                self.questions.append(question)
-                self.teacher.append(self._score(len(self.questions) - 1, None))
-        self.pictured = sum(map(is_pictured, self.questions))
+        self.teacher = [self._score(question, None) for question in questions]
 
-    def full_precision(self) -> Figures:
+    def full_precision(self) -> dict[str, float | None]:
         """The figures of the model itself."""
         return self._figures(self.teacher)
 
-    def __call__(self, method: str, widths: dict[str, int]) -> Figures:
+    def __call__(self, method: str, widths: dict[str, int]) -> dict[str, float | None]:
         """The figures with these linears (in-memory names) at these widths and all others at 16 bits."""
         self._exchange({linear: (method, bits) for linear, bits in widths.items() if bits != KEPT})
-        return self._figures([self._score(i, known) for i, known in enumerate(self.teacher)])
+        return self._figures([self._score(*each) for each in zip(self.questions, self.teacher, strict=True)])
 
     def _exchange(self, wanted: dict[str, tuple[str, int]]) -> None:
         for linear in self.targets.keys() & (self.now.keys() | wanted.keys()):
@@ -91,42 +67,42 @@ class Judge:
             put(self.source.model, linear, weight.to(self.device, self.dtype))
         self.now = wanted
 
-    def _score(self, number: int, teacher: Score | None) -> Score:
-        inputs, start = self.kept.get(number) or self.questions[number].inputs(self.processor)
-        return score_one(self.source.model, inputs, start, self.questions[number].answer, set(), self.settings, teacher)
+    def _score(self, question: Question, teacher: Score | None) -> Score:
+        found = self.kept.get(id(question))
+        if found is None:
+            found = question.inputs(self.processor)
+            size = sum(value.nbytes for value in found[0].values())
+            if size <= self.room:
+                self.kept[id(question)] = found
+                self.room -= size
+        inputs, start = found
+        return score_one(self.source.model, inputs, start, question.answer, set(), self.settings, teacher)
 
-    def _keep(self, number: int, inputs: dict, start: int) -> None:
-        size = sum(value.numel() * value.element_size() for value in inputs.values())
-        if size <= self.room:
-            self.kept[number] = (inputs, start)
-            self.room -= size
-
-    def _figures(self, scores: list[Score]) -> Figures:
+    def _figures(self, scores: list[Score]) -> dict[str, float | None]:
+        """kl: KL(16 bits || configuration) in nats per answer token; kl_error: its standard error over samples, None
+        for a single one. nll: negative log-likelihood of the answer in nats per token. exact: share of answers of which
+        every token is the likeliest."""
         rows = [sample_row(*each) for each in zip(self.questions, self.teacher, scores, strict=True)]
         kl = [row["kl"] for row in rows]
         if not all(map(math.isfinite, kl)):
             raise QuantizeError(
                 f"the model answers with NaN or infinity in {self.settings.dtype}; take --dtype float32 or bfloat16"
             )
-        return Figures(
-            kl=statistics.fmean(kl),
-            kl_error=statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None,
-            nll=statistics.fmean(row["nll_student"] for row in rows),
-            exact=statistics.fmean(row["exact_student"] for row in rows),
-        )
+        return {
+            "kl": statistics.fmean(kl),
+            "kl_error": statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None,
+            "nll": statistics.fmean(row["nll_student"] for row in rows),
+            "exact": statistics.fmean(row["exact_student"] for row in rows),
+        }
 
 
 def materialise(source: Source, device: torch.device, dtype: torch.dtype) -> None:
     """Load every parameter of the model; tied ones share theirs as in the skeleton, or the input embeddings'."""
-    model = source.model
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    for alike in names.values():
-        stored = next((name for name in alike if name in source.places), f"{source.family.embed}.weight")
-        value = source.parameter(stored).to(device, dtype)
-        parameter = torch.nn.Parameter(value, requires_grad=False)
-        for name in alike:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner).register_parameter(leaf, parameter)
-    model.to(device)
+    loaded: dict[int, torch.nn.Parameter] = {}  # by the id of the skeleton's
+    for name, skeleton in list(source.model.named_parameters(remove_duplicate=False)):
+        if id(skeleton) not in loaded:
+            stored = name if name in source.places else f"{source.family.embed}.weight"
+            value = source.parameter(stored).to(device, dtype)
+            loaded[id(skeleton)] = torch.nn.Parameter(value, requires_grad=False)
+        set_parameter(source.model, name, loaded[id(skeleton)])
+    source.model.to(device)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
-
 
 def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     """Numbers of the points (size, damage) that no other point beats in one without losing in the other, by size.
@@ -11,7 +9,7 @@ def pareto_front(points: list[tuple[float, float]]) -> list[int]:
     Of equal points the first is taken.
     """
     front: list[int] = []
-    for number in sorted(range(len(points)), key=lambda i: (points[i][0], points[i][1], i)):
+    for number in sorted(range(len(points)), key=lambda i: points[i]):
         if not front or points[number][1] < points[front[-1]][1]:
             front.append(number)
     return front
@@ -28,9 +26,9 @@ def draw(path: Path, rows: list[dict]) -> None:
     rows = [row for row in rows if row["kl"] > 0]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    for colour, method in zip(COLOURS, dict.fromkeys(row["method"] for row in rows), strict=False):
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-        axes.scatter([r["bits_per_weight"] for r in own], [r["kl"] for r in own], s=14, color=colour, label=method)
+        axes.scatter([r["bits_per_weight"] for r in own], [r["kl"] for r in own], s=14, label=method)
     front = [rows[i] for i in pareto_front([(row["bits_per_weight"], row["kl"]) for row in rows])]
     axes.step([r["bits_per_weight"] for r in front], [r["kl"] for r in front], where="post", color="black", lw=1)
     axes.plot([r["bits_per_weight"] for r in front], [r["kl"] for r in front], "ko", mfc="none", label="front")

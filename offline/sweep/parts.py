@@ -1,4 +1,4 @@
-"""Finds the parts of a model to which a study gives widths, and which linears they are.
+"""Finds the parts of a model to which a study gives widths, which linears they are, and the configurations of them.
 
 Parts are whole components, thirds of a stack of layers, kinds of sublayer, single layers, or modules: what vLLM fuses
 into one is one module (q, k and v; gate and up; gate and up of all experts of a layer, down of all of them), so that a
@@ -6,7 +6,8 @@ module can be given a width of its own in a checkpoint.
 """
 
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.names import FUSED
@@ -17,6 +18,7 @@ from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.unserved import why_unserved
 
 THIRDS = ("front", "middle", "end")
+Widths = tuple[int, ...]  # of every part, 16 where it is kept: a configuration
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,16 @@ class Subject:
 def find_subject(source: Source, settings: Settings, components: tuple[str, ...] | None) -> Subject:
     """Units and targets (in the format of `settings`) of the components, or of all that have any linear that vLLM takes
     in packed form. Raises RefusedError for a component that is named and has none."""
-    every = Settings(**settings.to_dict() | {"vision_bits": settings.bits, "connector_bits": settings.bits})
-    forced = Settings(**every.to_dict() | {"force": True})
+    forced = replace(settings, vision_bits=settings.bits, connector_bits=settings.bits, force=True)
     units: list[Unit] = []
     targets: list[Target] = []
-    for component in ORDER:
-        if components is not None and component not in components:
-            continue
+    for component in ORDER if components is None else [name for name in ORDER if name in components]:
         own = [unit for unit in find_units(source, forced) if unit.component == component]
-        found = [
-            t for t in _targets(source, forced, own) if not why_unserved(t.name, (t.rows, t.columns), source.config)
-        ]
+        try:
+            every = find_targets(source, forced, own)
+        except RefusedError:  # of a component without linears
+            every = []
+        found = [t for t in every if not why_unserved(t.name, (t.rows, t.columns), source.config)]
         if not found and components is not None:
             raise RefusedError(f"this model's {component} has no linear that vLLM takes in packed form; leave it out")
         if found:
@@ -68,26 +69,43 @@ def find_subject(source: Source, settings: Settings, components: tuple[str, ...]
 
 def find_parts(by: str, subject: Subject) -> list[Part]:
     """The parts in the order of the forward pass. by: "component", "third", "kind", "layer" or "module"."""
-    name_of = {"component": _component, "third": _third, "kind": _kind, "layer": _layer, "module": _module}[by]
-    units = {target.name: subject.unit_of(target) for target in subject.targets}
-    counts = {component: sum(unit.component == component for unit in subject.units) for component in ORDER}
+    counts = Counter(unit.component for unit in subject.units)
     found: dict[str, list[str]] = {}
     for target in subject.targets:
-        unit = units[target.name]
-        own = target.name.removeprefix(f"{unit.module}.")
-        name = name_of(unit, own, counts[unit.component])
+        unit = subject.unit_of(target)
+        name = _part(by, unit, target.name.removeprefix(f"{unit.module}."), counts[unit.component])
         prefix = f"{unit.component} " if len(subject.components) > 1 and by != "component" else ""
         found.setdefault(prefix + name, []).append(target.name)
     return [Part(name, tuple(linears)) for name, linears in found.items()]
 
 
-def expand(parts: list[Part], widths: tuple[int, ...], kept: bool = False) -> dict[str, int]:
+def one_at_a_time(count: int, bits: tuple[int, ...]) -> list[Widths]:
+    """The configurations that are run: all of `count` parts at each width, from wide to narrow, then each part alone at
+    each width, the others at 16."""
+    wide = sorted(bits, reverse=True)
+    uniform = [(width,) * count for width in wide]
+    return list(dict.fromkeys([*uniform, *(_alone(count, part, width) for part in range(count) for width in wide)]))
+
+
+def find_rises(parts: list[Part], bits: tuple[int, ...], rows: dict[Widths, dict]) -> dict[str, dict[int, float]]:
+    """By name of a part the KL (nats) with this part alone at a width, by width."""
+    return {
+        part.name: {width: rows[_alone(len(parts), number, width)]["kl"] for width in bits}
+        for number, part in enumerate(parts)
+    }
+
+
+def _alone(count: int, part: int, width: int) -> Widths:
+    return tuple(width if i == part else KEPT for i in range(count))
+
+
+def expand(parts: list[Part], widths: Widths, kept: bool = False) -> dict[str, int]:
     """Linears of the parts with their widths; those at 16 bits only where `kept`."""
     pairs = zip(parts, widths, strict=True)
     return {linear: width for part, width in pairs for linear in part.linears if kept or width != KEPT}
 
 
-def label_of(parts: list[Part], widths: tuple[int, ...]) -> str:
+def label_of(parts: list[Part], widths: Widths) -> str:
     """A configuration in words."""
     if len(set(widths)) == 1:
         return f"all {widths[0]}"
@@ -95,37 +113,19 @@ def label_of(parts: list[Part], widths: tuple[int, ...]) -> str:
     return ", ".join(named) + ", others 16" if KEPT in widths else ", ".join(named)
 
 
-def _component(unit: Unit, linear: str, count: int) -> str:
-    return unit.component
-
-
-def _third(unit: Unit, linear: str, count: int) -> str:
-    return THIRDS[3 * unit.index // count]
-
-
-def _kind(unit: Unit, linear: str, count: int) -> str:
-    return "attention" if re.search(r"attn|attention", linear) else "feed-forward"
-
-
-def _layer(unit: Unit, linear: str, count: int) -> str:
-    return f"layer {unit.index}"
-
-
-def _module(unit: Unit, linear: str, count: int) -> str:
+def _part(by: str, unit: Unit, linear: str, count: int) -> str:
+    """The part of a linear by its name in the unit; count: units of the component."""
+    if by == "component":
+        return unit.component
+    if by == "third":
+        return THIRDS[3 * unit.index // count]
+    if by == "kind":
+        return "attention" if re.search(r"attn|attention", linear) else "feed-forward"
+    if by == "layer":
+        return f"layer {unit.index}"
     parent, _, leaf = linear.rpartition(".")
     if is_expert(f".{linear}"):
         parent = parent.rpartition(".")[0]
-    return ".".join(filter(None, (str(unit.index), parent, _fused(leaf))))
-
-
-def _fused(leaf: str) -> str:
-    """What vLLM calls the layer into which it fuses a linear, without the ending; k and v alone are a part of qkv."""
-    return next((name.removesuffix("_proj") for name, parts in FUSED.items() if leaf in parts), leaf)
-
-
-def _targets(source: Source, settings: Settings, units: list[Unit]) -> list[Target]:
-    """None for a component without linears, which `find_targets` refuses."""
-    try:
-        return find_targets(source, settings, units)
-    except RefusedError:
-        return []
+    # what vLLM calls the layer into which it fuses a linear, without the ending; k and v alone are a part of qkv
+    fused = next((name.removesuffix("_proj") for name, parts in FUSED.items() if leaf in parts), leaf)
+    return ".".join(filter(None, (str(unit.index), parent, fused)))

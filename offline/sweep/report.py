@@ -1,122 +1,41 @@
 """Writes what a study found: results.csv, pareto.csv, pareto.png, report.md and recipe.yaml.
 
-report.md is made of plain tables; `summary` is the same for programs. All are of the same run: what it does not make, a
-picture without matplotlib or a recipe without a budget, is removed where an earlier run has made it.
+All are of the same run: what it does not make, a picture without matplotlib or a recipe without a budget, is removed
+where an earlier run has made it.
 """
 
 import csv
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
 
 from vlmq_vllm.offline.checkpoint.atomic import aside
-from vlmq_vllm.offline.settings.sweep import StudySettings
-from vlmq_vllm.offline.sweep.designs import Widths, full_precision
-from vlmq_vllm.offline.sweep.forest import Forest, find_rises, fit_forests
 from vlmq_vllm.offline.sweep.markdown import markdown
-from vlmq_vllm.offline.sweep.mixtures import Mixture
-from vlmq_vllm.offline.sweep.pareto import draw, pareto_front
-from vlmq_vllm.offline.sweep.parts import Part
+from vlmq_vllm.offline.sweep.pareto import draw
 from vlmq_vllm.offline.sweep.results import COLUMNS
 
 FILES = ("results.csv", "pareto.csv", "pareto.png", "recipe.yaml", "report.md")
 
 
-@dataclass(frozen=True)
-class Mixed:
-    """What was found for a budget. rises: of the modules, by width, as measured. row, blind: results of the mixture and
-    of its controls. recipe: settings of `vlmq quantize`."""
-
-    method: str
-    modules: list[Part]
-    rises: list[dict[int, float]]
-    mixture: Mixture
-    row: dict
-    blind: list[dict]
-    recipe: dict
-
-
-@dataclass(frozen=True)
-class Study:
-    """Everything that was run. about: model, data, calibration, number of questions. base: row of the model at 16 bits.
-    rows: of all configurations. found: per method the rows of the design. shares: of the parts in the weights."""
-
-    about: dict
-    settings: StudySettings
-    parts: list[Part]
-    base: dict
-    rows: list[dict]
-    found: dict[str, dict[Widths, dict]]
-    shares: list[float]
-    mixed: Mixed | None
-
-    def damage(self, method: str) -> dict[Widths, float]:
-        """KL by configuration of the design, with 0 for everything at 16 bits."""
-        found = {widths: row["kl"] for widths, row in self.found[method].items()}
-        return found | {full_precision(len(self.parts)): 0.0}
-
-    def rises(self, method: str) -> list[dict[int, float]]:
-        """KL of every part alone, by width."""
-        return find_rises(len(self.parts), self.settings.bits, self.damage(method))
-
-    def pareto(self) -> list[dict]:
-        """Rows on the Pareto front of bits per weight and KL, the narrowest first."""
-        every = [*self.rows, self.base]
-        return [every[i] for i in pareto_front([(row["bits_per_weight"], row["kl"]) for row in every])]
-
-
-def write(folder: Path, study: Study) -> dict:
-    """Write all files into `folder`; returns the summary."""
-    forests = {}
-    if study.settings.design != "one":
-        for method in study.settings.methods:
-            forests[method] = fit_forests(study.damage(method), study.settings.bits, study.settings.seed)
-    pareto = study.pareto()
+def write(folder: Path, found: dict) -> None:
+    """Write all files of a study (`run.py`) into `folder`."""
     makers: dict[str, Callable[[Path], object]] = {
-        "results.csv": lambda path: _csv(path, [study.base, *study.rows]),
-        "pareto.csv": lambda path: _csv(path, pareto),
-        "report.md": lambda path: path.write_text(markdown(study, forests, pareto), encoding="utf-8"),
+        "results.csv": lambda path: _csv(path, [found["full_precision"], *found["rows"]]),
+        "pareto.csv": lambda path: _csv(path, found["pareto"]),
+        "report.md": lambda path: path.write_text(markdown(found), encoding="utf-8"),
     }
     if find_spec("matplotlib") is not None:
-        makers["pareto.png"] = lambda path: draw(path, study.rows)
-    if mixed := study.mixed:
-        makers["recipe.yaml"] = lambda path: path.write_text(yaml.safe_dump(mixed.recipe, sort_keys=False))
+        makers["pareto.png"] = lambda path: draw(path, found["rows"])
+    if mixture := found.get("mixture"):
+        makers["recipe.yaml"] = lambda path: path.write_text(yaml.safe_dump(mixture["recipe"], sort_keys=False))
     for name in FILES:
         if name in makers:
             with aside(folder / name) as partial:
                 makers[name](partial)
         else:
             (folder / name).unlink(missing_ok=True)
-    return summary(study, forests, pareto)
-
-
-def summary(study: Study, forests: dict[str, list[Forest]], pareto: list[dict]) -> dict:
-    """The study in JSON's types."""
-    names = [part.name for part in study.parts]
-    found = study.about | {
-        "settings": asdict(study.settings),
-        "parts": names,
-        "full_precision": study.base,
-        "rows": study.rows,
-        "rises": {method: dict(zip(names, study.rises(method), strict=True)) for method in study.found},
-        "forests": {method: [asdict(forest) for forest in each] for method, each in forests.items()},
-        "pareto": pareto,
-    }
-    if mixed := study.mixed:
-        modules = [part.name for part in mixed.modules]
-        found["mixture"] = {
-            "method": mixed.method,
-            "widths": dict(zip(modules, mixed.mixture.widths, strict=True)),
-            "rises": dict(zip(modules, mixed.rises, strict=True)),
-            "sum_of_rises": mixed.mixture.rise,
-            "pooled": mixed.mixture.pooled,
-            "row": mixed.row,
-            "blind": mixed.blind,
-        }
-    return found
 
 
 def _csv(path: Path, rows: list[dict]) -> None:

@@ -1,8 +1,7 @@
-"""Opens the folder of a study and keeps its rows: one line per configuration in `results.jsonl`.
+"""Opens the folder of a study and keeps its rows, one for each configuration that has been run.
 
-identity.json   what decides the numbers (`identity.py`); a study that goes on must have the same
-pieces/         solved linears (`pieces.py`)
-results.jsonl   one configuration per line, in the order in which they were run
+study.json   what decides the numbers (`identity.py`; a study that goes on must have the same), and the rows
+pieces/      solved linears (`pieces.py`)
 results.csv, pareto.csv, pareto.png, report.md, recipe.yaml   written at the end, anew each time (`report.py`)
 """
 
@@ -20,7 +19,7 @@ from vlmq_vllm.offline.checkpoint.writer import check_destination
 from vlmq_vllm.offline.settings.quantize import KEPT
 from vlmq_vllm.offline.sweep.identity import continued
 
-IDENTITY, RESULTS = "identity.json", "results.jsonl"
+STUDY = "study.json"
 COLUMNS = ("method", "label", "bits_per_weight", "bits_per_parameter", "kl", "kl_error", "nll", "exact")
 
 
@@ -57,24 +56,28 @@ class Results:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RefusedError(f"another process is writing {self.folder}; wait for it or choose another") from None
-        if not any(path.name != IDENTITY + ASIDE for path in self.folder.iterdir()):  # what a kill may leave
+        if not any(path.name != STUDY + ASIDE for path in self.folder.iterdir()):  # what a kill may leave
             return
-        if not (self.folder / IDENTITY).is_file():
+        path = self.folder / STUDY
+        if not path.is_file():
             raise RefusedError(f"{self.folder} is no folder of a study; choose another")
         if not resume:
             raise RefusedError(
                 f"{self.folder} holds a study already; add --resume to go on with it, or choose another folder"
             )
-        self.identity = _read_identity(self.folder)
-        self.rows = {(row["method"], row["key"]): row for row in _read_rows(self.folder / RESULTS)}
+        try:
+            found = json.loads(path.read_bytes())
+            self.identity = dict(found["identity"])
+            self.rows = {(row["method"], row["key"]): row for row in found["rows"]}
+        except (ValueError, KeyError, TypeError):
+            raise RefusedError(
+                f"{path} is damaged; remove {self.folder} to begin anew, or choose another folder"
+            ) from None
 
     def begin(self, identity: dict) -> None:
         """Make the folder that of the study `identity`. Raises RefusedError where it is another's."""
-        wanted = identity if self.identity is None else continued(self.folder, self.identity, identity)
-        if wanted != self.identity:
-            with aside(self.folder / IDENTITY) as partial:
-                partial.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-        self.identity = wanted
+        self.identity = identity if self.identity is None else continued(self.folder, self.identity, identity)
+        self._write()
 
     def __enter__(self) -> "Results":
         return self
@@ -95,52 +98,11 @@ class Results:
         return self.rows.get((method, key_of(widths)))
 
     def add(self, row: dict) -> None:
-        """Append a row: `COLUMNS` and "key"."""
-        with (self.folder / RESULTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Keep a row: `COLUMNS` and "key"."""
         self.rows[row["method"], row["key"]] = row
+        self._write()
 
-
-def _read_identity(folder: Path) -> dict:
-    found = _parsed((folder / IDENTITY).read_bytes())
-    if found is None:
-        raise RefusedError(
-            f"{folder / IDENTITY} is damaged, so that nothing says which study this is; remove {folder} to begin anew, "
-            "or choose another folder"
-        )
-    return found
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """All rows. The last line goes where it is not whole: what a kill or a full disk left of it is measured again."""
-    if not path.is_file():
-        return []
-    content = path.read_bytes()
-    lines = content.splitlines(keepends=True)
-    rows = [_row(line) for line in lines]
-    if rows and rows[-1] is None:
-        os.truncate(path, len(content) - len(lines[-1]))
-        rows.pop()
-    if None in rows:
-        raise RefusedError(
-            f"{path} is damaged in line {rows.index(None) + 1}; remove that line, and --resume measures its "
-            "configuration again"
-        )
-    return [row for row in rows if row]
-
-
-def _row(line: bytes) -> dict | None:
-    """The row of a whole line, None for a damaged one."""
-    row = _parsed(line) if line.endswith(b"\n") else None
-    return row if row and row.keys() >= {"key", *COLUMNS} else None
-
-
-def _parsed(content: bytes) -> dict | None:
-    """A JSON object, None for anything else."""
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return None
-    return found if isinstance(found, dict) else None
+    def _write(self) -> None:
+        with aside(self.folder / STUDY) as partial:
+            content = {"identity": self.identity, "rows": list(self.rows.values())}
+            partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

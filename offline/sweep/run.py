@@ -1,13 +1,14 @@
 """Runs a study from model and data to report: pieces, then configurations, then what they say.
 
 The full-precision model judges every configuration on held-out chats that are no calibration chats. What has been done
-stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods, parts
-or designs, and for calibration where there was none.
+stands in the study's folder; a run that goes on does only what is missing, and may ask for more widths, methods and
+parts, and for calibration where there was none.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,23 +21,28 @@ from vlmq_vllm.offline.machine.device import device_of
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.settings.compare import CompareSettings
 from vlmq_vllm.offline.settings.sweep import UNCALIBRATED, StudySettings
-from vlmq_vllm.offline.sweep.designs import Widths, find_design, one_at_a_time
-from vlmq_vllm.offline.sweep.forest import check_forest, find_rises
 from vlmq_vllm.offline.sweep.held_out import read
 from vlmq_vllm.offline.sweep.identity import identify
-from vlmq_vllm.offline.sweep.judge import Figures, Judge
+from vlmq_vllm.offline.sweep.judge import Judge
 from vlmq_vllm.offline.sweep.knapsack import check_solver
 from vlmq_vllm.offline.sweep.make_pieces import PieceMaker
 from vlmq_vllm.offline.sweep.markdown import counted
 from vlmq_vllm.offline.sweep.mixtures import Budget, recipe_of
-from vlmq_vllm.offline.sweep.parts import Part, Subject, expand, find_parts, find_subject, label_of
+from vlmq_vllm.offline.sweep.pareto import pareto_front
+from vlmq_vllm.offline.sweep.parts import (
+    Part,
+    Widths,
+    expand,
+    find_parts,
+    find_rises,
+    find_subject,
+    label_of,
+    one_at_a_time,
+)
 from vlmq_vllm.offline.sweep.pieces import Pieces
-from vlmq_vllm.offline.sweep.remaining import Remaining
-from vlmq_vllm.offline.sweep.report import Mixed, Study, write
+from vlmq_vllm.offline.sweep.report import write
 from vlmq_vllm.offline.sweep.results import Results, key_of
 from vlmq_vllm.offline.sweep.sizes import Sizes
-
-BLIND = 3  # random mixtures that a budget's is compared with, as far as they differ
 
 
 def sweep(
@@ -57,8 +63,6 @@ def sweep(
     components unless others are asked for. Returns the report as JSON's types. Raises QuantizeError (RefusedError for
     what cannot be done) and CheckpointError.
     """
-    if settings.design != "one":
-        check_forest()
     if settings.budget:
         check_solver()
     if find_spec("matplotlib") is None:
@@ -77,7 +81,7 @@ def sweep(
 
 
 class _Run:
-    """One run. `parts` are the parts of the design; `modules` those of the budget, empty without one."""
+    """One run. `parts` are those of the study; `modules` those of the budget, empty without one."""
 
     def __init__(
         self,
@@ -90,65 +94,62 @@ class _Run:
         self.model, self.settings, self.device, self.say, self.stop = model, settings, device, say, stop
         self.source = Source(find(model))
         only = settings.components or (None if settings.by == "component" else ("language",))
-        self.subject: Subject = find_subject(self.source, settings.of(settings.methods[0], settings.bits[0]), only)
+        self.subject = find_subject(self.source, settings.of(settings.methods[0], settings.bits[0]), only)
         self.parts = find_parts(settings.by, self.subject)
-        self.design = find_design(settings.design, len(self.parts), settings.bits, settings.runs, settings.seed)
         self.sizes = Sizes(self.source, self.subject.targets)
         self.modules = find_parts("module", self.subject) if settings.budget else []
         self.budget = Budget(self.subject, self.modules, settings.levels, settings.budget) if settings.budget else None
         self.processor = load_processor(self.source.folder)
 
     def run(self, data: str | Path, calibration: str | Path | None, results: Results) -> dict:
-        components = self.subject.components
-        found = read(data, calibration, self.source, self.processor, self.settings, components, self.say)
-        places = {"model": self.model, "data": str(data), "calibration": str(calibration) if calibration else None}
-        results.begin(identify(self.source, self.settings, components, self.device, found.taught, found.asked, places))
+        settings, components = self.settings, self.subject.components
+        found = read(data, calibration, self.source, self.processor, settings, components, self.say)
+        results.begin(identify(self.source, settings, components, self.device, found.taught, found.asked))
         pieces = Pieces(results.folder / "pieces")
         for path in pieces.drop_damaged():
             self.say(f"{path} was damaged; it is made again when it is needed")
-        kinds = {(m, b): self.settings.of(m, b) for m in self.settings.methods for b in self.settings.bits}
+        kinds = {(m, b): settings.of(m, b) for m in settings.methods for b in settings.bits}
         maker = PieceMaker(self.source, self.subject, kinds, pieces, self.device, self.say, self.stop)
         maker.run(found.batches, found.probe)
         found.batches.clear()
-        judging = CompareSettings(
-            dtype=self.settings.dtype, device=str(self.device), max_new_tokens=0, max_tokens=self.settings.max_tokens
-        )
+        judging = CompareSettings(dtype=settings.dtype, device=str(self.device), max_new_tokens=0)
         self.results = results
         self.judge = Judge(self.source, self.subject, pieces, found.questions, self.processor, judging, self.device)
-        questions, parts = counted(len(self.judge.questions), "held-out question"), counted(len(self.parts), "part")
-        self.say(f"{questions}, {self.judge.pictured} with a picture; {parts} by {self.settings.by}")
-        self.remaining = Remaining(self._missing(), self.say)
-        return write(results.folder, self._study(places))
+        pictured = sum(question.pictured for question in found.questions)
+        questions, parts = counted(len(found.questions), "held-out question"), counted(len(self.parts), "part")
+        self.say(f"{questions}, {pictured} with a picture; {parts} by {settings.by}")
+        report = self._report(results, calibration is not None) | {
+            "model": self.model,
+            "data": str(data),
+            "calibration": str(calibration) if calibration else None,
+            "questions": len(found.questions),
+            "pictured": pictured,
+        }
+        write(results.folder, report)
+        return report
 
-    def _missing(self) -> int:
-        """How many configurations have not been run. Those of a budget as if by the last method: which it will be is
-        not known yet."""
-        methods, bits = self.settings.methods, self.settings.bits
-        wanted = {(method, key_of(expand(self.parts, widths))) for method in methods for widths in self.design}
-        if self.budget:
-            alone = one_at_a_time(len(self.modules), bits)
-            wanted |= {(methods[-1], key_of(expand(self.modules, widths))) for widths in alone}
-        mixtures = 1 + len(self.budget.controls(self.settings.seed, BLIND)) if self.budget else 0
-        return len(wanted - self.results.rows.keys()) + mixtures
-
-    def _study(self, places: dict[str, str | None]) -> Study:
+    def _report(self, results: Results, calibrated: bool) -> dict:
+        """What was found, in JSON's types: rows of all configurations and of the model at 16 bits, the front of bits
+        per weight and KL, and for every method and part the KL of this part alone, by width."""
+        settings = self.settings
         base = self._row("none", "16 bits", {}, self.judge.full_precision())
-        found = {m: self._evaluate(m, self.parts, self.design) for m in self.settings.methods}
-        mixed = self._mix(self.budget, found, places["calibration"] is not None) if self.budget else None
-        return Study(
-            about=places | {"questions": len(self.judge.questions), "pictured": self.judge.pictured},
-            settings=self.settings,
-            parts=self.parts,
-            base=base,
-            rows=list(self.results.rows.values()),
-            found=found,
-            shares=self.sizes.shares(self.parts),
-            mixed=mixed,
-        )
+        found = {method: self._evaluate(method, self.parts) for method in settings.methods}
+        mixed = {"mixture": self._mix(self.budget, found, calibrated)} if self.budget else {}
+        every = [*results.rows.values(), base]
+        return {
+            "settings": asdict(settings),
+            "parts": [part.name for part in self.parts],
+            "shares": self.sizes.shares(self.parts),
+            "full_precision": base,
+            "rows": every[:-1],
+            "rises": {method: find_rises(self.parts, settings.bits, rows) for method, rows in found.items()},
+            "pareto": [every[i] for i in pareto_front([(row["bits_per_weight"], row["kl"]) for row in every])],
+            **mixed,
+        }
 
-    def _evaluate(self, method: str, parts: list[Part], design: list[Widths]) -> dict[Widths, dict]:
-        """The rows of a design."""
-        rows = {}
+    def _evaluate(self, method: str, parts: list[Part]) -> dict[Widths, dict]:
+        """The rows of all configurations of these parts."""
+        rows, design = {}, one_at_a_time(len(parts), self.settings.bits)
         for number, widths in enumerate(design, 1):
             linears, place = expand(parts, widths), f" {number} of {len(design)}"
             rows[widths] = self._judged(method, label_of(parts, widths), linears, place)
@@ -161,41 +162,42 @@ class _Run:
             if self.stop():
                 raise StoppedError(f"stopped before {method}, {label}; add --resume to the same command to go on")
             begun = time.monotonic()
-            figures = self.judge(method, linears)
-            self.remaining.done(time.monotonic() - begun)
-            row = self._row(method, label, linears, figures)
+            row = self._row(method, label, linears, self.judge(method, linears))
             self.results.add(row)
-            self.say(f"{method}{place}: {label}: KL {row['kl']:.3g}")
+            took = timedelta(seconds=round(time.monotonic() - begun))
+            self.say(f"{method}{place}: {label}: KL {row['kl']:.3g}, in {took}")
         return row
 
-    def _row(self, method: str, label: str, linears: dict[str, int], figures: Figures) -> dict:
+    def _row(self, method: str, label: str, linears: dict[str, int], figures: dict) -> dict:
         return {
             "method": method,
             "key": key_of(linears),
             "label": label,
             "bits_per_weight": self.sizes.bits_per_weight(linears),
             "bits_per_parameter": self.sizes.bits_per_parameter(linears),
-            **asdict(figures),
+            **figures,
         }
 
-    def _mix(self, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool) -> Mixed:
-        """The best mixture within the budget by the method of which a blind one is to be expected best, and its
-        controls. One method, since no checkpoint mixes them; which is best differs between widths."""
-        bits, count = self.settings.bits, len(self.modules)
+    def _mix(self, budget: Budget, found: dict[str, dict[Widths, dict]], calibrated: bool) -> dict:
+        """The best mixture within the budget by the method of which a random one is to be expected best. One method,
+        since no checkpoint mixes them; which is best differs between widths."""
+        bits = self.settings.bits
 
         def expected(method: str) -> float:
             return budget.expected({width: found[method][(width,) * len(self.parts)]["kl"] for width in bits})
 
         method = min(self.settings.methods, key=expected)
-        self.say(f"budget: {count} modules by {method}")
-        alone = self._evaluate(method, self.modules, one_at_a_time(count, bits))
-        rises = find_rises(count, bits, {widths: row["kl"] for widths, row in alone.items()})
-        mixture = budget.mix(rises)
-        blind = budget.controls(self.settings.seed, BLIND)
-        rows = []
-        for number, widths in enumerate((mixture.widths, *blind)):
-            label = f"{f'blind mixture {number}' if number else 'mixture'} within {self.settings.budget} bits"
-            row = self._judged(method, label, expand(self.modules, widths))
-            rows.append(row | {"label": label})
-        recipe = recipe_of(self.subject, expand(self.modules, mixture.widths, kept=True), self.settings, calibrated)
-        return Mixed(method, self.modules, rises, mixture, rows[0], rows[1:], recipe)
+        self.say(f"budget: {len(self.modules)} modules by {method}")
+        rises = find_rises(self.modules, bits, self._evaluate(method, self.modules))
+        widths, rise, pooled = budget.mix(list(rises.values()))
+        label = f"mixture within {self.settings.budget} bits"
+        row = self._judged(method, label, expand(self.modules, widths)) | {"label": label}
+        return {
+            "method": method,
+            "widths": dict(zip(rises, widths, strict=True)),
+            "rises": rises,
+            "sum_of_rises": rise,
+            "pooled": pooled,
+            "row": row,
+            "recipe": recipe_of(self.subject, expand(self.modules, widths, kept=True), self.settings, calibrated),
+        }

@@ -10,7 +10,7 @@ from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.commands import app
 from vlmq_vllm.offline.plan.make import make_plan
-from vlmq_vllm.offline.plan.tensor_parallel import Heads, fitting_groups, why_not_cut
+from vlmq_vllm.offline.plan.tensor_parallel import fitting_groups, why_not_cut
 from vlmq_vllm.offline.settings.quantize import Settings
 
 KEYS = {
@@ -136,12 +136,12 @@ def test_cuts_of_a_row_parallel_layer(size, bits, group, fitting):
 @pytest.mark.parametrize(
     ("leaf", "heads", "size", "fits"),
     [
-        ("q_proj", Heads(28, 4), 4, True),
-        ("q_proj", Heads(28, 4), 8, False),
-        ("k_proj", Heads(64, 4), 8, True),  # two ranks share a head
-        ("v_proj", Heads(64, 8), 4, True),
-        ("k_proj", Heads(12, 3), 2, False),
-        ("gate_proj", Heads(64, 8), 8, True),
+        ("q_proj", (28, 4), 4, True),
+        ("q_proj", (28, 4), 8, False),
+        ("k_proj", (64, 4), 8, True),  # two ranks share a head
+        ("v_proj", (64, 8), 4, True),
+        ("k_proj", (12, 3), 2, False),
+        ("gate_proj", (64, 8), 8, True),
     ],
 )
 def test_cuts_of_column_parallel_layers(leaf, heads, size, fits):

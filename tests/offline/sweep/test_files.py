@@ -1,7 +1,8 @@
-"""Files of a study that are whole or not at all: pieces, and what a run reports; and how long the rest takes."""
+"""Files of a study that are whole or not at all: pieces, and what a run reports."""
 
 import os
 import resource
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +18,13 @@ from vlmq_vllm.offline.model.targets import Target, Unit
 from vlmq_vllm.offline.settings.sweep import StudySettings
 from vlmq_vllm.offline.sweep import pieces as module
 from vlmq_vllm.offline.sweep import report
-from vlmq_vllm.offline.sweep.designs import full_precision, one_at_a_time
-from vlmq_vllm.offline.sweep.mixtures import Mixture
-from vlmq_vllm.offline.sweep.parts import Part
+from vlmq_vllm.offline.sweep.markdown import markdown
+from vlmq_vllm.offline.sweep.parts import Part, label_of, one_at_a_time
 from vlmq_vllm.offline.sweep.pieces import Pieces
-from vlmq_vllm.offline.sweep.remaining import Remaining, duration
 from vlmq_vllm.offline.sweep.results import Results
 
 UNIT = Unit("language-00000", "language", "layers.0", 0)
+PARTS = [Part("one", ("a",)), Part("two", ("b",))]
 SHAPES = [(1, 32), (7, 96), (33, 64)]
 
 
@@ -126,36 +126,31 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 def study_of(budget):
     """Two parts by one method at 2 and 4 bits; a recipe where there is a budget."""
-    settings = StudySettings(bits=(2, 4), methods=("rtn",), budget=budget)
     figures = {"kl_error": None, "nll": 1.0, "exact": 0.5}
-    rows = {
-        widths: {"method": "rtn", "key": str(i), "label": str(widths), "bits_per_weight": sum(widths) / 2}
+    rows = [
+        {"method": "rtn", "key": str(i), "label": label_of(PARTS, widths), "bits_per_weight": sum(widths) / 2}
         | {"bits_per_parameter": 8.0, "kl": 16 / sum(widths)}
         | figures
-        for i, widths in enumerate(one_at_a_time(2, settings.bits))
-    }
+        for i, widths in enumerate(one_at_a_time(2, (2, 4)))
+    ]
     base = {"method": "none", "key": "", "label": "16 bits", "bits_per_weight": 16.0, "bits_per_parameter": 16.0}
-    parts = [Part("one", ("a",)), Part("two", ("b",))]
-    [first, *others] = rows.values()
-    mixed = report.Mixed(
-        "rtn", parts, [{2: 0.9, 4: 0.8}] * 2, Mixture((2, 4), 1.7, []), first, others, {"bits": 2, "modules": {"b": 4}}
-    )
-    return report.Study(
-        about={"model": "m", "data": "d", "calibration": None, "questions": 1, "pictured": 1},
-        settings=settings,
-        parts=parts,
-        base=base | {"kl": 0.0} | figures,
-        rows=list(rows.values()),
-        found={"rtn": rows},
-        shares=[0.5, 0.5],
-        mixed=mixed if budget else None,
-    )
+    rises = {"one": {2: 0.9, 4: 0.8}, "two": {2: 0.7, 4: 0.6}}
+    mixture = {"method": "rtn", "widths": {"one": 2, "two": 4}, "rises": rises, "sum_of_rises": 1.5, "pooled": []}
+    mixture |= {"row": rows[0], "recipe": {"bits": 2, "modules": {"b": 4}}}
+    found = {"model": "m", "data": "d", "calibration": None, "questions": 1, "pictured": 1}
+    found |= {"settings": asdict(StudySettings(bits=(2, 4), budget=budget)), "shares": [0.25, 0.75]}
+    found |= {"full_precision": base | {"kl": 0.0} | figures, "rows": rows, "pareto": rows[:1], "rises": {"rtn": rises}}
+    return found | ({"mixture": mixture} if budget else {})
 
 
-def test_damage_of_everything_at_16_bits_is_none():
-    study = study_of(None)
-    assert full_precision(1) == (16,) and study.damage("rtn")[16, 16] == 0
-    assert study.rises("rtn") == [{2: 16 / 18, 4: 0.8}, {2: 16 / 18, 4: 0.8}]
+def test_a_report_has_what_was_found():
+    text = markdown(study_of(3.5))
+    assert "| one | 25.0 | 0.8 | 0.9 |" in text and "| two | 75.0 | 0.6 | 0.7 |" in text  # shares, KL at 4 and 2 bits
+    assert "| rtn | all 4 | 4.000 | 8.000 | 2 | 1.0000 | 50.0 |" in text
+    assert (
+        "Widths of 2 modules with the least sum of KL alone (1.5 in sum;" in text and "| two | 4 | 0.6 | 0.7 |" in text
+    )
+    assert "measured worse" not in text and "would do best" not in text
 
 
 def test_all_files_are_of_the_same_run(tmp_path, monkeypatch):
@@ -167,10 +162,10 @@ def test_all_files_are_of_the_same_run(tmp_path, monkeypatch):
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == {"bits": 2, "modules": {"b": 4}}
     assert (tmp_path / "pareto.png").read_text() == "picture of 6"
     assert "## Mixture" in (tmp_path / "report.md").read_text()
-    (tmp_path / "results.jsonl").write_text("")  # no report: it stays
+    (tmp_path / "study.json").write_text("")  # no report: it stays
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     report.write(tmp_path, study_of(None))
-    assert {path.name for path in tmp_path.iterdir()} == made | {"results.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == made | {"study.json"}
     assert "## Mixture" not in (tmp_path / "report.md").read_text()
 
 
@@ -187,22 +182,3 @@ def test_a_report_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
             patch.setattr(report, name, torn)
             report.write(tmp_path, study_of(3.5))
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_the_time_that_is_left_is_said_once_after_the_first_configuration():
-    said = []
-    remaining = Remaining(13, said.append)
-    for seconds in (15.0, 1.0, 1.0):
-        remaining.done(seconds)
-    assert said == ["a configuration takes 15 seconds; 12 more take about 3 minutes"] and remaining.count == 10
-    Remaining(1, said.append).done(15.0)
-    assert len(said) == 1
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.04, "0.0 seconds"), (9.9, "9.9 seconds"), (10.2, "10 seconds"), (119, "119 seconds"), (120, "2 minutes")]
-    + [(7199, "120 minutes"), (7200, "2 hours"), (172800, "2 days")],
-)
-def test_a_duration_has_a_unit_of_which_there_are_several(seconds, text):
-    assert duration(seconds) == text

@@ -1,4 +1,4 @@
-"""The folder of a study: what is refused, what a kill leaves, and which options a message names."""
+"""The folder of a study: what is refused, what a kill leaves, and what a message names."""
 
 import errno
 import fcntl
@@ -13,10 +13,8 @@ from vlmq_vllm.offline.sweep.results import Results
 
 ROW = {"method": "rtn", "label": "all 2", "bits_per_weight": 2.5, "bits_per_parameter": 3.0}
 ROW |= {"kl": 0.5, "kl_error": None, "nll": 1.0, "exact": 0.5}
-ASKED = {"model": "m", "data": "d", "calibration": "c", "seed": 42, "samples": None, "calibration_samples": 8}
-ASKED |= {"group_size": 128, "symmetric": False, "max_pixels": 0, "components": ["vision", "language"]}
 BEGUN = {"model": "1", "held-out": "2", "calibration": "3", "max_pixels": 0, "group_size": 128, "symmetric": False}
-BEGUN |= {"components": ["vision", "language"], "version": "1.0", "asked": ASKED}
+BEGUN |= {"components": ["vision", "language"], "version": "1.0"}
 
 
 def begun(folder, rows=(), identity=BEGUN):
@@ -34,15 +32,15 @@ def test_a_study_is_the_same_when_it_is_opened_again(tmp_path):
         assert results.identity == BEGUN
         results.begin(BEGUN)
         assert results.rows == {("rtn", key): ROW | {"key": key} for key in "ab"}
-    assert sorted(path.name for path in folder.iterdir()) == ["identity.json", "results.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == ["study.json"]
 
 
 def test_what_a_kill_left_before_the_identity_counts_as_nothing(tmp_path):
     folder = tmp_path / "s"
     folder.mkdir()
-    (folder / "identity.json.partial").write_text('{"mod')
+    (folder / "study.json.partial").write_text('{"mod')
     begun(folder)
-    assert [path.name for path in folder.iterdir()] == ["identity.json"]
+    assert [path.name for path in folder.iterdir()] == ["study.json"]
 
 
 def test_places_are_refused_before_anything_is_written(tmp_path):
@@ -80,88 +78,46 @@ def test_a_new_folder_goes_away_when_nothing_was_begun(tmp_path, there):
     assert folder.is_dir() == there
 
 
-@pytest.mark.parametrize("tail", ['{"method": "rt', '{"method": "rt\n', "\0" * 30, "\0\n", '{"method": "rtn"}\n'])
-def test_a_torn_last_line_is_measured_again(tmp_path, tail):
-    path = begun(tmp_path / "s", "ab") / "results.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole + tail.encode())
-    with Results(tmp_path / "s", resume=True) as results:
-        assert [key for _, key in results.rows] == ["a", "b"] and path.read_bytes() == whole
-    path.write_bytes(whole[:-1])  # a whole object, but another line would follow on the same one
-    with Results(tmp_path / "s", resume=True) as results:
-        assert [key for _, key in results.rows] == ["a"]
-
-
-@pytest.mark.parametrize("line", ['{"method": "rt', "", "[1]", "\xff", '{"method": "rtn", "key": "b"}'])
-def test_a_damaged_line_is_named(tmp_path, line):
-    path = begun(tmp_path / "s", "abc") / "results.jsonl"
-    lines = path.read_text().splitlines()
-    content = "\n".join([lines[0], line, lines[2], ""]).encode("latin-1")
-    path.write_bytes(content)
-    with pytest.raises(RefusedError, match=r"s/results\.jsonl is damaged in line 2; remove that line, and --resume"):
+@pytest.mark.parametrize("content", ["", '{"identity": {}', "[]", "\0" * 9, '{"identity": {}}', '{"rows": []}'])
+def test_a_damaged_study_is_named_and_left(tmp_path, content):
+    path = begun(tmp_path / "s", "ab") / "study.json"
+    path.write_text(content)
+    with pytest.raises(RefusedError, match=r"s/study\.json is damaged; remove .*s to begin anew, or choose another"):
         Results(tmp_path / "s", resume=True)
-    assert path.read_bytes() == content
+    assert path.read_text() == content
 
 
-@pytest.mark.parametrize("content", [b"", b'{"model": "1"', b"[]", b"\0" * 9, b"\xff"])
-def test_a_damaged_identity_is_named(tmp_path, content):
-    (begun(tmp_path / "s") / "identity.json").write_bytes(content)
-    with pytest.raises(RefusedError, match=r"s/identity\.json is damaged.*; remove .*s to begin anew, or choose"):
-        Results(tmp_path / "s", resume=True)
-
-
-OTHERS = {  # entries, options, what the message says
-    "seed": ({"calibration": "4", "held-out": "5"}, {"seed": 7}, "begun with --seed 42; this run has --seed 7: give"),
-    "fewer": ({"calibration": "4"}, {"calibration_samples": 2}, "with --calibration-samples 8; .* --calibration-s.* 2"),
-    "none": ({"calibration": None, "max_pixels": None}, {"calibration": None}, "--calibration c; .* no --calibration"),
-    "drawn": ({"held-out": "5"}, {"samples": 3}, "begun with no --samples; this run has --samples 3: give"),
-    "two": (
-        {"held-out": "5", "symmetric": True},
-        {"data": "e", "symmetric": True},
-        "data d, no --symmetric; .* e, --s",
-    ),
-    "parts": (
-        {"components": ["vision"]},
-        {"components": ["vision"]},
-        "--components vision,language; .* --comp.* vision:",
-    ),
-    "model": ({"model": "4"}, {"model": "n"}, "begun with MODEL m; this run has MODEL n"),
-    "moved": ({"model": "4"}, {}, "contents of m: the files of the model have changed; put them back, or choose"),
-    "other chats": ({"held-out": "5"}, {}, "contents of d: the held-out chats have changed"),
-    "calibration chats": ({"calibration": "5"}, {}, "contents of c: the calibration chats have changed"),
-    "version": ({"version": "2.0"}, {}, "begun with vlmq-vllm 1.0; here is 2.0: go on with what it was begun with, or"),
+OTHERS = {  # entries, what the message says
+    "held out": ({"held-out": "5"}, "another held-out: give the same --data, --samples and --seed, with their files"),
+    "calibration": ({"calibration": "4"}, "another calibration: give the same --calibration, --calibration-samples"),
+    "none": ({"calibration": None, "max_pixels": None}, "another calibration: give the same --calibration,"),
+    "model": ({"model": "4"}, "another model: give the same MODEL, with their files as they were"),
+    "option": ({"symmetric": True}, "had symmetric False, this run has True; give the same"),
+    "parts": ({"components": ["vision"]}, r"had components \['vision', 'language'\], this run has \['vision'\]"),
+    "version": ({"version": "2.0"}, "had version 1.0, this run has 2.0; give the same, or choose"),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_study_is_refused_with_the_options_that_differ(tmp_path, name):
-    entries, options, message = OTHERS[name]
+def test_another_study_is_refused_with_what_differs(tmp_path, name):
+    entries, message = OTHERS[name]
     folder = begun(tmp_path / "s")
-    content = (folder / "identity.json").read_bytes()
+    content = (folder / "study.json").read_bytes()
     with Results(folder, resume=True) as results, pytest.raises(RefusedError, match=message) as refused:
-        results.begin(BEGUN | entries | {"asked": ASKED | options})
-    assert "choose another folder" in str(refused.value) and (folder / "identity.json").read_bytes() == content
-    for option in ASKED.keys() - options.keys() - {"model", "data", "calibration"}:
-        assert f"--{option.replace('_', '-')} " not in str(refused.value)
-
-
-def test_options_that_decide_nothing_may_differ(tmp_path):
-    folder = begun(tmp_path / "s")
-    with Results(folder, resume=True) as results:
-        results.begin(BEGUN | {"asked": ASKED | {"seed": 7, "data": "moved", "calibration_samples": 9}})
-    assert json.loads((folder / "identity.json").read_text()) == BEGUN
+        results.begin(BEGUN | entries)
+    assert "choose another folder" in str(refused.value) and (folder / "study.json").read_bytes() == content
 
 
 def test_a_study_without_calibration_gets_it_later_and_keeps_it(tmp_path):
-    bare = BEGUN | {"calibration": None, "max_pixels": None, "asked": ASKED | {"calibration": None}}
+    bare = BEGUN | {"calibration": None, "max_pixels": None}
     folder = begun(tmp_path / "s", identity=bare)
-    with Results(folder, resume=True) as results, pytest.raises(RefusedError, match="group-size 64"):
-        results.begin(BEGUN | {"group_size": 64, "asked": ASKED | {"group_size": 64}})
+    with Results(folder, resume=True) as results, pytest.raises(RefusedError, match="group_size 128"):
+        results.begin(BEGUN | {"group_size": 64})
     for identity in (bare, BEGUN, BEGUN):
         with Results(folder, resume=True) as results:
             results.begin(identity)
-    assert json.loads((folder / "identity.json").read_text()) == BEGUN
-    with Results(folder, resume=True) as results, pytest.raises(RefusedError, match="has no --calibration"):
+    assert json.loads((folder / "study.json").read_text())["identity"] == BEGUN
+    with Results(folder, resume=True) as results, pytest.raises(RefusedError, match="has another calibration"):
         results.begin(bare)
 
 

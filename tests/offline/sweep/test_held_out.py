@@ -4,10 +4,10 @@ import pytest
 
 from family_studies import build_study
 from vlmq_vllm.errors import QuantizeError
+from vlmq_vllm.offline.compare.questions import Question
 from vlmq_vllm.offline.data.inputs import load_processor, prepare
 from vlmq_vllm.offline.data.read import read_all
 from vlmq_vllm.offline.settings.sweep import StudySettings
-from vlmq_vllm.offline.sweep.held_out import is_pictured
 from vlmq_vllm.offline.sweep.run import sweep
 
 
@@ -31,8 +31,8 @@ def settings(**options):
 )
 def test_chats_without_pictures_say_nothing_about_what_sees_them(given, tmp_path, options, named):
     message = (
-        f"none of the 1 held-out chats has a picture, so that nothing is known of {named}; give --data with pictures, "
-        "or study --components language alone"
+        f"no held-out chat with a picture has at most 2048 tokens, so that nothing is known of {named}; give --data "
+        "with pictures, raise --max-tokens, or study --components language alone"
     )
     with pytest.raises(QuantizeError, match=f"^{message}$"):
         sweep(str(given.model), given.text, None, tmp_path / "study", settings(**options))
@@ -54,7 +54,7 @@ def test_pictures_of_chats_that_are_too_long_do_not_count(given, tmp_path):
     chats = read_all(given.held_out)
     pictured, plain = (prepare(chat, processor)[0]["input_ids"].shape[1] for chat in chats)
     assert chats[0]["images"] and not chats[1]["images"] and plain < pictured
-    message = f"no held-out chat with a picture has at most {plain} tokens, .*; raise --max-tokens, or study"
+    message = f"no held-out chat with a picture has at most {plain} tokens, .*, raise --max-tokens, or study"
     with pytest.raises(QuantizeError, match=message):
         sweep(str(given.model), given.held_out, None, tmp_path / "study", settings(max_tokens=plain))
     assert not (tmp_path / "study").exists()
@@ -62,7 +62,4 @@ def test_pictures_of_chats_that_are_too_long_do_not_count(given, tmp_path):
 
 @pytest.mark.parametrize(("images", "videos", "expected"), [(["a"], [], True), ([], ["b"], True), ([], [], False)])
 def test_a_video_counts_as_a_picture(images, videos, expected):
-    class Asked:
-        chat = {"images": images, "videos": videos}
-
-    assert is_pictured(Asked()) is expected
+    assert Question({"images": images, "videos": videos}, [], [], 0).pictured is expected

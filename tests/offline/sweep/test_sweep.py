@@ -151,17 +151,15 @@ def test_a_study_tells_methods_and_parts_apart(study):
 
 
 def test_a_study_that_was_stopped_goes_on_and_ends_the_same(study, demo_model, calibration, held_out, tmp_path):
-    """Stopped among the pieces, then among the configurations, then killed while it wrote a row."""
+    """Stopped among the pieces, then among the configurations."""
     out, asked = tmp_path / "again", (str(demo_model), held_out, calibration)
     for patience in (2, 9):
         left = iter([False] * patience)
         with pytest.raises(StoppedError, match="add --resume"):
             sweep(*asked, out, KINDS, resume=True, stop=lambda left=left: next(left, True))
-    rows = (out / "results.jsonl").read_bytes()
-    assert 0 < rows.count(b"\n") < 12
-    (out / "results.jsonl").write_bytes(rows + b'{"method": "rt')
+    assert 0 < len(json.loads((out / "study.json").read_text())["rows"]) < 12
     assert sweep(*asked, out, KINDS, resume=True)["rows"] == study[1]["rows"]
-    for name in ("results.jsonl", "results.csv", "pareto.csv", "report.md"):
+    for name in ("study.json", "results.csv", "pareto.csv", "report.md"):
         assert (out / name).read_bytes() == (study[0] / name).read_bytes(), name
 
 
@@ -171,7 +169,7 @@ def test_a_folder_goes_on_only_with_the_same_study(study, demo_model, calibratio
     asked = (str(demo_model), held_out, calibration, out)
     with pytest.raises(RefusedError, match="holds a study already; add --resume"):
         sweep(*asked, KINDS)
-    with pytest.raises(RefusedError, match="begun with --group-size 128; this run has --group-size 64: give"):
+    with pytest.raises(RefusedError, match="had group_size 128, this run has 64; give the same"):
         sweep(*asked, replace(KINDS, group_size=64), resume=True)
     with pytest.raises(RefusedError, match="is no folder of a study"):
         sweep(str(demo_model), held_out, calibration, tmp_path, KINDS, resume=True)
@@ -189,7 +187,7 @@ def test_rounding_to_nearest_is_studied_without_calibration_and_gptq_added_later
     expected = {(row["method"], row["label"]): row for row in study[1]["rows"] if "3" in row["label"]}
     assert {(row["method"], row["label"]): row for row in found["rows"]} == expected and len(expected) == 6
     assert f"calibrated with {calibration}" in (out / "report.md").read_text()
-    with pytest.raises(RefusedError, match="has no --calibration: give what it was begun with"):
+    with pytest.raises(RefusedError, match="has another calibration: give the same --calibration"):
         sweep(str(demo_model), held_out, None, out, settings, resume=True)
 
 
@@ -201,7 +199,6 @@ def test_a_budget_becomes_a_recipe_that_a_run_obeys(study, written, demo_model, 
     mixture = found["mixture"]
     assert len(mixture["widths"]) == 4 * 4 and {2, 3} <= set(mixture["widths"].values()) <= {2, 3, 16}
     assert 2.4 < mixture["row"]["bits_per_weight"] <= 2.6
-    assert all(row["bits_per_weight"] <= 2.6 for row in mixture["blind"]) and len(mixture["blind"]) == 3
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     settings = settings_from(read_recipe(out / "recipe.yaml"), {"samples": SAMPLES})
     assert settings.method == "vlmq" and settings.base == "qep"  # as without a recipe
