@@ -144,8 +144,8 @@ class Settings:
             )
         if self.base == "gptaq" and self.refine:
             raise QuantizeError(
-                "refine starts from targets that stay, and base gptaq moves them column by column; choose base qep or gptq, "
-                "or refine 0"
+                "refine starts from targets that stay, and base gptaq moves them column by column; choose base qep or "
+                "gptq, or refine 0"
             )
         if not 0 <= self.alpha <= 1:
             raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1")

@@ -120,8 +120,8 @@ def test_a_solver_that_refines_starts_from_gptqs_solution(act_order, qep):
     assert refined.damp == plain.damp and refined.dead == plain.dead
     assert bool((refined.loss <= plain.loss * (1 + 1e-4)).all())
     assert float(refined.loss.sum()) < 0.8 * float(plain.loss.sum())
-    level = plain.damp * h.diagonal().mean()
-    target = weights if residual is None else weights + weights @ residual[0] @ torch.linalg.inv(h + level * torch.eye(75))
+    counted = h + plain.damp * h.diagonal().mean() * torch.eye(75)
+    target = weights if residual is None else weights + weights @ residual[0] @ torch.linalg.inv(counted)
     error = target - refined.weight.dequantize(torch.float32)
-    expected = ((error @ (h + level * torch.eye(75))) * error).sum(1)
+    expected = ((error @ counted) * error).sum(1)
     torch.testing.assert_close(refined.loss, expected, rtol=1e-2, atol=0)
