@@ -137,18 +137,12 @@ def experts_on_cpu_fake(
     return x.new_empty((*ids.shape, rows))
 
 
-def _define() -> torch.library.Library:
-    library = torch.library.Library("vlmq", "FRAGMENT")
-    library.define(
-        "experts_on_cpu_v1(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, "
-        "int rows, str isa) -> Tensor",
+if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):  # a second import, by another name or a reload, leaves it
+    torch.library.define(
+        "vlmq::experts_on_cpu_v1",
+        "(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, int rows, str isa) "
+        "-> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    library.impl("experts_on_cpu_v1", experts_on_cpu, "CompositeExplicitAutograd")
-    torch.library.register_fake("vlmq::experts_on_cpu_v1", experts_on_cpu_fake, lib=library)
-    return library
-
-
-# The operator lives as long as this object. A second import, by another name or a reload, finds it and leaves it.
-if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):
-    _LIBRARY = _define()
+    torch.library.impl("vlmq::experts_on_cpu_v1", "default", experts_on_cpu)
+    torch.library.register_fake("vlmq::experts_on_cpu_v1", experts_on_cpu_fake)
