@@ -149,9 +149,6 @@ def arguments(
     geometry = experts.geometry
     return dict(
         x=x,
-        words=experts.packed,
-        scales=experts.scales,
-        zeros=experts.zeros,
         bias=bias,
         router=None if router is None else router.contiguous(),
         out=out,
@@ -160,13 +157,10 @@ def arguments(
         n_entries=ids.numel(),
         n_each=1 if x.ndim == 3 else ids.shape[1],
         N=geometry.rows,
-        K=geometry.columns,
         stride_x=geometry.columns,
         stride_out=geometry.rows,
         stride_words=experts.packed.stride(0),
         stride_scales=experts.scales.stride(0),
-        n_stripes=geometry.stripes,
-        n_spans=geometry.spans,
         HAS_BIAS=bias is not None,
         HAS_ROUTER=router is not None,
         BM=tile.tokens,

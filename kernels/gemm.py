@@ -131,9 +131,6 @@ def arguments(
     scratch = workspace.of_current_stream(x.device) if plan.splits > 1 else None
     return dict(
         x=x,
-        words=weight.packed,
-        scales=weight.scales,
-        zeros=weight.zeros,
         token_scales=token_scales,
         bias=bias,
         out=out,
@@ -141,11 +138,8 @@ def arguments(
         counters=scratch.counters if scratch else None,
         M=len(x),
         N=geometry.rows,
-        K=geometry.columns,
         stride_x=geometry.columns,  # x is contiguous; torch says anything of the stride of a single row
         stride_out=out.stride(0),
-        n_stripes=geometry.stripes,
-        n_spans=geometry.spans,
         splits=plan.splits,
         HAS_BIAS=bias is not None,
         SPLIT=plan.splits > 1,
@@ -157,19 +151,33 @@ def arguments(
 def walk_arguments(
     weight: RuntimeWeight | ExpertWeights, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware
 ) -> dict:
-    """What all kernels that call `k_loop.accumulate` are compiled for, besides tokens."""
+    """What all kernels that call `k_loop.accumulate` are called with, besides tokens."""
     geometry = weight.geometry
     return dict(
+        SCALED=tile.scaled and geometry.group != -1 and weight.scales.dtype == dtype,
+        RAGGED=geometry.columns % geometry.span != 0,
+        BN=tile.rows,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **weight_arguments(weight, machine),
+    )
+
+
+def weight_arguments(weight: RuntimeWeight | ExpertWeights, machine: hardware.Hardware) -> dict:
+    """A weight's tensors and sizes, as kernels that read its scales name them."""
+    geometry = weight.geometry
+    return dict(
+        words=weight.packed,
+        scales=weight.scales,
+        zeros=weight.zeros,
+        K=geometry.columns,
+        n_stripes=geometry.stripes,
+        n_spans=geometry.spans,
         BITS=geometry.bits,
         W=geometry.slice,
         GROUP=geometry.group,
         HAS_ZERO=weight.zeros is not None,
-        SCALED=tile.scaled and geometry.group != -1 and weight.scales.dtype == dtype,
-        RAGGED=geometry.columns % geometry.span != 0,
-        BN=tile.rows,
         PTX=machine.ptx,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 
