@@ -116,8 +116,10 @@ class QuantizedWeight:
     zero: torch.Tensor | None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [O, I] in `dtype`; the product is taken in float32 and rounded once."""
-        return dequantize(self.format, self.codes, self.scale, self.zero, dtype)
+        """scale * (codes - zero) [O, I], computed in float32 and rounded once to `dtype`."""
+        group = self.format.group_of(self.codes.shape[1], self.codes.device)
+        offset = self.format.middle if self.zero is None else self.zero.float()[:, group]
+        return (self.scale.float()[:, group] * (self.codes.float() - offset)).to(dtype)
 
     def served(self) -> torch.Tensor:
         """The weight [O, I] float32 with the values that it has once it is dequantised to its scales' dtype."""
@@ -142,19 +144,6 @@ class QuantizedWeight:
         codes = unpack(tensors["weight_packed"], format.bits, columns)
         zero = None if format.symmetric else unpack(tensors["weight_zero_point"].T, format.bits, rows).T.contiguous()
         return cls(format, codes, tensors["weight_scale"], zero)
-
-
-def dequantize(
-    format: WeightFormat,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """scale * (codes - zero) in float32, rounded to `dtype`: [O, I] from codes [O, I], scale and zero [O, G]."""
-    group = format.group_of(codes.shape[1], codes.device)
-    offset = format.middle if zero is None else zero.float()[:, group]
-    return (scale.float()[:, group] * (codes.float() - offset)).to(dtype)
 
 
 def words(codes: int, bits: int) -> int:
