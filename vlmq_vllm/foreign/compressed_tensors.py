@@ -17,17 +17,14 @@ from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_size, check_sur
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, PARTS, WORD, WeightFormat, pack
 from vlmq_vllm.headers import TensorInfo, Tensors
+from vlmq_vllm.packing import Packing
 
 
 @dataclass(frozen=True)
-class PackQuantizedPacking:
-    """The packing; `whole` are the modules of 3 bits whose words hold ten codes."""
+class PackQuantizedPacking(Packing):
+    """Ours, but for `whole`, the modules of 3 bits whose words hold ten codes."""
 
     whole: frozenset[str]
-
-    @property
-    def parts(self) -> dict[str, str]:
-        return {part: part for part in PARTS}
 
     def shapes(self, module: str, format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         shapes = format.shapes(rows, columns)
