@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_size, check_surplus
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_surplus, read_size
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, PARTS, WORD, WeightFormat, pack
 from vlmq_vllm.headers import TensorInfo, Tensors
@@ -79,7 +79,7 @@ class PackQuantizedSpec:
         """Format and sizes, and whether words hold whole codes only."""
         found = {part: headers[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in headers}
         _check_types(module, found, headers)
-        rows, columns = check_size(module, *tensors.get(f"{module}.weight_shape").tolist())
+        rows, columns = read_size(module, tensors)
         shapes = {part: info.shape for part, info in found.items()}
         fitting: dict[tuple[ModuleInfo, bool], None] = {}
         for bits, group_size, symmetric in self.formats:
