@@ -37,14 +37,17 @@ class Container:
         self.prefix = prefix
         self.arrived: set[tuple[int, str]] = set()
         self.dummy = _is_dummy_load()
-        self.offsets = {name: self._offsets_of(name) for name in self._names()}
+        self.parts = {name: part for segment in segments for name, part in segment.parts().items()}
+        self.first = next(name for name, part in self.parts.items() if part == PARTS[0])
+        sizes = {name: [math.prod(_shape(segment, name)) for segment in segments] for name in self.parts}
+        self.offsets = {name: [0, *accumulate(found)] for name, found in sizes.items()}
 
     def register(self, layer: Layer, loader: Callable) -> None:
         """Give `layer` the parameters, each with `loader` (bound to the layer) as its weight_loader."""
-        for name, (part, offsets) in self.offsets.items():
+        for name, part in self.parts.items():
             floating = part in ("weight_scale", DENSE)
             dtype = self.dtype if floating else torch.int64 if part == "weight_shape" else torch.int32
-            param: Flat = add_parameter(layer, self.prefix + name, torch.zeros(offsets[-1], dtype=dtype))
+            param: Flat = add_parameter(layer, self.prefix + name, torch.zeros(self.offsets[name][-1], dtype=dtype))
             param.vlmq_name = name
             param.vlmq_prefix = self.prefix
             param.weight_loader = loader
@@ -66,7 +69,7 @@ class Container:
 
     def is_full(self, layer: Layer) -> bool:
         """Whether the parameters are still those of a load, and not yet turned into others."""
-        return getattr(layer, self.prefix + self._first()).numel() > 0
+        return getattr(layer, self.prefix + self.first).numel() > 0
 
     def pieces(self, layer: Layer) -> list[Piece]:
         """What has arrived, segment by segment. Raises ValueError for what has not, and for values not finite.
@@ -79,31 +82,16 @@ class Container:
 
     def empty(self, layer: Layer) -> None:
         """Drop the parameters, all but an empty one."""
-        empty = getattr(layer, self.prefix + self._first()).new_empty(0)
-        for name in self.offsets:
+        empty = getattr(layer, self.prefix + self.first).new_empty(0)
+        for name in self.parts:
             del layer._parameters[self.prefix + name]
-        add_parameter(layer, self.prefix + self._first(), empty)
+        add_parameter(layer, self.prefix + self.first, empty)
         self.arrived.clear()
-
-    def _names(self) -> list[str]:
-        """Names in the files of all segments' tensors."""
-        return list(dict.fromkeys(name for segment in self.segments for name in segment.parts()))
-
-    def _first(self) -> str:
-        """The name of the packed words."""
-        return next(name for name, (part, _) in self.offsets.items() if part == PARTS[0])
-
-    def _offsets_of(self, name: str) -> tuple[str, list[int]]:
-        """The part that tensors of this name become, and where in the flat parameter each segment's begins."""
-        part = next(segment.parts()[name] for segment in self.segments if name in segment.parts())
-        sizes = [math.prod(_shape(segment, name)) for segment in self.segments]
-        return part, [0, *accumulate(sizes)]
 
     def _view(self, param: Flat, index: int) -> torch.Tensor:
         """The place of a segment's tensor in its flat parameter."""
-        _, offsets = self.offsets[param.vlmq_name]
-        shape = _shape(self.segments[index], param.vlmq_name)
-        return param.data[offsets[index] : offsets[index + 1]].view(shape)
+        start, stop = self.offsets[param.vlmq_name][index : index + 2]
+        return param.data[start:stop].view(_shape(self.segments[index], param.vlmq_name))
 
     def _check_arrived(self) -> None:
         for i, segment in enumerate(self.segments):
@@ -133,8 +121,7 @@ class Container:
 
     def _check_rounding(self, index: int, name: str, piece: torch.Tensor | None, place: torch.Tensor) -> None:
         """Say that scales are rounded to the model's dtype; raises ValueError where that makes zeros of them."""
-        part, _ = self.offsets[name]
-        if part != "weight_scale" or piece is None or piece.dtype == self.dtype:
+        if self.parts[name] != "weight_scale" or piece is None or piece.dtype == self.dtype:
             return
         logger.warning_once("Scales are stored as %s and rounded to %s at load", piece.dtype, self.dtype)
         if ((piece != 0) & (place == 0).to(piece.device)).any():
