@@ -54,11 +54,12 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         self._check(layer, names)
         here = [e for e in range(layer.global_num_experts) if layer._map_global_expert_id_to_local_expert_id(e) >= 0]
         parallel = self.moe.moe_parallel_config
-        span = _span(parallel.tp_rank, intermediate_size_per_partition)
         inner = intermediate_size_per_partition * parallel.tp_size
+        start = intermediate_size_per_partition * parallel.tp_rank
+        own, whole = (start, start + intermediate_size_per_partition), (0, hidden_size)  # of I and of H
         *fused, down = names
-        w13 = [self._column(expert, name, (inner, hidden_size), span) for expert in here for name in fused]
-        w2 = [self._row(expert, down, (hidden_size, inner), span) for expert in here]
+        w13 = [self._segment(expert, name, (inner, hidden_size), own, whole) for expert in here for name in fused]
+        w2 = [self._segment(expert, down, (hidden_size, inner), whole, own) for expert in here]
         layer.vlmq_experts = {W13: Container(w13, params_dtype, W13), W2: Container(w2, params_dtype, W2)}
         for container in layer.vlmq_experts.values():
             container.register(layer, MethodType(vlmq_expert_loader, layer))
@@ -149,23 +150,18 @@ class VLMQMoEMethod(FusedMoEMethodBase):
                         f"{' and '.join(group)} of a layer's experts, quantise them alike"
                     )
 
-    def _column(self, expert: int, name: str, shape: tuple[int, int], span: tuple[int, int]) -> Segment:
-        module, info = self._sized(expert, name, shape)
-        return Segment(module, info.format, info.format, shape, (span,), (0, shape[1]), packing=self.config.packing)
-
-    def _row(self, expert: int, name: str, shape: tuple[int, int], span: tuple[int, int]) -> Segment:
-        module, info = self._sized(expert, name, shape)
-        format = cut_format(self.prefix, info.format, shape[1], span[1] - span[0])
-        return Segment(module, info.format, format, shape, ((0, shape[0]),), span, packing=self.config.packing)
-
-    def _sized(self, expert: int, name: str, shape: tuple[int, int]) -> tuple[str, ModuleInfo]:
+    def _segment(
+        self, expert: int, name: str, shape: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Segment:
+        """What the rank holds of a weight that vLLM builds in this shape."""
         module, info = self.experts[expert, name]
         if (info.rows, info.columns) != shape:
             raise ValueError(
                 f"{self.prefix}: {module} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
                 f"{shape[0]} x {shape[1]}; the checkpoint does not belong to this config.json"
             )
-        return module, info
+        format = cut_format(self.prefix, info.format, shape[1], columns[1] - columns[0])
+        return Segment(module, info.format, format, shape, (rows,), columns, packing=self.config.packing)
 
 
 def vlmq_expert_loader(
@@ -186,8 +182,3 @@ def vlmq_expert_loader(
         each = 1 if param.vlmq_prefix == W2 else 2
         layer.vlmq_experts[param.vlmq_prefix].load(param, local * each + SHARDS[shard_id], loaded_weight)
     return local >= 0 if return_success else None
-
-
-def _span(rank: int, size: int) -> tuple[int, int]:
-    """Which part of I the rank holds, first and last + 1."""
-    return rank * size, (rank + 1) * size
