@@ -6,7 +6,7 @@ finest group among them by repeating scales. With N rows and K columns, both fil
 
     packed  int32 [N / 16, K * 2]  16 rows a block; in it column by column two words with the codes of 8 rows each
     scales  activation dtype [G, N]
-    zeros   int32 [G, N / 8], or None when every weight is symmetric
+    zeros   int32 [G, N / 8], left out when every weight is symmetric
 
 Filled-up rows have scale 0; filled-up columns meet inputs of 0. Which weights take this way is decided in `launch.py`.
 """
@@ -52,7 +52,7 @@ def isa(dtype: torch.dtype) -> str:
     return "vec" if chosen == "amx" and not torch.cpu._init_amx() else chosen
 
 
-def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors above for weights [N_i, K], stacked along the rows."""
     columns = weights[0].codes.shape[1]
     group = _common_group([weight.format.width(columns) for weight in weights], columns)
@@ -68,11 +68,11 @@ def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch
         zeros.append(_zeros(weight)[:, belongs])
     rows = sum(len(part) for part in codes)
     below = (0, 0, 0, -rows % STEP)
-    return {
+    tensors = {
         "packed": _pack_blocks(pad(torch.cat(codes), below)),
         "scales": pad(torch.cat(scales), below).T.contiguous(),
-        "zeros": None if symmetric else pack(pad(torch.cat(zeros), below).T, 4),
     }
+    return tensors if symmetric else tensors | {"zeros": pack(pad(torch.cat(zeros), below).T, 4)}
 
 
 def int4_linear(

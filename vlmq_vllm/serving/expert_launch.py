@@ -70,9 +70,13 @@ def prepare(
         assert format is not None, "kernels are for quantised weights"
         tensors = _triton(experts, format, dtype, experts_per_token, with_router)
         return ExpertLaunch(kind, rows, columns, tuple(tensors), format.bits, format.group_size), tensors
-    one_by_one = [_int4(expert, dtype) if kind == "int4" else _dense(expert, dtype) for expert in experts]
+    codes = ([piece.codes() for piece in expert] for expert in experts)
+    if kind == "int4":
+        one_by_one, isa = [cpu.widen(expert, dtype) for expert in codes], cpu.isa(dtype)
+    else:
+        one_by_one, isa = [{"weight": torch.cat([w.dequantize(dtype) for w in expert])} for expert in codes], ""
     tensors = {name: torch.stack([tensors[name] for tensors in one_by_one]) for name in one_by_one[0]}
-    return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=cpu.isa(dtype) if kind == "int4" else ""), tensors
+    return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=isa), tensors
 
 
 def _triton(
@@ -91,15 +95,6 @@ def _triton(
         warm_experts(stacked, experts_per_token, dtype, with_bias=False, with_router=with_router)
     tensors = {"packed": stacked.packed, "scales": stacked.scales}
     return tensors if stacked.zeros is None else tensors | {"zeros": stacked.zeros}
-
-
-def _int4(expert: list[Piece], dtype: torch.dtype) -> Tensors:
-    tensors = cpu.widen([piece.codes() for piece in expert], dtype)
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _dense(expert: list[Piece], dtype: torch.dtype) -> Tensors:
-    return {"weight": torch.cat([piece.codes().dequantize(dtype) for piece in expert])}
 
 
 def experts_on_cpu(

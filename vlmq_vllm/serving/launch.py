@@ -154,7 +154,7 @@ def _dense(piece: Piece, dtype: torch.dtype, rounded: bool) -> tuple[Launch, Ten
 
 
 def _int4(pieces: list[Piece], dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
-    tensors = {name: x for name, x in cpu.widen([p.codes() for p in pieces], dtype).items() if x is not None}
+    tensors = cpu.widen([piece.codes() for piece in pieces], dtype)
     rows = sum(piece.shape[0] for piece in pieces)
     return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors
 
