@@ -168,7 +168,7 @@ def arguments(runtimes, bias):
 
 @pytest.mark.parametrize(
     "call",
-    [torch.ops.vlmq.linear_int8_v1, torch_ops.int8_on_gpu, torch_ops.int8_on_cpu],
+    [torch.ops.vlmq.linear_int8_v1, torch_ops.linear_on_gpu, torch_ops.linear_on_cpu],
     ids=["op", "on_gpu", "on_cpu"],
 )
 def test_op(call, device):
