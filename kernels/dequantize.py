@@ -1,9 +1,8 @@
 """Multiplies many tokens: dequantises the weight piece by piece and multiplies each piece by cuBLAS.
 
 Above some hundreds of tokens a product is bound by arithmetic, and a library's kernel is worth the writing and reading
-of the dequantised weight, all the more when a piece stays in the second-level cache between the two. A piece has as
-many rows as give every multiprocessor work, or more. Each weight is rounded once to x's dtype, as in an unquantised
-model. The transpose W^T is written, as the words lie: rows of the weight side by side.
+of the dequantised weight, the more when a piece stays in the second-level cache between the two. Each weight is rounded
+once to x's dtype, as in an unquantised model. The transpose W^T is written, as the words lie.
 """
 
 import torch

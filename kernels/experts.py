@@ -3,9 +3,8 @@
     out[t, i] = router[t, i] * (x[t, i] W[ids[t, i]]^T + bias[ids[t, i]])
 
 Entries (t, i) are sorted by expert and filled up to whole tiles (`routing`), so that a program works for one expert
-only; the product is the loop of `k_loop.py`. Weights of all experts lie one after the other in the runtime layout
-(`layout.py`), each tensor with one dimension more in front. K is not divided: several experts times the tiles of each
-fill a GPU. All on the device, without waiting for it, so that CUDA graphs can hold it.
+only; the product is the loop of `k_loop.py`. K is not divided: several experts times the tiles of each fill a GPU. All
+on the device, without waiting for it, so that CUDA graphs can hold it.
 """
 
 import torch

@@ -1,9 +1,7 @@
 """The fused kernel: multiplies tokens with a packed weight, x W^T + bias, in one launch.
 
-It serves every width, and every number of tokens up to the crossover. A program computes a tile of `k_loop.py`, over
-all of K or over one of `splits` parts of it, which meet in `split_k.py`. What is launched for how many tokens is
-decided in `tiles.py`, buffers come from `workspace.py`, the choice between this and dequantising is made in
-`dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
+A program computes a tile of `k_loop.py`, over all of K or over one of `splits` parts, which meet in `split_k.py`. Runs
+on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
 """
 
 import torch
@@ -98,8 +96,7 @@ def gemm(
     """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype.
 
     x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan_for`. `token_scales`
-    float32 [M] multiply the float32 sums of each row of x W^T, where x holds the integers of
-    `vlmq_vllm/activations.py`.
+    float32 [M] multiply the float32 sums of each row of x W^T.
     """
     out = check(x, weight, bias, out)
     if token_scales is not None:

@@ -10,9 +10,8 @@ where c = u - 2^(b-1) fits into a signed byte. D is an exact int32; it begins as
 added by the tensor cores. Between groups (or after STEP columns of one) sums go on in float32; one scale per row
 multiplies one int32 for all of K, unless K is so wide that it could overflow.
 
-Codes come from the runtime layout piece by piece (`int8_codes.py`), as in `dequantize.py`: a piece [rows, K] of bytes
-is written, stays in the second-level cache, is multiplied. So no second copy of the weights is kept. Which numbers of
-tokens come here is decided in `dispatch.py`.
+Codes come from the runtime layout piece by piece (`int8_codes.py`), as in `dequantize.py`, so no second copy of the
+weights is kept.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Writes codes of the runtime layout as signed bytes u - 2^(bits - 1), row by row, for int8 tensor cores.
 
-Both operands of such an instruction want neighbours along K side by side, so the transpose that `dequantize.py` writes
-would not do. A piece of some stripes is written, [rows, K filled up to whole spans]; what is filled up meets zeros.
+Both operands of such an instruction want neighbours along K side by side, not the transpose of `dequantize.py`. A piece
+is [rows, K filled up to whole spans]; what is filled up meets zeros.
 """
 
 import torch

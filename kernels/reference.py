@@ -1,7 +1,6 @@
 """The kernels' twin in plain torch: what their tests compare with, and what runs on a CPU.
 
-It writes and reads the runtime layout (`layout.py`), widens the whole weight to float32 in every call and leaves speed
-to the Triton kernels. Any device, float32 sums, no Triton.
+It widens the whole weight to float32 in every call. Any device, float32 sums, no Triton.
 """
 
 from collections.abc import Iterator

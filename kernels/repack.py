@@ -1,10 +1,8 @@
 """Converts a checkpoint's tensors to the runtime layout, on the device where they lie.
 
-vLLM first cuts and loads a layer's tensors as the checkpoint stores them (`vlmq_vllm/format.py`); then they are brought
-into the layout of `layout.py`, all pieces of a fused layer that have one format into one weight. On a GPU a kernel
-writes the new words from the old, a span of 64 rows at a time in registers; the twin in plain torch goes strip by
-strip. Old and new words of one layer are in memory together until the caller drops the old; widened codes never are,
-beyond a strip.
+All pieces of a fused layer that have one format become one weight. On a GPU a kernel writes the new words from the old,
+a span of 64 rows at a time in registers; the twin in plain torch goes strip by strip. Old and new words of one layer
+are in memory together until the caller drops the old; widened codes never are, beyond a strip.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,7 @@
 """Chooses a launch's tile and its number of parts of K, from the tables (`tuned_tables.py`) or by a small model.
 
-Nothing is tried out at run time. The table gives the tile of a bucket of tokens, and plans that were measured for
-single shapes. How many parts K is divided into follows from the waves that the programs make, unless measured.
-`why_not` says what can be launched at all.
+Nothing is tried out at run time. How many parts K is divided into follows from the waves that the programs make, unless
+measured. `why_not` says what can be launched at all.
 """
 
 import math
@@ -90,7 +89,6 @@ def _plan(bucket: int, wide: int, geometry: Geometry, machine: Hardware) -> Plan
 
 
 def output_tiles(m: int, geometry: Geometry, tile: Tile) -> int:
-    """Tiles of the output."""
     return -(-m // tile.tokens) * -(-geometry.stripes * STRIPE // tile.rows)
 
 

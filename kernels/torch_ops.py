@@ -13,9 +13,8 @@
                router [T, E] | None, bits, group_size, rows, columns) -> [T, E, rows]
         every token with the experts that it is routed to, as in `experts.multiply`.
 
-CUDA and ROCm tensors go to the Triton kernels, which are imported at the first call; CPU tensors go to the plain-torch
-twin. The names carry a version because compiled graphs are cached by them: a change of layout or arguments is a new
-operator.
+CUDA and ROCm tensors go to the Triton kernels, imported at the first call, CPU tensors to the plain-torch twin. The names
+carry a version because compiled graphs are cached by them: a change of layout or arguments is a new operator.
 """
 
 from collections.abc import Callable
@@ -67,14 +66,12 @@ def without_scales(linear: Callable) -> Callable:
 
 
 def experts_on_gpu(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
-    """The Triton kernel."""
     from vlmq_vllm.kernels.experts import multiply
 
     return multiply(x, _experts(packed, scales, zeros, bits, group_size, rows, columns), ids, bias, router)
 
 
 def experts_on_cpu(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
-    """The twin."""
     weights = _experts(packed, scales, zeros, bits, group_size, rows, columns)
     return reference.experts(x, weights, ids, bias, router)
 
