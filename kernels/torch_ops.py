@@ -13,8 +13,8 @@
                router [T, E] | None, bits, group_size, rows, columns) -> [T, E, rows]
         every token with the experts that it is routed to, as in `experts.multiply`.
 
-CUDA and ROCm tensors go to the Triton kernels, imported at the first call, CPU tensors to the plain-torch twin. The names
-carry a version because compiled graphs are cached by them: a change of layout or arguments is a new operator.
+CUDA and ROCm tensors go to the Triton kernels, imported at the first call, CPU tensors to the plain-torch twin. The
+names carry a version because compiled graphs are cached by them: a change of layout or arguments is a new operator.
 """
 
 from collections.abc import Callable

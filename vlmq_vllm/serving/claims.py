@@ -40,15 +40,11 @@ class Claims:
         self._count(prefix, " | ".join(formats))
 
     def add_plain(self, prefix: str) -> None:
-        """The layer `prefix` stays at 16 bits."""
         self._count(prefix, "16")
 
     def finish(self, modules: Mapping[str, ModuleInfo]) -> None:
-        """Once per process: log the table. Raises ValueError for modules without a layer, unless this process builds a
-        part of the model only.
-
-        Called before the first weight, or by the first finished layer of models that load without the common loader.
-        """
+        """Log the table once per process, before the first weight is loaded or by the first finished layer. Raises
+        ValueError for modules without a layer, unless this process builds a part of the model only."""
         if self.complete:
             return
         self.complete = True

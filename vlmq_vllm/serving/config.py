@@ -1,8 +1,8 @@
 """VLMQConfig, which vLLM asks under `--quantization vlmq` how each of a model's layers is quantised.
 
-The front end parses config.json and reads the safetensors headers once into a plain table module name -> ModuleInfo,
-which is pickled to the workers. A worker then asks for every layer it builds; the table alone decides, through the
-names of `names.py`. Before the first weight is loaded every module of the table must have found its layer.
+The front end reads config.json and the safetensors headers once into a plain table module name -> ModuleInfo, which is
+pickled to the workers. There the table alone decides, through the names of `names.py`, and before the first weight is
+loaded every module of it must have found its layer.
 
 Errors of the front end are RuntimeErrors: vLLM parses its configuration with pydantic, which would wrap a ValueError
 and its text in a report of all arguments.
@@ -30,7 +30,7 @@ HOW_TO = "leave out --quantization to serve it as it is, or quantise it first wi
 
 
 class VLMQConfig(QuantizationConfig):
-    """Plain data: the parsed config.json (None when there is nothing to parse) and the table of quantised modules."""
+    """The parsed config.json (None when there is nothing to parse) and the table of quantised modules."""
 
     def __init__(self, spec: Spec | None = None) -> None:
         super().__init__()
@@ -80,10 +80,8 @@ class VLMQConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """vLLM asks this for every quantised model in the world, so only what is ours or asked for is taken.
-
-        Any method's model that a user wants served as vlmq is taken: from_config says why where it cannot be.
-        """
+        """vLLM asks this for every quantised model in the world: what is ours is taken, and what a user wants served as
+        vlmq; from_config says why where it cannot be."""
         method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
         return "vlmq" if "vlmq" in (method, user_quant) else None
 
@@ -157,7 +155,6 @@ class VLMQConfig(QuantizationConfig):
         return QuantizationConfig.get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix={".g_idx": None})
 
     def check_complete(self) -> None:
-        """Raises ValueError for modules that vLLM built no layer for; see `Claims.finish`."""
         self.claims.finish(self.modules)
 
     def _table(self, kind: str) -> ModuleTable:

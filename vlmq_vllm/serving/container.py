@@ -7,8 +7,8 @@ in width. In a checkpoint of our own, with a prefix for experts:
     weight_packed [words]  weight_scale [groups]  weight_zero_point [words]  weight_shape [2 per segment]
     weight [values], only when a shard of a fused layer stays at 16 bits
 
-After loading only an empty weight_packed remains, by which vLLM finds the layer's device, and what `launch.py` made of
-the rest. vLLM's reload restores the flat parameters and goes the same way again.
+After loading only an empty weight_packed remains, by which vLLM finds the layer's device. vLLM's reload restores the
+flat parameters and goes the same way again.
 """
 
 import math
@@ -81,7 +81,6 @@ class Container:
         return [self._piece(layer, i) for i in range(len(self.segments))]
 
     def empty(self, layer: Layer) -> None:
-        """Drop the parameters, all but an empty one."""
         empty = getattr(layer, self.prefix + self.first).new_empty(0)
         for name in self.parts:
             del layer._parameters[self.prefix + name]
@@ -89,7 +88,6 @@ class Container:
         self.arrived.clear()
 
     def _view(self, param: Flat, index: int) -> torch.Tensor:
-        """The place of a segment's tensor in its flat parameter."""
         start, stop = self.offsets[param.vlmq_name][index : index + 2]
         return param.data[start:stop].view(_shape(self.segments[index], param.vlmq_name))
 

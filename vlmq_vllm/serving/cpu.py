@@ -8,7 +8,7 @@ finest group among them by repeating scales. With N rows and K columns, both fil
     scales  activation dtype [G, N]
     zeros   int32 [G, N / 8], left out when every weight is symmetric
 
-Filled-up rows have scale 0; filled-up columns meet inputs of 0. Which weights take this way is decided in `launch.py`.
+Filled-up rows have scale 0; filled-up columns meet inputs of 0.
 """
 
 import math
@@ -43,8 +43,8 @@ def why_not_int4(format: WeightFormat, dtype: torch.dtype) -> str | None:
 def isa(dtype: torch.dtype) -> str:
     """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights.
 
-    Linux ends a process that uses AMX without having asked for it, so that is done here; repeating it is harmless.
-    Where the request is refused it is vLLM's choice for a processor without AMX.
+    Linux ends a process that uses AMX without having asked for it. Where it refuses, "vec" is vLLM's choice without
+    AMX.
     """
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
 

@@ -4,8 +4,8 @@
     int4    expert by expert through vLLM's CPU kernel (`cpu.py`)    tensors packed, scales, zeros  [E, ...]
     dense   expert by expert, dequantised once                       tensor weight [E, N, K]
 
-The caller keeps the tensors; a launch holds numbers and their names only. The last two are one operator,
-`vlmq::experts_on_cpu_v1`: which experts have tokens is not known when vLLM compiles a model.
+The caller keeps the tensors. The last two are one operator, `vlmq::experts_on_cpu_v1`: which experts have tokens is not
+known when vLLM compiles a model.
 """
 
 from collections.abc import Callable, Mapping

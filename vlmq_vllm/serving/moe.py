@@ -1,9 +1,9 @@
 """VLMQMoEMethod: receives, checks and applies the quantised experts of a vLLM layer (RoutedExperts).
 
-Every expert has three weights, gate_proj and up_proj [I, H] and down_proj [H, I], that the checkpoint holds one by one;
-vLLM calls the first two w13 and the last one w2. They arrive in two containers (`container.py`), expert by expert, and
-become the tensors `vlmq_w13_<tensor>` and `vlmq_w2_<tensor>` of `expert_launch.py`. With tensor parallelism a rank
-holds a part of I of every expert, with expert parallelism some experts whole.
+Every expert has gate_proj and up_proj [I, H], vLLM's w13, and down_proj [H, I], its w2. They arrive in two containers
+(`container.py`), expert by expert, and become the tensors `vlmq_w13_<tensor>` and `vlmq_w2_<tensor>` of
+`expert_launch.py`. With tensor parallelism a rank holds a part of I of every expert, with expert parallelism some
+experts whole.
 """
 
 from types import MethodType
@@ -27,10 +27,7 @@ SHARDS = {"w1": 0, "w3": 1, "w2": 0}
 
 
 class VLMQMoEMethod(FusedMoEMethodBase):
-    """Serves one layer; `experts` maps (expert, projection) to checkpoint module and format.
-
-    `config` knows the checkpoint's packing and is told when a layer has been loaded.
-    """
+    """Serves one layer; `experts` maps (expert, projection) to checkpoint module and format."""
 
     def __init__(
         self, moe: Any, prefix: str, experts: dict[tuple[int, str], tuple[str, ModuleInfo]], config: "VLMQConfig"
@@ -91,10 +88,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Any = None,
     ) -> torch.Tensor:
-        """x [T, H] with the experts topk_ids [T, k], each result times its weight of topk_weights [T, k]: [T, H].
-
-        Shared experts are run by vLLM.
-        """
+        """x [T, H] with the experts topk_ids [T, k] times topk_weights [T, k]: [T, H]. vLLM runs shared experts."""
         ids = topk_ids if layer._expert_map is None else layer._expert_map[topk_ids.long()]
         router: torch.Tensor | None = topk_weights
         if layer.apply_router_weight_on_input:
