@@ -65,14 +65,13 @@ class VLMQConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict) -> "VLMQConfig":
         method = str(config.get("quant_method")).lower()
-        specs: dict[str, type[Spec]] = {"vlmq": QuantizationSpec} | SPECS
-        if method not in specs:
+        if method not in SPECS:
             raise RuntimeError(
                 f"--quantization vlmq was given, but the model is quantised with {method!r}; vlmq serves "
-                f"{', '.join(specs)}; {HOW_TO}"
+                f"{', '.join(SPECS)}; {HOW_TO}"
             )
         try:
-            return cls(specs[method].from_dict(config))
+            return cls(SPECS[method].from_dict(config))
         except CheckpointError as error:
             raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}") from None
 
