@@ -1,8 +1,7 @@
 """Reads a vlmq checkpoint's quantization_config and safetensors headers, and checks that the two agree.
 
 The tensors are the truth: a module is quantised if and only if it owns `<module>.weight_packed`. The config names the
-format of each; width and shapes are checked against the headers before anything is allocated, and a disagreement is a
-CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
+format of each; a disagreement is a CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
 
     "quantization_config": {
         "quant_method": "vlmq", "format_version": 1, "bits": 3, "group_size": 128, "symmetric": false,
@@ -42,8 +41,7 @@ class ModuleInfo:
 class QuantizationSpec:
     """The parsed quantization_config: a default format and overrides by exact module name.
 
-    `activation_bits`: 8 rounds the inputs of every quantised module. Raises CheckpointError for widths of inputs that
-    do not exist, and of weights that are not served beside 8.
+    Raises CheckpointError for widths of inputs that do not exist, and of weights that are not served beside 8.
     """
 
     default: WeightFormat
@@ -84,7 +82,6 @@ class QuantizationSpec:
             }
 
     def to_dict(self, tool: dict) -> dict:
-        """The dictionary that goes into config.json."""
         rounded = {"activation_bits": self.activation_bits} if self.activation_bits != 16 else {}
         return {
             "quant_method": "vlmq",
@@ -131,7 +128,6 @@ def _parse(entry: dict, where: str) -> WeightFormat:
 
 
 def read_spec(folder: Path) -> QuantizationSpec:
-    """The quantization_config of a vlmq folder."""
     config = read_config(folder).get("quantization_config")
     if config is None:
         raise CheckpointError(f"{folder} is not quantised (config.json has no quantization_config)")

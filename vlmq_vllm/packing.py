@@ -1,8 +1,7 @@
 """A checkpoint's packing: turns the tensors in its files into those of `format.py`.
 
-Our own checkpoints need nothing done. Those of other quantisers (`foreign/`) have other names and layouts, and their
-packing knows them; it is plain data that goes to vLLM's workers with the configuration. Layers hold parameters under
-the names in the files, filled with what `unpack` gives (`serving/container.py`).
+Those of other quantisers (`foreign/`) have other names and layouts, and their packing knows them; it is plain data that
+goes to vLLM's workers. Layers hold parameters under the names in the files, filled with what `unpack` gives.
 """
 
 from dataclasses import dataclass

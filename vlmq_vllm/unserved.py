@@ -10,9 +10,8 @@ from typing import Any
 class Unserved:
     """A rule for some linears.
 
-    pattern: regular expression that matches the end of a linear's name, in memory or in the files. reason: why, for the
-    user. tower: only for a vision tower of this model type. odd_sizes_only: only where an input or output size is not a
-    multiple of 64.
+    pattern: matches the end of a linear's name, in memory or in the files. tower: only for a vision tower of this model
+    type. odd_sizes_only: only where an input or output size is not a multiple of 64.
     """
 
     pattern: str
@@ -21,7 +20,6 @@ class Unserved:
     odd_sizes_only: bool = False
 
     def holds(self, name: str, shape: tuple[int, ...], tower: str) -> bool:
-        """Whether the linear of that name and weight shape, in a model whose tower is of that type, is one of them."""
         odd = any(size % 64 for size in shape)
         fits = self.tower in tower and (odd or not self.odd_sizes_only)
         return fits and bool(re.search(self.pattern + "$", name))

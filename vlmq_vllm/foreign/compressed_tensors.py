@@ -1,7 +1,5 @@
 """Reads compressed-tensors' `pack-quantized` checkpoints, as llm-compressor writes them.
 
-They hold integers of 2, 3, 4 and 8 bits and are served with 16-bit inputs.
-
 Names and meaning are ours (`format.py`): codes with an offset of 2^(bits - 1), packed along I, zero points along O.
 Since compressed-tensors 0.18 the bytes are, too. Before that a word held whole codes only, ten of 3 bits with two bits
 unused; which of the two a module has shows in the width of its weight_packed.
