@@ -1,7 +1,7 @@
 """Exports a checkpoint: the same codes, scales and zero points in the layout and under the header of other software.
 
-Nothing is rounded again. What the target cannot hold is refused before anything is written; files are rewritten one
-after the other, each module's tensors in the file that has its codes.
+What the target cannot hold is refused before anything is written; each module's tensors go to the file that has its
+codes.
 """
 
 from pathlib import Path
@@ -17,14 +17,13 @@ from vlmq_vllm.offline.checkpoint.export import compressed_tensors, gptq
 from vlmq_vllm.offline.checkpoint.export.model import Model, read_model
 from vlmq_vllm.offline.checkpoint.writer import Writer
 
+# Each has check, header, tensors (a packed module's, by their last name) and note (what readers need besides, or "").
 TARGETS: dict[str, ModuleType] = {target.NAME: target for target in (compressed_tensors, gptq)}
 
 
 def export(folder: Path, out: Path, name: str) -> str:
-    """Write the vlmq checkpoint `folder` to `out` for the target `name`; what its readers need, "" if nothing.
-
-    Raises QuantizeError, RefusedError and CheckpointError.
-    """
+    """Write the vlmq checkpoint `folder` to `out` for the target `name`; what its readers need, "" if nothing. Raises
+    QuantizeError, RefusedError and CheckpointError."""
     if name not in TARGETS:
         raise QuantizeError(f"--format is {name!r}; it must be {' or '.join(TARGETS)}")
     if read_spec(folder).activation_bits != 16:  # compressed-tensors' own integers of 8 bits have steps of max / 127.5
