@@ -18,11 +18,8 @@ from vlmq_vllm.offline.data.processor import Processor
 
 @dataclass
 class Intake:
-    """What became of the chats, filled while the samples are drawn.
-
-    used, too_long: samples given out, and samples left out for their length. shrunk: pictures and frames of used
-    samples that were made smaller. lengths: tokens of every sample looked at, used or not, in order.
-    """
+    """used, too_long: samples given out, and samples left out for their length. shrunk: pictures and frames of used
+    samples that were made smaller. lengths: tokens of every sample looked at, used or not, in order."""
 
     used: int = 0
     too_long: int = 0
@@ -54,8 +51,7 @@ def model_inputs(
 ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
     """(chat, its inputs as the processor makes them) for at most `limit` chats that have at most `max_tokens` tokens.
 
-    Pictures and frames of more than `max_pixels` pixels are shrunk first; `intake` counts what happens. Raises
-    QuantizeError for a chat that the processor refuses, and when no chat with a picture is among them.
+    Raises QuantizeError for a chat that the processor refuses, and when no chat with a picture is among them.
     """
     pictured, intake = False, intake or Intake()
     for chat, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
@@ -120,7 +116,6 @@ def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> 
 
 
 def render(messages: list[dict], processor: Processor) -> str:
-    """The chat template's text, with one placeholder per picture and video."""
     return processor.apply_chat_template(messages, tokenize=False)
 
 

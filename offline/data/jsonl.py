@@ -1,8 +1,5 @@
-"""Reads calibration data from a JSONL file: one chat per line (`chats.py`), pictures and videos as paths or `data:`
-URLs.
-
-Paths are relative to the file. Nothing is fetched from the network, and no picture is opened here.
-"""
+"""Reads calibration data from a JSONL file: a chat per line (`chats.py`), pictures and videos as paths from the file on
+or `data:` URLs. Nothing is fetched from the network, and no picture is opened here."""
 
 import json
 import os

@@ -1,8 +1,7 @@
 """Reads pictures and videos of a chat as RGB pixels, the way a server hands them to the model's processor.
 
 A picture's place is a path, a `data:` URL, or an object that gives the file's bytes when called (a row of a data set).
-A video's place is a list of pictures' places, its frames, or the path of a video file. What the model's processor does
-to the pixels afterwards (its own resizing, patches) is left to it.
+A video's place is a list of pictures' places, its frames, or the path of a video file.
 """
 
 import base64
@@ -67,9 +66,8 @@ def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
 def open_video(place: list[PicturePlace] | Path, processor: Processor) -> tuple[list[Image.Image], object]:
     """The frames of a video as RGB pictures, and transformers' VideoMetadata of them.
 
-    A list of frames is taken whole. Of a file, the frames are those that the model's video processor samples, or FRAMES
-    evenly spaced ones. Raises QuantizeError where no decoder is installed, for what is no video, and for frames of
-    several sizes.
+    Of a file, the frames are those that the model's video processor samples, or FRAMES evenly spaced ones. Raises
+    QuantizeError where no decoder is installed, for what is no video, and for frames of several sizes.
     """
     from transformers.video_utils import VideoMetadata, load_video
 
