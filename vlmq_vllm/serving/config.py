@@ -136,7 +136,7 @@ class VLMQConfig(QuantizationConfig):
             complete_head(layer, prefix)
         if shards:
             return self._linear_method(prefix, shards)
-        self.claims.add_plain(prefix)
+        self.claims.add(prefix)
         if not isinstance(layer, LinearBase):
             return None
         if self.known and not all(self._table("any").shards(prefix, self.packed_modules_mapping) or [None]):
@@ -176,7 +176,7 @@ class VLMQConfig(QuantizationConfig):
     def _experts_method(self, layer: Layer, prefix: str) -> QuantizeMethodBase | None:
         found = self._table("quantised").experts(prefix)
         if not found:
-            self.claims.add_plain(prefix)
+            self.claims.add(prefix)
             return None
         if self.activation_bits != 16:
             raise ValueError(
