@@ -5,7 +5,7 @@ Since compressed-tensors 0.18 the bytes are, too. Before that a word held whole 
 unused; which of the two a module has shows in the width of its weight_packed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,9 @@ class PackQuantizedPacking(Packing):
 
 @dataclass(frozen=True)
 class PackQuantizedSpec:
-    """The formats that the config_groups name: (bits, group size or -1, symmetric)."""
+    """The formats that the config_groups name."""
 
-    formats: tuple[tuple[int, int, bool], ...]
+    formats: tuple[WeightFormat, ...]
 
     @classmethod
     def from_dict(cls, config: dict) -> "PackQuantizedSpec":
@@ -80,19 +80,21 @@ class PackQuantizedSpec:
         rows, columns = read_size(module, tensors)
         shapes = {part: info.shape for part, info in found.items()}
         fitting: dict[tuple[ModuleInfo, bool], None] = {}
-        for bits, group_size, symmetric in self.formats:
-            format = WeightFormat(bits, group_size if group_size < columns else -1, symmetric)
-            for whole in (False, True)[: 1 + (WORD % bits != 0)]:
+        for said in self.formats:
+            format = said if said.group_size < columns else replace(said, group_size=-1)
+            for whole in (False, True)[: 1 + (WORD % format.bits != 0)]:
                 packing = PackQuantizedPacking(frozenset({module} if whole else ()))
                 if packing.shapes(module, format, rows, columns) == shapes:
                     fitting[ModuleInfo(format, rows, columns), whole] = None
         if len(fitting) != 1:
             there = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
-            said = "; ".join(f"{b} bits, groups of {g}, {'' if s else 'a'}symmetric" for b, g, s in self.formats)
+            formats = "; ".join(
+                f"{f.bits} bits, groups of {f.group_size}, {'' if f.symmetric else 'a'}symmetric" for f in self.formats
+            )
             problem = "no" if not fitting else "more than one"
             raise CheckpointError(
                 f"{module} is {rows} x {columns}, its tensors are {there}; {problem} format of config.json "
-                f"fits ({said})"
+                f"fits ({formats})"
             )
         return next(iter(fitting))
 
@@ -108,7 +110,7 @@ def _whole_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2)
 
 
-def _format(name: str, group: Any, config: dict) -> tuple[int, int, bool]:
+def _format(name: str, group: Any, config: dict) -> WeightFormat:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"config_groups.{name} says nothing about weights; vlmq reads pack-quantized checkpoints")
@@ -129,12 +131,10 @@ def _format(name: str, group: Any, config: dict) -> tuple[int, int, bool]:
             "or channel"
         )
     group_size: Any = weights.get("group_size") if strategy == "group" else -1
-    symmetric = bool(weights.get("symmetric", True))
     try:
-        WeightFormat(bits, group_size, symmetric)
+        return WeightFormat(bits, group_size, bool(weights.get("symmetric", True)))
     except ValueError as error:
         raise CheckpointError(f"config_groups.{name}: {error}") from None
-    return bits, group_size, symmetric
 
 
 def _check_types(module: str, found: dict[str, TensorInfo], headers: dict[str, TensorInfo]) -> None:
