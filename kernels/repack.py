@@ -134,23 +134,15 @@ def arguments(source: torch.Tensor, words: torch.Tensor, start: int, geometry: G
 
 
 def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-    words = torch.empty(geometry.packed_shape, dtype=torch.int16, device=packed[0].device)
+    stacked = torch.cat(list(packed))
+    words = torch.empty(geometry.packed_shape, dtype=torch.int16, device=stacked.device)
     for start in range(0, geometry.rows, STRIP):
-        strip = _rows(packed, start, min(start + STRIP, geometry.rows))
+        strip = stacked[start : start + STRIP]
         own = replace(geometry, rows=len(strip))
         words[start // STRIPE :][: own.stripes] = reference.to_words(
             unpack(strip, geometry.bits, geometry.columns), own
         )
     return words
-
-
-def _rows(tensors: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-    """Rows start to stop of tensors that are stacked along the rows."""
-    pieces = []
-    for tensor in tensors:
-        pieces.append(tensor[max(start, 0) : max(stop, 0)])
-        start, stop = start - len(tensor), stop - len(tensor)
-    return torch.cat(pieces)
 
 
 def _fill(grouped: torch.Tensor, geometry: Geometry) -> torch.Tensor:
