@@ -1,17 +1,11 @@
 """Defines the torch operators of the namespace vlmq, through which the plugin and torch.compile reach the kernels.
 
-    linear_v1(x [..., K], packed[], scales[], zeros[], bias | None, bits[], group_sizes[], rows[], columns,
-              batch_invariant) -> [..., sum of rows]
-        x times the weights of a layer, stacked along the rows, which may differ in bits, group and grid; entry i of
-        every list belongs to weight i, whose tensors are those of `layout.RuntimeWeight` (zeros[i] None if symmetric).
-
-    linear_int8_v1(q [..., K], token_scales [..., 1], and the others of linear_v1) -> [..., sum of rows]
-        token_scales * (q times the weights) + bias in q's dtype; q holds integers in [-127, 127]
-        (`vlmq_vllm/activations.py`).
-
-    experts_v1(x [T, K] or [T, E, K], packed, scales, zeros | None, ids [T, E], bias [experts, rows] | None,
-               router [T, E] | None, bits, group_size, rows, columns) -> [T, E, rows]
-        every token with the experts that it is routed to, as in `experts.multiply`.
+    linear_v1       x [..., K] times the weights of a layer, stacked along the rows, which may differ in bits, group and
+                    grid: [..., sum of rows]; entry i of every list belongs to weight i, whose tensors are those of
+                    `layout.RuntimeWeight` (zeros[i] None if symmetric)
+    linear_int8_v1  token_scales [..., 1] * (q [..., K] times the weights) + bias in q's dtype, of integers q in
+                    [-127, 127] (`vlmq_vllm/activations.py`)
+    experts_v1      every token with the experts that it is routed to, as in `experts.multiply`
 
 CUDA and ROCm tensors go to the Triton kernels, imported at the first call, CPU tensors to the plain-torch twin. The
 names carry a version because compiled graphs are cached by them: a change of layout or arguments is a new operator.
