@@ -75,11 +75,11 @@ class QuantizationSpec:
         unused = sorted(set(self.overrides) - set(parts))
         if unused:
             raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")
-        with Tensors(folder, headers) as tensors:
-            return OWN, {
-                module: _check(module, found, self.overrides.get(module, self.default), tensors)
-                for module, found in parts.items()
-            }
+        tensors = Tensors(folder, headers)
+        return OWN, {
+            module: _check(module, found, self.overrides.get(module, self.default), tensors)
+            for module, found in parts.items()
+        }
 
     def to_dict(self, tool: dict) -> dict:
         rounded = {"activation_bits": self.activation_bits} if self.activation_bits != 16 else {}

@@ -104,19 +104,12 @@ def _check_index(path: Path, headers: dict[str, TensorInfo]) -> None:
 
 
 class Tensors:
-    """Single tensors of a folder, such as shapes and zero points. Opening a file reads its whole header, so files stay
-    open within `with`."""
+    """Single tensors of a folder. Opening a file reads its whole header, so files stay open as long as this lives."""
 
     def __init__(self, folder: Path, headers: dict[str, TensorInfo]) -> None:
         self.folder = folder
         self.headers = headers
         self.files: dict[str, safe_open] = {}
-
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.clear()
 
     def get(self, name: str) -> torch.Tensor:
         file = self.headers[name].file

@@ -1,7 +1,7 @@
 """A checkpoint's packing: turns the tensors in its files into those of `format.py`.
 
-Those of other quantisers (`foreign/`) have other names and layouts, and their packing knows them; it is plain data that
-goes to vLLM's workers. Layers hold parameters under the names in the files, filled with what `unpack` gives.
+Checkpoints of other quantisers (`foreign/`) have other names and layouts, which their packing knows; it is plain data
+that goes to vLLM's workers. Layers hold parameters under the names in the files, filled with what `unpack` gives.
 """
 
 from dataclasses import dataclass

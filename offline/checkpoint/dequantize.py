@@ -39,14 +39,14 @@ def dequantize(folder: Path, out: Path) -> None:
     with Writer(out, size + packed, files) as writer:
         for file_name in files:
             here = {name for name, info in headers.items() if info.file == file_name}
-            with Tensors(folder, headers) as tensors:
-                found = {name: tensors.get(name) for name in here if name.rpartition(".")[2] not in PARTS}
-                for module, info in modules.items():
-                    if f"{module}.weight_packed" in here and not EXPERT.fullmatch(module):
-                        found[f"{module}.weight"] = _weight(tensors, module, info)
-                for name, experts in fused.items():
-                    if f"{experts[0][0]}.weight_packed" in here:
-                        found[name] = _stack(tensors, experts, modules)
+            tensors = Tensors(folder, headers)
+            found = {name: tensors.get(name) for name in here if name.rpartition(".")[2] not in PARTS}
+            for module, info in modules.items():
+                if f"{module}.weight_packed" in here and not EXPERT.fullmatch(module):
+                    found[f"{module}.weight"] = _weight(tensors, module, info)
+            for name, experts in fused.items():
+                if f"{experts[0][0]}.weight_packed" in here:
+                    found[name] = _stack(tensors, experts, modules)
             writer.add(file_name, found)
         writer.finish(folder, config, {"dequantized_from": str(folder.name)})
 

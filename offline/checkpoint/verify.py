@@ -29,13 +29,13 @@ def verify(folder: Path) -> Verdict:
         raise CheckpointError(f"{folder} calls itself vlmq, but no tensor is quantised; quantise it anew")
     files = _check_sums(folder)
     headers = read_headers(folder)
-    with Tensors(folder, headers) as tensors:
-        for name in headers:
-            tensor = tensors.get(name)
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                raise CheckpointError(f"{name} holds NaN or infinity; quantise again")
-            if name.endswith(".weight_scale") and not (tensor > 0).all():
-                raise CheckpointError(f"{name} holds a scale that is not positive; quantise again")
+    tensors = Tensors(folder, headers)
+    for name in headers:
+        tensor = tensors.get(name)
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name} holds NaN or infinity; quantise again")
+        if name.endswith(".weight_scale") and not (tensor > 0).all():
+            raise CheckpointError(f"{name} holds a scale that is not positive; quantise again")
     size = sum(path.stat().st_size for path in files)
     return Verdict(modules, len(headers), len(files), size, read_spec(folder).activation_bits)
 

@@ -64,12 +64,12 @@ class PackQuantizedSpec:
         """Packing and modules by the headers and weight_shapes of `folder`. Raises CheckpointError."""
         modules: dict[str, ModuleInfo] = {}
         whole: set[str] = set()
-        with Tensors(folder, headers) as tensors:
-            for name in headers:
-                module, _, leaf = name.rpartition(".")
-                if leaf == "weight_packed":
-                    modules[module], is_whole = self._module(module, headers, tensors)
-                    whole |= {module} if is_whole else set()
+        tensors = Tensors(folder, headers)
+        for name in headers:
+            module, _, leaf = name.rpartition(".")
+            if leaf == "weight_packed":
+                modules[module], is_whole = self._module(module, headers, tensors)
+                whole |= {module} if is_whole else set()
         check_surplus(modules, headers, PARTS)
         return PackQuantizedPacking(frozenset(whole)), modules
 

@@ -98,11 +98,11 @@ class GPTQSpec:
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers, zero points and g_idx of `folder`. Raises CheckpointError."""
         modules = {}
-        with Tensors(folder, headers) as tensors:
-            for name in headers:
-                module, _, leaf = name.rpartition(".")
-                if leaf == "qweight":
-                    modules[module] = self._module(module, headers, tensors)
+        tensors = Tensors(folder, headers)
+        for name in headers:
+            module, _, leaf = name.rpartition(".")
+            if leaf == "qweight":
+                modules[module] = self._module(module, headers, tensors)
         check_surplus(modules, headers, (*PARTS, "g_idx"))
         return GPTQPacking(self.version), modules
 

@@ -48,15 +48,15 @@ def export(folder: Path, out: Path, name: str) -> str:
 
 def _rewritten(model: Model, file_name: str, target: ModuleType, header: dict) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    with Tensors(model.folder, model.headers) as stored:
-        for name in (name for name, info in model.headers.items() if info.file == file_name):
-            module, _, last = name.rpartition(".")
-            if last not in PARTS:
-                tensors[model.memory[name] if target.IN_MEMORY else name] = stored.get(name)
-            elif last == "weight_packed":
-                names = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in model.headers}
-                parts = {part: stored.get(full) for part, full in names.items()}
-                own = target.tensors(model.modules[module], parts, header)
-                prefix = model.in_memory(module) if target.IN_MEMORY else module
-                tensors |= {f"{prefix}.{part}": tensor for part, tensor in own.items()}
+    stored = Tensors(model.folder, model.headers)
+    for name in (name for name, info in model.headers.items() if info.file == file_name):
+        module, _, last = name.rpartition(".")
+        if last not in PARTS:
+            tensors[model.memory[name] if target.IN_MEMORY else name] = stored.get(name)
+        elif last == "weight_packed":
+            names = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in model.headers}
+            parts = {part: stored.get(full) for part, full in names.items()}
+            own = target.tensors(model.modules[module], parts, header)
+            prefix = model.in_memory(module) if target.IN_MEMORY else module
+            tensors |= {f"{prefix}.{part}": tensor for part, tensor in own.items()}
     return tensors
