@@ -62,16 +62,12 @@ class PackQuantizedSpec:
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[PackQuantizedPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers and weight_shapes of `folder`. Raises CheckpointError."""
-        modules: dict[str, ModuleInfo] = {}
-        whole: set[str] = set()
         tensors = Tensors(folder, headers)
-        for name in headers:
-            module, _, leaf = name.rpartition(".")
-            if leaf == "weight_packed":
-                modules[module], is_whole = self._module(module, headers, tensors)
-                whole |= {module} if is_whole else set()
-        check_surplus(modules, headers, PARTS)
-        return PackQuantizedPacking(frozenset(whole)), modules
+        owners = (name.removesuffix(".weight_packed") for name in headers if name.endswith(".weight_packed"))
+        found = {module: self._module(module, headers, tensors) for module in owners}
+        check_surplus(found, headers, PARTS)
+        whole = frozenset(module for module, (_, is_whole) in found.items() if is_whole)
+        return PackQuantizedPacking(whole), {module: info for module, (info, _) in found.items()}
 
     def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> tuple[ModuleInfo, bool]:
         """Format and sizes, and whether words hold whole codes only."""

@@ -97,12 +97,9 @@ class GPTQSpec:
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers, zero points and g_idx of `folder`. Raises CheckpointError."""
-        modules = {}
         tensors = Tensors(folder, headers)
-        for name in headers:
-            module, _, leaf = name.rpartition(".")
-            if leaf == "qweight":
-                modules[module] = self._module(module, headers, tensors)
+        owners = (name.removesuffix(".qweight") for name in headers if name.endswith(".qweight"))
+        modules = {module: self._module(module, headers, tensors) for module in owners}
         check_surplus(modules, headers, (*PARTS, "g_idx"))
         return GPTQPacking(self.version), modules
 
