@@ -19,11 +19,6 @@ class Unserved:
     tower: str = ""
     odd_sizes_only: bool = False
 
-    def holds(self, name: str, shape: tuple[int, ...], tower: str) -> bool:
-        odd = any(size % 64 for size in shape)
-        fits = self.tower in tower and (odd or not self.odd_sizes_only)
-        return fits and bool(re.search(self.pattern + "$", name))
-
 
 PLAIN = "vLLM builds it as a plain nn.Linear, which holds no packed weight"
 PROJECTOR = Unserved(r"multi_modal_projector\.linear_[12]", PLAIN)
@@ -50,5 +45,8 @@ def why_unserved(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -
     None when it takes one, as far as the rules know."""
     vision = config.get("vision_config")
     tower = vision.get("model_type", "") if isinstance(vision, Mapping) else ""
-    rules = RULES.get(config.get("model_type", ""), ())
-    return next((rule.reason for rule in rules if rule.holds(name, shape, tower)), None)
+    odd = any(size % 64 for size in shape)
+    for rule in RULES.get(config.get("model_type", ""), ()):
+        if rule.tower in tower and (odd or not rule.odd_sizes_only) and re.search(rule.pattern + "$", name):
+            return rule.reason
+    return None
