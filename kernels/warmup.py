@@ -28,14 +28,8 @@ def warm(
     """Launch whatever `multiply` may take for these weights, with bias also without (ranks differ); `rounded`:
     activations have 8 bits."""
     device = weights[0].packed.device
-    key = (
-        device,
-        tuple((weight.geometry, weight.scales.dtype) for weight in weights),
-        dtype,
-        with_bias,
-        batch_invariant,
-        rounded,
-    )
+    layer = tuple((weight.geometry, weight.scales.dtype) for weight in weights)
+    key = (device, layer, dtype, with_bias, batch_invariant, rounded)
     if key in _done:
         return
     workspace.reserve(device)

@@ -94,16 +94,14 @@ def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> 
     if chat["videos"] and getattr(processor, "video_processor", None) is None:
         raise QuantizeError(f"{chat['line']} has a video, and the model's processor takes none; leave it out")
     images = [open_image(place) for place in chat["images"]]
-    videos, metadata = [], []
-    for place in chat["videos"]:
-        frames, about = open_video(place, processor)
-        videos.append(frames)
-        metadata.append(about)
+    opened = [open_video(place, processor) for place in chat["videos"]]
+    videos = [frames for frames, _ in opened]
     small, *small_videos = [[shrink(image, max_pixels) for image in group] for group in (images, *videos)]
     pairs = zip(chain(images, *videos), chain(small, *small_videos), strict=True)
     shrunk = sum(before is not after for before, after in pairs)
     options: dict[str, Any] = {}
     if videos:
+        metadata = [about for _, about in opened]
         options = {"videos": small_videos, "video_metadata": metadata, "do_sample_frames": False}
     try:
         text = render(chat["messages"], processor)
