@@ -11,16 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.processor import Processor
-
-if TYPE_CHECKING:
-    import torch
 
 PicturePlace = str | Path | Callable[[], bytes]
 DECODERS = (("torchcodec", "torchcodec"), ("pyav", "av"), ("opencv", "cv2"), ("decord", "decord"))  # name, module
@@ -89,7 +86,9 @@ def open_video(place: list[PicturePlace] | Path, processor: Processor) -> tuple[
         pixels, metadata = load_video(str(place), backend=decoder, sample_indices_fn=_sampling(processor))
     except Exception as error:  # decoders raise what they like
         raise QuantizeError(f"{decoder} cannot decode the video {place} ({error!r:.200}); mend or remove it") from error
-    return _frames(pixels), metadata
+    if not isinstance(pixels, np.ndarray):  # torch's [T, 3, H, W]
+        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(frame) for frame in pixels], metadata
 
 
 def _sampling(processor: Processor) -> Callable:
@@ -105,10 +104,3 @@ def _sampling(processor: Processor) -> Callable:
 def _evenly(metadata: Any, **options: Any) -> np.ndarray:
     total = metadata.total_num_frames
     return np.linspace(0, total - 1, min(FRAMES, total)).astype(int)
-
-
-def _frames(pixels: "np.ndarray | torch.Tensor") -> list[Image.Image]:
-    """[T, H, W, 3] (numpy) or [T, 3, H, W] (torch) uint8 as pictures."""
-    if not isinstance(pixels, np.ndarray):
-        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(frame) for frame in pixels]
