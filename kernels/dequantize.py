@@ -72,7 +72,6 @@ def dequantize(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torc
 
 
 def arguments(weight: RuntimeWeight, out: torch.Tensor, start: int, machine: hardware.Hardware) -> dict:
-    """What the kernel is called with."""
     return dict(out=out, i_first=start, stride_out=out.stride(0), num_warps=4, **weight_arguments(weight, machine))
 
 

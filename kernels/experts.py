@@ -144,7 +144,6 @@ def arguments(
     tile: tiles.Tile,
     machine: hardware.Hardware,
 ) -> dict:
-    """What the kernel is called with."""
     geometry = experts.geometry
     return dict(
         x=x,

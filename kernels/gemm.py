@@ -123,7 +123,6 @@ def arguments(
     machine: hardware.Hardware,
     token_scales: torch.Tensor | None = None,
 ) -> dict:
-    """What the kernel is called with."""
     geometry = weight.geometry
     scratch = workspace.of_current_stream(x.device) if plan.splits > 1 else None
     return dict(

@@ -66,7 +66,6 @@ def centre(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torch.Te
 
 
 def centre_arguments(weight: RuntimeWeight, out: torch.Tensor, start: int) -> dict:
-    """What centre_kernel is called with."""
     geometry = weight.geometry
     given = dict(words=weight.packed, out=out, i_first=start, n_spans=geometry.spans)
     return given | dict(BITS=geometry.bits, W=geometry.slice, num_warps=4)

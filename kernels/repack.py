@@ -119,7 +119,6 @@ def _by_kernel(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tens
 
 
 def arguments(source: torch.Tensor, words: torch.Tensor, start: int, geometry: Geometry) -> dict:
-    """What the kernel is called with."""
     return dict(
         source=source,
         words=words,

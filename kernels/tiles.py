@@ -46,7 +46,6 @@ def why_not(plan: Plan, m: int, geometry: Geometry, machine: Hardware) -> str | 
 
 
 def plan_for(m: int, geometry: Geometry, machine: Hardware) -> Plan:
-    """What to launch for m tokens."""
     bucket = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
     return _plan(bucket, -(-m // bucket) if bucket == BUCKETS[-1] else 1, geometry, machine)
 

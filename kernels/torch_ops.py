@@ -50,7 +50,6 @@ def linear_on_cpu(x, token_scales, packed, scales, zeros, bias, bits, group_size
 
 
 def linear_fake(x, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
-    """Shape and dtype of the result, for tracing."""
     return x.new_empty((*x.shape[:-1], sum(rows)))
 
 
@@ -71,7 +70,6 @@ def experts_on_cpu(x, packed, scales, zeros, ids, bias, router, bits, group_size
 
 
 def experts_fake(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
-    """Shape and dtype of the result, for tracing."""
     return x.new_empty((*ids.shape, rows))
 
 

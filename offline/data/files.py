@@ -33,7 +33,6 @@ def read_folder(folder: Path) -> list[dict]:
 
 
 def _by_line(path: Path, entry_of: Callable[[Any], dict], complaint: str, expected: str) -> list[dict]:
-    """The chats of all lines that are not blank."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a string
     except (OSError, UnicodeDecodeError) as error:

@@ -64,7 +64,6 @@ def model_inputs(
 
 
 def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether a picture or a video is among the inputs."""
     return any(name.startswith("pixel_values") for name in inputs)
 
 

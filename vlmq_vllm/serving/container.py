@@ -130,7 +130,6 @@ class Container:
 
 
 def add_parameter(layer: Layer, name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
-    """Make `tensor` a parameter of the layer, frozen."""
     param = torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(name, param)
     return param

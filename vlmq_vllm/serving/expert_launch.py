@@ -128,7 +128,6 @@ def experts_on_cpu(
 def experts_on_cpu_fake(
     x: torch.Tensor, weight: Any, packed: Any, scales: Any, zeros: Any, ids: torch.Tensor, rows: int, isa: str
 ) -> torch.Tensor:
-    """Shape and dtype of the result, for tracing."""
     return x.new_empty((*ids.shape, rows))
 
 

@@ -123,7 +123,6 @@ def kind_of(piece: Piece, dtype: torch.dtype) -> str:
 
 
 def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
-    """How the piece is launched, and why it has to be dequantised if so."""
     if piece.format is None:
         return "dense", None
     fast, reason = "int4", None

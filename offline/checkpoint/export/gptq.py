@@ -84,5 +84,4 @@ def note(header: dict) -> str:
 
 
 def _pattern(names: list[str]) -> str:
-    """Matches these names and no longer ones."""
     return f"^(?:{'|'.join(map(re.escape, names))})$"
