@@ -25,7 +25,6 @@ from vlmq_vllm.serving.claims import Claims
 from vlmq_vllm.serving.segments import Layer
 from vlmq_vllm.unserved import KNOWN, why_unserved
 
-OWNED = ("weight", "bias")
 HOW_TO = "leave out --quantization to serve it as it is, or quantise it first with `vlmq quantize`"
 
 
@@ -100,10 +99,8 @@ class VLMQConfig(QuantizationConfig):
             raise RuntimeError(f"{model_name} cannot be served: {error}") from None
         if not self.modules:
             raise RuntimeError(f"{model_name} calls itself quantised, but no tensor is; quantise it anew")
-        owners = {
-            part: {name.removesuffix(f".{part}") for name in headers if name.endswith(f".{part}")} for part in OWNED
-        }
-        self.plain, self.biased = owners["weight"], owners["bias"] & self.modules.keys()
+        self.plain = {name.removesuffix(".weight") for name in headers if name.endswith(".weight")}
+        self.biased = {module for module in self.modules if f"{module}.bias" in headers}
         self.known = config.get("model_type") in KNOWN
         reasons = {name: why_unserved(name, (info.rows, info.columns), config) for name, info in self.modules.items()}
         self.claims.reasons = {name: reason for name, reason in reasons.items() if reason}

@@ -8,7 +8,7 @@ The caller keeps the tensors. The last two are one operator, `vlmq::experts_on_c
 known when vLLM compiles a model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,8 @@ from torch.nn.functional import gelu, linear, silu
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.serving import cpu
-from vlmq_vllm.serving.launch import Piece, check_triton, choose, kind_of
+from vlmq_vllm.serving.launch import Piece, Tensors, check_triton, choose, kind_of
 
-Tensors = Mapping[str, torch.Tensor]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
     "gelu": gelu,
