@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from vlmq_vllm.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-# Bytes of a value by dtype; others have 1.
-BYTES = {"C64": 8, "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2}
+BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}  # of a value, by dtype; others have 1
 
 
 @dataclass(frozen=True)
