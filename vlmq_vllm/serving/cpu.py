@@ -16,12 +16,14 @@ import os
 
 import torch
 from torch.nn.functional import pad
+from vllm import _custom_ops as ops
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat, pack
-from vlmq_vllm.serving.compat import int4_gemm
+from vlmq_vllm.serving.compat import ORDER
 
 STEP = 32  # the kernel's rows and columns come in multiples of this
 MIDDLE = 8
+CODES_PER_WORD = 8
 BLOCK_ROWS = 16
 
 
@@ -90,7 +92,7 @@ def int4_linear(
         x = pad(x, (0, columns - x.shape[1]))
     if bias is not None and padded_rows != rows:
         bias = pad(bias, (0, padded_rows - rows))
-    out = int4_gemm(x, packed, scales, zeros, bias, isa)
+    out = ops.cpu_gemm_wna16(x, packed, scales, zeros, *ORDER, bias, CODES_PER_WORD, isa)
     return out if padded_rows == rows else out[:, :rows]
 
 

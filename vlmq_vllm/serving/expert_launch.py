@@ -10,7 +10,6 @@ known when vLLM compiles a model.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import gelu, linear, silu
@@ -124,12 +123,6 @@ def experts_on_cpu(
     return out
 
 
-def experts_on_cpu_fake(
-    x: torch.Tensor, weight: Any, packed: Any, scales: Any, zeros: Any, ids: torch.Tensor, rows: int, isa: str
-) -> torch.Tensor:
-    return x.new_empty((*ids.shape, rows))
-
-
 if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):  # a second import, by another name or a reload, leaves it
     torch.library.define(
         "vlmq::experts_on_cpu_v1",
@@ -138,4 +131,7 @@ if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):  # a second import, by anot
         tags=(torch.Tag.pt2_compliant_tag,),
     )
     torch.library.impl("vlmq::experts_on_cpu_v1", "default", experts_on_cpu)
-    torch.library.register_fake("vlmq::experts_on_cpu_v1", experts_on_cpu_fake)
+    torch.library.register_fake(
+        "vlmq::experts_on_cpu_v1",
+        lambda x, weight, packed, scales, zeros, ids, rows, isa: x.new_empty((*ids.shape, rows)),
+    )
