@@ -36,7 +36,8 @@ class Container:
         self.dtype = dtype
         self.prefix = prefix
         self.arrived: set[tuple[int, str]] = set()
-        self.dummy = _is_dummy_load()
+        config = get_current_vllm_config_or_none()
+        self.dummy = config is not None and config.load_config.load_format == "dummy"
         self.parts = {name: part for segment in segments for name, part in segment.parts().items()}
         self.first = next(name for name, part in self.parts.items() if part == PARTS[0])
         sizes = {name: [math.prod(_shape(segment, name)) for segment in segments] for name in self.parts}
@@ -141,8 +142,3 @@ def _shape(segment: Segment, name: str) -> tuple[int, ...]:
     if name not in segment.parts():
         return (0,)
     return segment.shapes().get(segment.parts()[name], (1,))
-
-
-def _is_dummy_load() -> bool:
-    config = get_current_vllm_config_or_none()
-    return config is not None and config.load_config.load_format == "dummy"
