@@ -89,9 +89,7 @@ def _message(turn: dict, listed: list[str], given: dict, found: dict) -> dict:
 
 def _split(text: str, listed: list[str]) -> list[dict]:
     """The string as parts: placeholders of the kinds that are listed stand for bare parts."""
-    if not listed:
-        return [{"type": "text", "text": text}]
-    pieces = re.split(f"<({'|'.join(listed)})>", text)  # text, kind, text, kind, ..., text
+    pieces = re.split(f"<({'|'.join(listed)})>", text) if listed else [text]  # text, kind, text, kind, ..., text
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]
     parts = [{"type": p} if i % 2 else {"type": "text", "text": p.strip("\n")} for i, p in enumerate(pieces)]

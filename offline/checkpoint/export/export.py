@@ -54,8 +54,7 @@ def _rewritten(model: Model, file_name: str, target: ModuleType, header: dict) -
         if last not in PARTS:
             tensors[model.memory[name] if target.IN_MEMORY else name] = stored.get(name)
         elif last == "weight_packed":
-            names = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in model.headers}
-            parts = {part: stored.get(full) for part, full in names.items()}
+            parts = {part: stored.get(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in model.headers}
             own = target.tensors(model.modules[module], parts, header)
             prefix = model.in_memory(module) if target.IN_MEMORY else module
             tensors |= {f"{prefix}.{part}": tensor for part, tensor in own.items()}
