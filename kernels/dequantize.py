@@ -1,9 +1,8 @@
 """Multiplies many tokens: dequantises the weight piece by piece and multiplies each piece by cuBLAS.
 
 Above some hundreds of tokens a product is bound by arithmetic, and a library's kernel is worth the writing and reading
-of the dequantised weight, all the more when a piece stays in the second-level cache between the two. A piece has as
-many rows as give every multiprocessor work, or more. Each weight is rounded once to x's dtype, as in an unquantised
-model. The transpose W^T is written, as the words lie: rows of the weight side by side.
+of the dequantised weight, the more when a piece stays in the second-level cache between the two. Each weight is rounded
+once to x's dtype, as in an unquantised model. The transpose W^T is written, as the words lie.
 """
 
 import torch
@@ -11,7 +10,7 @@ import triton
 import triton.language as tl
 
 from vlmq_vllm.kernels import hardware
-from vlmq_vllm.kernels.gemm import check
+from vlmq_vllm.kernels.gemm import check, weight_arguments
 from vlmq_vllm.kernels.k_loop import groups_in, load_groups, load_words
 from vlmq_vllm.kernels.layout import STRIPE, RuntimeWeight
 from vlmq_vllm.kernels.ptx import fields_of, planes_of
@@ -73,25 +72,7 @@ def dequantize(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torc
 
 
 def arguments(weight: RuntimeWeight, out: torch.Tensor, start: int, machine: hardware.Hardware) -> dict:
-    """What the kernel is called with."""
-    geometry = weight.geometry
-    return dict(
-        words=weight.packed,
-        scales=weight.scales,
-        zeros=weight.zeros,
-        out=out,
-        i_first=start,
-        K=geometry.columns,
-        n_stripes=geometry.stripes,
-        n_spans=geometry.spans,
-        stride_out=out.stride(0),
-        BITS=geometry.bits,
-        W=geometry.slice,
-        GROUP=geometry.group,
-        HAS_ZERO=weight.zeros is not None,
-        PTX=machine.ptx,
-        num_warps=4,
-    )
+    return dict(out=out, i_first=start, stride_out=out.stride(0), num_warps=4, **weight_arguments(weight, machine))
 
 
 def stripes_at_once(m: int, weight: RuntimeWeight, machine: hardware.Hardware, piece: int = PIECE) -> int:

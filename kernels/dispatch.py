@@ -3,9 +3,8 @@
     up to the crossover   the fused kernel (`gemm.py`), planned in `tiles.py`
     above                 dequantise and cuBLAS (`dequantize.py`), or with activations of 8 bits int8 (`int8.py`)
 
-A fused layer may hold several weights (of different widths); each writes its columns of the one result. The crossover
-is data (`tuned/`), like the tiles. Batch-invariant products use one tile and one division of K for every number of
-tokens, so that what a token gets does not depend on its company.
+A fused layer may hold several weights; each writes its columns of the one result. Batch-invariant products use one tile
+and one division of K for every number of tokens, so that what a token gets does not depend on its company.
 """
 
 from collections.abc import Sequence

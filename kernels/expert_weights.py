@@ -32,10 +32,7 @@ class ExpertWeights:
 
     @classmethod
     def stack(cls, weights: Iterable[RuntimeWeight], count: int) -> "ExpertWeights":
-        """From one weight for each of `count` experts, which need not be in memory together.
-
-        Raises ValueError when they differ in sizes or format.
-        """
+        """From the weights of `count` experts, not in memory together. Raises ValueError when they are not alike."""
         for i, weight in enumerate(weights):
             parts = (weight.packed, weight.scales, weight.zeros)
             if i == 0:
@@ -49,7 +46,6 @@ class ExpertWeights:
         return cls(geometry, *stacked)
 
     def __getitem__(self, expert: int) -> RuntimeWeight:
-        """The weight of one expert."""
         zeros = None if self.zeros is None else self.zeros[expert]
         return RuntimeWeight(self.geometry, self.packed[expert], self.scales[expert], zeros)
 

@@ -3,9 +3,8 @@
     out[t, i] = router[t, i] * (x[t, i] W[ids[t, i]]^T + bias[ids[t, i]])
 
 Entries (t, i) are sorted by expert and filled up to whole tiles (`routing`), so that a program works for one expert
-only; the product is the loop of `k_loop.py`. Weights of all experts lie one after the other in the runtime layout
-(`layout.py`), each tensor with one dimension more in front. K is not divided: several experts times the tiles of each
-fill a GPU. All on the device, without waiting for it, so that CUDA graphs can hold it.
+only; the product is the loop of `k_loop.py`. K is not divided: several experts times the tiles of each fill a GPU. All
+on the device, without waiting for it, so that CUDA graphs can hold it.
 """
 
 import torch
@@ -145,13 +144,9 @@ def arguments(
     tile: tiles.Tile,
     machine: hardware.Hardware,
 ) -> dict:
-    """What the kernel is called with."""
     geometry = experts.geometry
     return dict(
         x=x,
-        words=experts.packed,
-        scales=experts.scales,
-        zeros=experts.zeros,
         bias=bias,
         router=None if router is None else router.contiguous(),
         out=out,
@@ -160,13 +155,10 @@ def arguments(
         n_entries=ids.numel(),
         n_each=1 if x.ndim == 3 else ids.shape[1],
         N=geometry.rows,
-        K=geometry.columns,
         stride_x=geometry.columns,
         stride_out=geometry.rows,
         stride_words=experts.packed.stride(0),
         stride_scales=experts.scales.stride(0),
-        n_stripes=geometry.stripes,
-        n_spans=geometry.spans,
         HAS_BIAS=bias is not None,
         HAS_ROUTER=router is not None,
         BM=tile.tokens,

@@ -1,9 +1,7 @@
 """The fused kernel: multiplies tokens with a packed weight, x W^T + bias, in one launch.
 
-It serves every width, and every number of tokens up to the crossover. A program computes a tile of `k_loop.py`, over
-all of K or over one of `splits` parts of it, which meet in `split_k.py`. What is launched for how many tokens is
-decided in `tiles.py`, buffers come from `workspace.py`, the choice between this and dequantising is made in
-`dispatch.py`. Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
+A program computes a tile of `k_loop.py`, over all of K or over one of `splits` parts, which meet in `split_k.py`. Runs
+on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
 """
 
 import torch
@@ -98,8 +96,7 @@ def gemm(
     """x W^T + bias: [M, N] in x's dtype from x [M, K] and bias [N], or into `out` [M, N] of any float dtype.
 
     x must be contiguous, the rows of out dense. Without a plan it takes the one of `tiles.plan_for`. `token_scales`
-    float32 [M] multiply the float32 sums of each row of x W^T, where x holds the integers of
-    `vlmq_vllm/activations.py`.
+    float32 [M] multiply the float32 sums of each row of x W^T.
     """
     out = check(x, weight, bias, out)
     if token_scales is not None:
@@ -126,14 +123,10 @@ def arguments(
     machine: hardware.Hardware,
     token_scales: torch.Tensor | None = None,
 ) -> dict:
-    """What the kernel is called with."""
     geometry = weight.geometry
     scratch = workspace.of_current_stream(x.device) if plan.splits > 1 else None
     return dict(
         x=x,
-        words=weight.packed,
-        scales=weight.scales,
-        zeros=weight.zeros,
         token_scales=token_scales,
         bias=bias,
         out=out,
@@ -141,11 +134,8 @@ def arguments(
         counters=scratch.counters if scratch else None,
         M=len(x),
         N=geometry.rows,
-        K=geometry.columns,
         stride_x=geometry.columns,  # x is contiguous; torch says anything of the stride of a single row
         stride_out=out.stride(0),
-        n_stripes=geometry.stripes,
-        n_spans=geometry.spans,
         splits=plan.splits,
         HAS_BIAS=bias is not None,
         SPLIT=plan.splits > 1,
@@ -157,19 +147,33 @@ def arguments(
 def walk_arguments(
     weight: RuntimeWeight | ExpertWeights, tile: tiles.Tile, dtype: torch.dtype, machine: hardware.Hardware
 ) -> dict:
-    """What all kernels that call `k_loop.accumulate` are compiled for, besides tokens."""
+    """What all kernels that call `k_loop.accumulate` are called with, besides tokens."""
     geometry = weight.geometry
     return dict(
+        SCALED=tile.scaled and geometry.group != -1 and weight.scales.dtype == dtype,
+        RAGGED=geometry.columns % geometry.span != 0,
+        BN=tile.rows,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        **weight_arguments(weight, machine),
+    )
+
+
+def weight_arguments(weight: RuntimeWeight | ExpertWeights, machine: hardware.Hardware) -> dict:
+    """A weight's tensors and sizes, as kernels that read its scales name them."""
+    geometry = weight.geometry
+    return dict(
+        words=weight.packed,
+        scales=weight.scales,
+        zeros=weight.zeros,
+        K=geometry.columns,
+        n_stripes=geometry.stripes,
+        n_spans=geometry.spans,
         BITS=geometry.bits,
         W=geometry.slice,
         GROUP=geometry.group,
         HAS_ZERO=weight.zeros is not None,
-        SCALED=tile.scaled and geometry.group != -1 and weight.scales.dtype == dtype,
-        RAGGED=geometry.columns % geometry.span != 0,
-        BN=tile.rows,
         PTX=machine.ptx,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
     )
 
 

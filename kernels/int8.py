@@ -10,9 +10,8 @@ where c = u - 2^(b-1) fits into a signed byte. D is an exact int32; it begins as
 added by the tensor cores. Between groups (or after STEP columns of one) sums go on in float32; one scale per row
 multiplies one int32 for all of K, unless K is so wide that it could overflow.
 
-Codes come from the runtime layout piece by piece (`int8_codes.py`), as in `dequantize.py`: a piece [rows, K] of bytes
-is written, stays in the second-level cache, is multiplied. So no second copy of the weights is kept. Which numbers of
-tokens come here is decided in `dispatch.py`.
+Codes c are written as bytes piece by piece, as in `dequantize.py`, so no second copy of the weights is kept; but row by
+row, [rows, K filled up to whole spans], for such instructions want neighbours along K side by side.
 """
 
 import math
@@ -25,11 +24,56 @@ from torch.nn.functional import pad
 from vlmq_vllm.kernels import hardware
 from vlmq_vllm.kernels.dequantize import PIECE, stripes_at_once
 from vlmq_vllm.kernels.gemm import check
-from vlmq_vllm.kernels.int8_codes import centre, filled_columns
+from vlmq_vllm.kernels.k_loop import load_words
 from vlmq_vllm.kernels.layout import STRIPE, Geometry, RuntimeWeight, aligned, check_tensor
+from vlmq_vllm.kernels.ptx import fields_of, planes_of
+from vlmq_vllm.kernels.unpack import codes
 
 TILE = 128  # tokens of a program, and columns of a step at most
 LARGEST = 127
+
+
+@triton.jit(do_not_specialize=["i_first", "n_spans"])
+def centre_kernel(
+    words,  # [n_stripes, n_spans, P * W, 64] int16
+    out,  # [rows of the piece, n_spans * span] int8, the stripes from i_first on
+    i_first,
+    n_spans,
+    BITS: tl.constexpr,
+    W: tl.constexpr,
+):
+    FIELDS: tl.constexpr = fields_of(BITS)
+    SPAN: tl.constexpr = FIELDS * W
+    i_span = tl.program_id(0) % n_spans
+    i_piece = tl.program_id(0) // n_spans
+    o_n = tl.arange(0, 64)
+    o_w = tl.arange(0, W)
+    i_block = (i_first + i_piece).to(tl.int64) * n_spans + i_span
+    p_words = words + i_block * (planes_of(BITS) * W * 64) + o_w[None, :] * 64 + o_n[:, None]
+    b_words = load_words(p_words, BITS, W)  # [64, W] each
+    p_out = out + (i_piece * 64 + o_n).to(tl.int64)[:, None] * (n_spans * SPAN) + (i_span * SPAN + o_w)[None, :]
+    for field in tl.static_range(FIELDS):
+        b_codes = codes(b_words[0], b_words[1], b_words[2], field, BITS) - (1 << (BITS - 1))
+        tl.store(p_out + field * W, b_codes.to(tl.int8))
+
+
+def centre(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Codes less 2^(b-1) into out int8 [rows, filled_columns(geometry)], of the stripes from `start` on."""
+    with torch.cuda.device_of(out):
+        programs = len(out) // STRIPE * weight.geometry.spans
+        centre_kernel[(programs,)](**centre_arguments(weight, out, start))
+    return out
+
+
+def centre_arguments(weight: RuntimeWeight, out: torch.Tensor, start: int) -> dict:
+    geometry = weight.geometry
+    given = dict(words=weight.packed, out=out, i_first=start, n_spans=geometry.spans)
+    return given | dict(BITS=geometry.bits, W=geometry.slice, num_warps=4)
+
+
+def filled_columns(geometry: Geometry) -> int:
+    """K filled up to whole spans."""
+    return geometry.spans * geometry.span
 
 
 @triton.jit(do_not_specialize=["M", "N", "i_row", "n_steps"])

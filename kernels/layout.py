@@ -1,9 +1,8 @@
 """The runtime layout of a quantised weight: what the kernels read, and the one statement of what they can read.
 
-A checkpoint stores codes row by row (`vlmq_vllm/format.py`); here 64 rows lie side by side in 16-bit words, and a word
-holds codes that lie W columns apart, so that unpacking a block of words gives slices of W neighbouring columns without
-moving anything between threads. For N rows and K columns at `bits`, with F codes and P words a field set (`FIELDS`,
-`PLANES`):
+64 rows lie side by side in 16-bit words, and a word holds codes that lie W columns apart, so that unpacking a block of
+words gives slices of W neighbouring columns without moving anything between threads. For N rows and K columns at
+`bits`, with F codes and P words a field set (`FIELDS`, `PLANES`):
 
     span    F * W columns; K is filled up to whole spans, N to whole stripes of 64 rows, with zeros
     packed  int16 [stripes, spans, P * W, 64]; code F' of word w of span s belongs to column s * span + F' * W + w
@@ -16,8 +15,8 @@ moving anything between threads. For N rows and K columns at `bits`, with F code
     W[n, k] = scales[k // group, n] * (code[n, k] - zeros[k // group, n])
 
 Groups are those of the checkpoint where these fit into a span or are made of whole ones; else scales are repeated for
-the largest group that does (`Geometry.group`). The layout is private to `kernels/` and may change between releases: it
-is made after loading and sharding (`repack.py`), never stored.
+the largest group that does (`Geometry.group`). The layout is made after loading and sharding (`repack.py`), never
+stored, and may change between releases.
 """
 
 import math
@@ -88,7 +87,6 @@ class Geometry:
 
     @property
     def span(self) -> int:
-        """Columns of a span."""
         return FIELDS[self.bits] * self.slice
 
     @property
@@ -145,7 +143,6 @@ class RuntimeWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in (self.packed, self.scales, self.zeros) if tensor is not None)
 
     def check_input(self, x: torch.Tensor, bias: torch.Tensor | None) -> None:

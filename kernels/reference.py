@@ -1,7 +1,6 @@
 """The kernels' twin in plain torch: what their tests compare with, and what runs on a CPU.
 
-It writes and reads the runtime layout (`layout.py`), widens the whole weight to float32 in every call and leaves speed
-to the Triton kernels. Any device, float32 sums, no Triton.
+It widens the whole weight to float32 in every call. Any device, float32 sums, no Triton.
 """
 
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch.nn.functional import pad
 
-from vlmq_vllm.format import dequantize as dequantize_codes
+from vlmq_vllm.format import QuantizedWeight
 from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.layout import FIELDS, PLANES, STRIPE, Geometry, RuntimeWeight
 
@@ -56,7 +55,7 @@ def dequantize(weight: RuntimeWeight) -> torch.Tensor:
     scale = weight.scales.T[: geometry.rows]
     zero = None if weight.zeros is None else weight.zeros.T[: geometry.rows]
     format = replace(geometry.format, group_size=geometry.group)
-    return dequantize_codes(format, from_words(weight.packed, geometry), scale, zero)
+    return QuantizedWeight(format, from_words(weight.packed, geometry), scale, zero).dequantize()
 
 
 def gemm(

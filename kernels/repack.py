@@ -1,10 +1,8 @@
 """Converts a checkpoint's tensors to the runtime layout, on the device where they lie.
 
-vLLM first cuts and loads a layer's tensors as the checkpoint stores them (`vlmq_vllm/format.py`); then they are brought
-into the layout of `layout.py`, all pieces of a fused layer that have one format into one weight. On a GPU a kernel
-writes the new words from the old, a span of 64 rows at a time in registers; the twin in plain torch goes strip by
-strip. Old and new words of one layer are in memory together until the caller drops the old; widened codes never are,
-beyond a strip.
+All pieces of a fused layer that have one format become one weight. On a GPU a kernel writes the new words from the old,
+a span of 64 rows at a time in registers; the twin in plain torch goes strip by strip. Old and new words of one layer
+are in memory together until the caller drops the old; widened codes never are, beyond a strip.
 """
 
 from collections.abc import Mapping, Sequence
@@ -121,7 +119,6 @@ def _by_kernel(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tens
 
 
 def arguments(source: torch.Tensor, words: torch.Tensor, start: int, geometry: Geometry) -> dict:
-    """What the kernel is called with."""
     return dict(
         source=source,
         words=words,
@@ -136,23 +133,15 @@ def arguments(source: torch.Tensor, words: torch.Tensor, start: int, geometry: G
 
 
 def _by_torch(packed: Sequence[torch.Tensor], geometry: Geometry) -> torch.Tensor:
-    words = torch.empty(geometry.packed_shape, dtype=torch.int16, device=packed[0].device)
+    stacked = torch.cat(list(packed))
+    words = torch.empty(geometry.packed_shape, dtype=torch.int16, device=stacked.device)
     for start in range(0, geometry.rows, STRIP):
-        strip = _rows(packed, start, min(start + STRIP, geometry.rows))
+        strip = stacked[start : start + STRIP]
         own = replace(geometry, rows=len(strip))
         words[start // STRIPE :][: own.stripes] = reference.to_words(
             unpack(strip, geometry.bits, geometry.columns), own
         )
     return words
-
-
-def _rows(tensors: Sequence[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-    """Rows start to stop of tensors that are stacked along the rows."""
-    pieces = []
-    for tensor in tensors:
-        pieces.append(tensor[max(start, 0) : max(stop, 0)])
-        start, stop = start - len(tensor), stop - len(tensor)
-    return torch.cat(pieces)
 
 
 def _fill(grouped: torch.Tensor, geometry: Geometry) -> torch.Tensor:

@@ -1,8 +1,7 @@
 """Split-K: store partial sums; the last program adds them in order and returns (sum, True).
 
-Programs compute one tile from different parts of K, in one launch. There is no atomic addition of floats, and parts are
-added in their order whoever is last. The tile's counter is set back to 0 for the next launch. Nobody waits, so any
-number of programs may share a GPU of any size.
+There is no atomic addition of floats, and parts are added in their order whoever is last. The tile's counter is set
+back to 0 for the next launch. Nobody waits, so any number of programs may share a GPU of any size.
 """
 
 import triton

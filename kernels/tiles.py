@@ -1,8 +1,7 @@
 """Chooses a launch's tile and its number of parts of K, from the tables (`tuned_tables.py`) or by a small model.
 
-Nothing is tried out at run time. The table gives the tile of a bucket of tokens, and plans that were measured for
-single shapes. How many parts K is divided into follows from the waves that the programs make, unless measured.
-`why_not` says what can be launched at all.
+Nothing is tried out at run time. How many parts K is divided into follows from the waves that the programs make, unless
+measured. `why_not` says what can be launched at all.
 """
 
 import math
@@ -47,7 +46,6 @@ def why_not(plan: Plan, m: int, geometry: Geometry, machine: Hardware) -> str | 
 
 
 def plan_for(m: int, geometry: Geometry, machine: Hardware) -> Plan:
-    """What to launch for m tokens."""
     bucket = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
     return _plan(bucket, -(-m // bucket) if bucket == BUCKETS[-1] else 1, geometry, machine)
 
@@ -90,7 +88,6 @@ def _plan(bucket: int, wide: int, geometry: Geometry, machine: Hardware) -> Plan
 
 
 def output_tiles(m: int, geometry: Geometry, tile: Tile) -> int:
-    """Tiles of the output."""
     return -(-m // tile.tokens) * -(-geometry.stripes * STRIPE // tile.rows)
 
 

@@ -1,23 +1,17 @@
 """Defines the torch operators of the namespace vlmq, through which the plugin and torch.compile reach the kernels.
 
-    linear_v1(x [..., K], packed[], scales[], zeros[], bias | None, bits[], group_sizes[], rows[], columns,
-              batch_invariant) -> [..., sum of rows]
-        x times the weights of a layer, stacked along the rows, which may differ in bits, group and grid; entry i of
-        every list belongs to weight i, whose tensors are those of `layout.RuntimeWeight` (zeros[i] None if symmetric).
+    linear_v1       x [..., K] times the weights of a layer, stacked along the rows, which may differ in bits, group and
+                    grid: [..., sum of rows]; entry i of every list belongs to weight i, whose tensors are those of
+                    `layout.RuntimeWeight` (zeros[i] None if symmetric)
+    linear_int8_v1  token_scales [..., 1] * (q [..., K] times the weights) + bias in q's dtype, of integers q in
+                    [-127, 127] (`vlmq_vllm/activations.py`)
+    experts_v1      every token with the experts that it is routed to, as in `experts.multiply`
 
-    linear_int8_v1(q [..., K], token_scales [..., 1], and the others of linear_v1) -> [..., sum of rows]
-        token_scales * (q times the weights) + bias in q's dtype; q holds integers in [-127, 127]
-        (`vlmq_vllm/activations.py`).
-
-    experts_v1(x [T, K] or [T, E, K], packed, scales, zeros | None, ids [T, E], bias [experts, rows] | None,
-               router [T, E] | None, bits, group_size, rows, columns) -> [T, E, rows]
-        every token with the experts that it is routed to, as in `experts.multiply`.
-
-CUDA and ROCm tensors go to the Triton kernels, which are imported at the first call; CPU tensors go to the plain-torch
-twin. The names carry a version because compiled graphs are cached by them: a change of layout or arguments is a new
-operator.
+CUDA and ROCm tensors go to the Triton kernels, imported at the first call, CPU tensors to the plain-torch twin. The
+names carry a version because compiled graphs are cached by them: a change of layout or arguments is a new operator.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -29,71 +23,53 @@ from vlmq_vllm.kernels.layout import PLANES, Geometry, RuntimeWeight
 
 # The types of the functions below, which torch holds them to.
 LINEAR = (
-    "linear_v1(Tensor x, Tensor[] packed, Tensor[] scales, Tensor?[] zeros, Tensor? bias, "
+    "(Tensor x, Tensor[] packed, Tensor[] scales, Tensor?[] zeros, Tensor? bias, "
     "int[] bits, int[] group_sizes, int[] rows, int columns, bool batch_invariant) -> Tensor"
 )
-INT8 = LINEAR.replace("linear_v1(Tensor x, ", "linear_int8_v1(Tensor q, Tensor token_scales, ")
+INT8 = LINEAR.replace("(Tensor x, ", "(Tensor q, Tensor token_scales, ")
 EXPERTS = (
-    "experts_v1(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor ids, Tensor? bias, Tensor? router, "
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor ids, Tensor? bias, Tensor? router, "
     "int bits, int group_size, int rows, int columns) -> Tensor"
 )
 
 
-def linear_on_gpu(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+def linear_on_gpu(x, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
     """The Triton kernels and cuBLAS, for x of any leading dimensions and strides."""
     from vlmq_vllm.kernels.dispatch import multiply
 
-    return multiply(x, _weights(packed, scales, zeros, bits, group_sizes, rows, columns), bias, batch_invariant)
+    weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
+    return multiply(x, weights, bias, batch_invariant, token_scales)
 
 
-def linear_on_cpu(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+def linear_on_cpu(x, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
     """The twin; a processor's products do not depend on the batch beyond what torch's own do."""
     weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
     parts = [None] * len(rows) if bias is None else bias.split(rows)
-    return torch.cat([reference.gemm(x, *part) for part in zip(weights, parts, strict=True)], dim=-1)
-
-
-def linear_fake(x, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
-    """Shape and dtype of the result, for tracing."""
-    return x.new_empty((*x.shape[:-1], sum(rows)))
-
-
-def int8_on_gpu(q, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
-    """The Triton kernels, from a number of tokens on with int8 tensor cores."""
-    from vlmq_vllm.kernels.dispatch import multiply
-
-    weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
-    return multiply(q, weights, bias, batch_invariant, token_scales)
-
-
-def int8_on_cpu(q, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
-    """The twin."""
-    weights = _weights(packed, scales, zeros, bits, group_sizes, rows, columns)
-    parts = [None] * len(rows) if bias is None else bias.split(rows)
-    outs = [reference.gemm(q, *part, token_scales) for part in zip(weights, parts, strict=True)]
+    outs = [reference.gemm(x, *part, token_scales) for part in zip(weights, parts, strict=True)]
     return torch.cat(outs, dim=-1)
 
 
-def int8_fake(q, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
-    """Shape and dtype of the result, for tracing."""
-    return q.new_empty((*q.shape[:-1], sum(rows)))
+def linear_fake(x, token_scales, packed, scales, zeros, bias, bits, group_sizes, rows, columns, batch_invariant):
+    return x.new_empty((*x.shape[:-1], sum(rows)))
+
+
+def without_scales(linear: Callable) -> Callable:
+    """The function of linear_v1, from that of linear_int8_v1."""
+    return lambda x, *given: linear(x, None, *given)
 
 
 def experts_on_gpu(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
-    """The Triton kernel."""
     from vlmq_vllm.kernels.experts import multiply
 
     return multiply(x, _experts(packed, scales, zeros, bits, group_size, rows, columns), ids, bias, router)
 
 
 def experts_on_cpu(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
-    """The twin."""
     weights = _experts(packed, scales, zeros, bits, group_size, rows, columns)
     return reference.experts(x, weights, ids, bias, router)
 
 
 def experts_fake(x, packed, scales, zeros, ids, bias, router, bits, group_size, rows, columns):
-    """Shape and dtype of the result, for tracing."""
     return x.new_empty((*ids.shape, rows))
 
 
@@ -116,21 +92,18 @@ def _geometry(bits: int, group_size: int, symmetric: bool, rows: int, columns: i
     return Geometry(WeightFormat(bits, group_size, symmetric), rows, columns, slice)
 
 
-def _define() -> torch.library.Library:
-    library = torch.library.Library("vlmq", "FRAGMENT")
-    for schema, gpu, cpu, fake in (
-        (LINEAR, linear_on_gpu, linear_on_cpu, linear_fake),
-        (INT8, int8_on_gpu, int8_on_cpu, int8_fake),
-        (EXPERTS, experts_on_gpu, experts_on_cpu, experts_fake),
+def _define() -> None:
+    linear = (linear_on_gpu, linear_on_cpu, linear_fake)
+    for name, schema, (gpu, cpu, fake) in (
+        ("vlmq::linear_v1", LINEAR, map(without_scales, linear)),
+        ("vlmq::linear_int8_v1", INT8, linear),
+        ("vlmq::experts_v1", EXPERTS, (experts_on_gpu, experts_on_cpu, experts_fake)),
     ):
-        name = schema.split("(")[0]
-        library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, gpu, "CUDA")
-        library.impl(name, cpu, "CPU")
-        torch.library.register_fake(f"vlmq::{name}", fake, lib=library)
-    return library
+        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.impl(name, "cuda", gpu)
+        torch.library.impl(name, "cpu", cpu)
+        torch.library.register_fake(name, fake)
 
 
-# The operators live as long as this object. A second import, by another name or a reload, finds them and leaves them.
-if not hasattr(torch.ops.vlmq, "linear_v1"):
-    _LIBRARY = _define()
+if not hasattr(torch.ops.vlmq, "linear_v1"):  # a second import, by another name or a reload, leaves them
+    _define()

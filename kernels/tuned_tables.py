@@ -41,7 +41,6 @@ class Plan:
 
 
 def key_of(geometry: Geometry, bucket: int) -> str:
-    """How a measured plan is filed: bits, group, grid, rows x columns, bucket."""
     grid = "symmetric" if geometry.format.symmetric else "asymmetric"
     return f"{geometry.bits} {geometry.format.group_size} {grid} {geometry.rows}x{geometry.columns} {bucket}"
 

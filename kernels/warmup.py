@@ -1,9 +1,8 @@
 """Launches once, when a layer has been loaded, every kernel that it can need.
 
-Triton compiles a kernel at its first launch with new properties of the arguments, and loads it into the GPU then. Both
-must have happened before a CUDA graph is captured and before requests wait for it; vLLM's `--jit-monitor-mode=error`
-holds us to that. Properties follow from a layer's sizes and from the way that a number of tokens takes, so a launch for
-every way is enough; layers of the same sizes share it.
+Triton compiles a kernel at its first launch with new properties of the arguments. That must have happened before a CUDA
+graph is captured and before requests wait for it; vLLM's `--jit-monitor-mode=error` holds us to that. Properties follow
+from a layer's sizes and from the way that a number of tokens takes; layers of the same sizes share a launch.
 """
 
 from collections.abc import Sequence
@@ -26,19 +25,11 @@ def warm(
     batch_invariant: bool = False,
     rounded: bool = False,
 ) -> None:
-    """Launch whatever `multiply` may take for a layer of these weights, with bias also without (ranks differ).
-
-    `rounded`: activations have 8 bits.
-    """
+    """Launch whatever `multiply` may take for these weights, with bias also without (ranks differ); `rounded`:
+    activations have 8 bits."""
     device = weights[0].packed.device
-    key = (
-        device,
-        tuple((weight.geometry, weight.scales.dtype) for weight in weights),
-        dtype,
-        with_bias,
-        batch_invariant,
-        rounded,
-    )
+    layer = tuple((weight.geometry, weight.scales.dtype) for weight in weights)
+    key = (device, layer, dtype, with_bias, batch_invariant, rounded)
     if key in _done:
         return
     workspace.reserve(device)

@@ -1,9 +1,9 @@
 """Scratch memory for split-K launches: float32 sums and counters, one set for every stream.
 
-Launches of one stream follow each other and may share a set, since the last program of each leaves the counters at
-zero; two streams must not. A launch cannot make a set while its stream is being captured into a CUDA graph: the zeros
-would be written at replay only. So sets are made ahead (`reserve`), and a new stream takes one. As with cuBLAS's
-workspaces, graphs that were captured on one stream must not be replayed on two at the same time.
+Launches of one stream may share a set, since the last program of each leaves the counters at zero; two streams must
+not. A launch cannot make a set while its stream is being captured into a CUDA graph: the zeros would be written at
+replay only. So sets are made ahead (`reserve`), and a new stream takes one. As with cuBLAS's workspaces, graphs that
+were captured on one stream must not be replayed on two at the same time.
 
 Sets outlive whatever memory pool is in use when they are made (that of a graph that is warmed up, or of weights that
 vLLM's sleep mode discards): pools belong to a thread, and sets are made by another.

@@ -1,7 +1,6 @@
 """vlmq-vllm: low-bit vision-language models, quantised offline (`offline/`) and served by vLLM (this package).
 
-Importing this package loads neither torch nor vLLM, Triton or transformers; vLLM calls `register` in each of its
-processes, and transformers learns about vlmq when it imports its own table of quantisers.
+Importing this package loads neither torch nor vLLM, Triton or transformers.
 """
 
 from pathlib import Path
@@ -26,8 +25,8 @@ after_import("transformers.quantizers.auto", _register_with_transformers)
 def register() -> None:
     """Entry point of the group vllm.general_plugins: make `--quantization vlmq` known. Harmless when repeated.
 
-    vLLM calls it in every process and for every model, also for those that have nothing to do with vlmq, and an
-    exception here would stop them all; so a failure is logged and nothing else.
+    vLLM calls it for every model in the world, and an exception here would stop them all; so a failure is logged and
+    nothing else.
     """
     import logging
 

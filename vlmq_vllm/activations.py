@@ -1,15 +1,14 @@
 """Rounds the inputs of quantised linear layers to 8 bits, token by token, while the model runs.
 
-A token's features x_t [I] become integers with one scale, dynamically (from the token itself) and symmetrically:
+A token's features x_t [I] become integers with one scale:
 
     s_t = max_i |x_ti| / 127           float32
     q_ti = round(x_ti / s_t)           half to even, in [-127, 127]; all zeros where s_t is 0
 
 and the layer is y_t = s_t * (q_t W^T) + bias with the dequantised weight W. Integers up to 127 are exact in float16 and
-bfloat16, so every product of floats takes q as it is. Plain torch on any device: the one statement of what a checkpoint
-with `"activation_bits": 8` means, for calibration, vLLM and transformers alike. Under tensor parallelism a rank of a
-row-parallel layer holds only some of the I features, and rounds by the greatest of those. Fast products are in
-`kernels/int8.py`.
+bfloat16. The one statement of what a checkpoint with `"activation_bits": 8` means, for calibration, vLLM and
+transformers alike. Under tensor parallelism a rank of a row-parallel layer rounds by the greatest of the features that
+it holds. Fast products are in `kernels/int8.py`.
 """
 
 import torch
@@ -19,10 +18,7 @@ LARGEST = 127
 
 
 def quantize_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers q [..., I] in x's dtype and scale [..., 1] float32 of x [..., I] float; a token is one row.
-
-    Values that are not finite make their token's integers NaN.
-    """
+    """Integers q [..., I] in x's dtype, NaN where a token is not finite, and scale [..., 1] float32 of x [..., I]."""
     wide = x.float()
     scale = wide.abs().amax(dim=-1, keepdim=True) / LARGEST
     q = (wide / scale).round().clamp(-LARGEST, LARGEST)

@@ -1,8 +1,7 @@
 """Reads a vlmq checkpoint's quantization_config and safetensors headers, and checks that the two agree.
 
 The tensors are the truth: a module is quantised if and only if it owns `<module>.weight_packed`. The config names the
-format of each; width and shapes are checked against the headers before anything is allocated, and a disagreement is a
-CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
+format of each; a disagreement is a CheckpointError that names the tensor. Nothing here loads weights or needs vLLM.
 
     "quantization_config": {
         "quant_method": "vlmq", "format_version": 1, "bits": 3, "group_size": 128, "symmetric": false,
@@ -14,7 +13,7 @@ With `"activation_bits": 8` the inputs of every quantised module are rounded tok
 of version 1 do not know the key and would leave it out in silence, so such a checkpoint, and no other, is of version 2.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from vlmq_vllm.packing import OWN, Packing
 SCALE_DTYPES = ("F16", "BF16", "F32")
 VERSIONS = {16: FORMAT_VERSION, 8: FORMAT_VERSION + 1}  # by activation_bits
 BESIDE_ROUNDED = (4, 8)  # bits of weights whose inputs may be rounded to 8 bits
-ReadShape = Callable[[str], Sequence[int]]  # the two numbers of a weight_shape, by its tensor's name
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,7 @@ class ModuleInfo:
 class QuantizationSpec:
     """The parsed quantization_config: a default format and overrides by exact module name.
 
-    `activation_bits`: 8 rounds the inputs of every quantised module. Raises CheckpointError for widths of inputs that
-    do not exist, and of weights that are not served beside 8.
+    Raises CheckpointError for widths of inputs that do not exist, and of weights that are not served beside 8.
     """
 
     default: WeightFormat
@@ -63,16 +60,28 @@ class QuantizationSpec:
                     f"weights have {' or '.join(map(str, BESIDE_ROUNDED))}, quantise anew"
                 )
 
-    def format_of(self, module: str) -> WeightFormat:
-        return self.overrides.get(module, self.default)
-
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[Packing, dict[str, ModuleInfo]]:
-        """Packing and table of quantised modules of a folder with this config. Raises CheckpointError."""
-        with Tensors(folder, headers) as tensors:
-            return OWN, check_modules(self, headers, lambda name: tensors.get(name).tolist())
+        """Packing and table of quantised modules of a folder with this config.
+
+        Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without
+        module.
+        """
+        parts: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in headers.items():
+            module, _, part = name.rpartition(".")
+            if part in PARTS:
+                parts.setdefault(module, {})[part] = info
+        check_surplus(parts, headers, PARTS)
+        unused = sorted(set(self.overrides) - set(parts))
+        if unused:
+            raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")
+        tensors = Tensors(folder, headers)
+        return OWN, {
+            module: _check(module, found, self.overrides.get(module, self.default), tensors)
+            for module, found in parts.items()
+        }
 
     def to_dict(self, tool: dict) -> dict:
-        """The dictionary that goes into config.json."""
         rounded = {"activation_bits": self.activation_bits} if self.activation_bits != 16 else {}
         return {
             "quant_method": "vlmq",
@@ -119,7 +128,6 @@ def _parse(entry: dict, where: str) -> WeightFormat:
 
 
 def read_spec(folder: Path) -> QuantizationSpec:
-    """The quantization_config of a vlmq folder."""
     config = read_config(folder).get("quantization_config")
     if config is None:
         raise CheckpointError(f"{folder} is not quantised (config.json has no quantization_config)")
@@ -132,27 +140,9 @@ def read_modules(folder: Path) -> dict[str, ModuleInfo]:
     return modules
 
 
-def check_modules(
-    spec: QuantizationSpec, headers: dict[str, TensorInfo], read_shape: ReadShape
-) -> dict[str, ModuleInfo]:
-    """Table of quantised modules from headers.
-
-    Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without module.
-    """
-    parts: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in headers.items():
-        module, _, part = name.rpartition(".")
-        if part in PARTS:
-            parts.setdefault(module, {})[part] = info
-    check_surplus(parts, headers, PARTS)
-    unused = sorted(set(spec.overrides) - set(parts))
-    if unused:
-        raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")
-    return {module: _check(module, found, spec.format_of(module), read_shape) for module, found in parts.items()}
-
-
-def check_size(module: str, rows: int, columns: int) -> tuple[int, int]:
-    """The two numbers of a weight_shape. Raises CheckpointError for what is no size of a weight."""
+def read_size(module: str, tensors: Tensors) -> tuple[int, int]:
+    """Rows and columns by a module's weight_shape. Raises CheckpointError for what is no size of a weight."""
+    rows, columns = tensors.get(f"{module}.weight_shape").tolist()
     if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
         raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
     return rows, columns
@@ -169,13 +159,13 @@ def check_surplus(modules: Collection[str], headers: dict[str, TensorInfo], part
             )
 
 
-def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, read_shape: ReadShape) -> ModuleInfo:
+def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, tensors: Tensors) -> ModuleInfo:
     for part in ("weight_packed", "weight_scale", "weight_shape"):
         if part not in found:
             raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")
     if found["weight_shape"].shape != (2,) or found["weight_shape"].dtype != "I64":
         raise CheckpointError(f"{module}.weight_shape must be two int64 numbers, found {found['weight_shape']}")
-    rows, columns = check_size(module, *read_shape(f"{module}.weight_shape"))
+    rows, columns = read_size(module, tensors)
     expected = format.shapes(rows, columns)
     if set(found) != set(expected):
         kind = "symmetric" if format.symmetric else "asymmetric"

@@ -8,9 +8,7 @@ group of `group_size` columns; the last group may be shorter:
 Codes are packed along I into a dense little-endian stream of 32-bit words: code i takes the bits i * bits up to
 (i + 1) * bits of the row, without padding between codes, so a 3-bit code may lie across two words. Zero points of
 asymmetric weights are packed the same way along O; symmetric ones have zero = 2^(bits - 1) and store none. The bytes
-are those of compressed-tensors' `pack-quantized` (0.18 and later).
-
-Plain torch on any device. Rounding to codes belongs to `offline/`, layouts for fast kernels to `kernels/`.
+are those of compressed-tensors' `pack-quantized` (0.18 and later). Rounding to codes belongs to `offline/`.
 """
 
 import math
@@ -52,7 +50,6 @@ class WeightFormat:
 
     @property
     def levels(self) -> int:
-        """Number of codes, 2^bits."""
         return 1 << self.bits
 
     @property
@@ -65,7 +62,6 @@ class WeightFormat:
         return columns if self.group_size == -1 else self.group_size
 
     def groups(self, columns: int) -> int:
-        """Number of groups in a row of `columns`."""
         return -(-columns // self.width(columns))
 
     def group_of(self, columns: int, device: torch.device | str | None = None) -> torch.Tensor:
@@ -100,7 +96,6 @@ class WeightFormat:
         return shapes
 
     def bits_per_weight(self, rows: int, columns: int, scale_bits: int = 16) -> float:
-        """Stored bits per weight with scales and zero points."""
         sizes = {part: math.prod(shape) for part, shape in self.shapes(rows, columns).items()}
         words_stored = sizes["weight_packed"] + sizes.get("weight_zero_point", 0)
         return (words_stored * WORD + sizes["weight_scale"] * scale_bits) / (rows * columns)
@@ -116,15 +111,16 @@ class QuantizedWeight:
     zero: torch.Tensor | None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The weight [O, I] in `dtype`; the product is taken in float32 and rounded once."""
-        return dequantize(self.format, self.codes, self.scale, self.zero, dtype)
+        """scale * (codes - zero) [O, I], computed in float32 and rounded once to `dtype`."""
+        group = self.format.group_of(self.codes.shape[1], self.codes.device)
+        offset = self.format.middle if self.zero is None else self.zero.float()[:, group]
+        return (self.scale.float()[:, group] * (self.codes.float() - offset)).to(dtype)
 
     def served(self) -> torch.Tensor:
         """The weight [O, I] float32 with the values that it has once it is dequantised to its scales' dtype."""
         return self.dequantize(self.scale.dtype).float()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint by part name."""
         assert int(self.codes.max()) < self.format.levels, "a code that is too wide would overwrite its neighbours"
         packed = {
             "weight_packed": pack(self.codes, self.format.bits),
@@ -144,21 +140,7 @@ class QuantizedWeight:
         return cls(format, codes, tensors["weight_scale"], zero)
 
 
-def dequantize(
-    format: WeightFormat,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    zero: torch.Tensor | None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """scale * (codes - zero) in float32, rounded to `dtype`: [O, I] from codes [O, I], scale and zero [O, G]."""
-    group = format.group_of(codes.shape[1], codes.device)
-    offset = format.middle if zero is None else zero.float()[:, group]
-    return (scale.float()[:, group] * (codes.float() - offset)).to(dtype)
-
-
 def words(codes: int, bits: int) -> int:
-    """Number of 32-bit words that hold `codes` codes."""
     return -(-codes * bits // WORD)
 
 

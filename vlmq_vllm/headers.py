@@ -1,7 +1,4 @@
-"""Reads config.json and the safetensors headers of a model folder in Hugging Face's layout.
-
-Nothing here reads more weights than is asked for, or needs vLLM. A broken file is a CheckpointError that names it.
-"""
+"""Reads config.json and the safetensors headers of a model folder; a broken file is a CheckpointError that names it."""
 
 import json
 import math
@@ -27,7 +24,6 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor in its file."""
         return math.prod(self.shape) * BYTES.get(self.dtype, 1)
 
 
@@ -59,7 +55,6 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor name -> file name."""
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map of tensors to files; copy it again from its source")
@@ -108,19 +103,12 @@ def _check_index(path: Path, headers: dict[str, TensorInfo]) -> None:
 
 
 class Tensors:
-    """Single tensors of a folder, such as shapes and zero points. Opening a file reads its whole header, so files stay
-    open within `with`."""
+    """Single tensors of a folder. Opening a file reads its whole header, so files stay open as long as this lives."""
 
     def __init__(self, folder: Path, headers: dict[str, TensorInfo]) -> None:
         self.folder = folder
         self.headers = headers
         self.files: dict[str, safe_open] = {}
-
-    def __enter__(self) -> "Tensors":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.files.clear()
 
     def get(self, name: str) -> torch.Tensor:
         file = self.headers[name].file

@@ -1,13 +1,12 @@
 """Lets transformers load a vlmq checkpoint: `from_pretrained` gives a model with the dequantised weights.
 
 Packed weights are unpacked one after the other while transformers loads, on the device that each belongs to, with the
-numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype: it takes that memory and is saved as
-such. Names in the files become those in memory by transformers' own rules; experts, which are packed one by one, are
-laid into transformers' fused parameters. Everything about packed weights is checked before anything is loaded.
+numbers of `vlmq dequantize`. The model then is an ordinary one of its dtype, in memory and when it is saved. Names in
+the files become those in memory by transformers' own rules; experts, which are packed one by one, are laid into
+transformers' fused parameters. Everything about packed weights is checked before anything is loaded.
 
 Where the checkpoint rounds inputs to 8 bits (`activations.py`) so do hooks on the modules that were packed. Such a
-model stays a quantised one for transformers and is not saved: without its hooks it would answer differently.
-Importing this file registers it, which `vlmq_vllm` sees to as soon as transformers is there.
+model is not saved: without its hooks it would answer differently. Importing this file registers it.
 """
 
 import logging
@@ -112,7 +111,6 @@ class VLMQQuantizer(HfQuantizer):
 
 
 def _round_input(_: torch.nn.Module, inputs: tuple) -> tuple:
-    """A forward pre-hook of a linear layer."""
     return round_tokens(inputs[0]), *inputs[1:]
 
 

@@ -1,7 +1,6 @@
 """Runs a function once another module has been imported, without importing that module.
 
-`import vlmq_vllm` must stay cheap, and yet transformers has to know vlmq by the time it reads a config.json. Only the
-standard library is used here, and nothing of the import is changed but what happens after it.
+`import vlmq_vllm` must stay cheap, and yet transformers has to know vlmq by the time it reads a config.json.
 """
 
 import logging

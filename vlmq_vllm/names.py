@@ -2,10 +2,9 @@
 
 Three name spaces meet here. A checkpoint says `model.layers.0.self_attn.q_proj`; vLLM builds that weight as part of a
 fused layer with the prefix `language_model.model.layers.0.self_attn.qkv_proj`; between them lie the mappers with which
-vLLM renames tensors. The mappers of an outer and an inner model arrive one after the other and the inner one may be
-written for names without the outer prefix, so every stage of the chain is indexed and the earliest stage wins.
-
-Mappers are plain functions of a tensor name here, so that nothing in this file needs vLLM.
+vLLM renames tensors, plain functions here. The mappers of an outer and an inner model arrive one after the other and
+the inner one may be written for names without the outer prefix, so every stage of the chain is indexed and the earliest
+stage wins.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

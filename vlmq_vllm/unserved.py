@@ -10,21 +10,14 @@ from typing import Any
 class Unserved:
     """A rule for some linears.
 
-    pattern: regular expression that matches the end of a linear's name, in memory or in the files. reason: why, for the
-    user. tower: only for a vision tower of this model type. odd_sizes_only: only where an input or output size is not a
-    multiple of 64.
+    pattern: matches the end of a linear's name, in memory or in the files. tower: only for a vision tower of this model
+    type. odd_sizes_only: only where an input or output size is not a multiple of 64.
     """
 
     pattern: str
     reason: str
     tower: str = ""
     odd_sizes_only: bool = False
-
-    def holds(self, name: str, shape: tuple[int, ...], tower: str) -> bool:
-        """Whether the linear of that name and weight shape, in a model whose tower is of that type, is one of them."""
-        odd = any(size % 64 for size in shape)
-        fits = self.tower in tower and (odd or not self.odd_sizes_only)
-        return fits and bool(re.search(self.pattern + "$", name))
 
 
 PLAIN = "vLLM builds it as a plain nn.Linear, which holds no packed weight"
@@ -52,5 +45,8 @@ def why_unserved(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -
     None when it takes one, as far as the rules know."""
     vision = config.get("vision_config")
     tower = vision.get("model_type", "") if isinstance(vision, Mapping) else ""
-    rules = RULES.get(config.get("model_type", ""), ())
-    return next((rule.reason for rule in rules if rule.holds(name, shape, tower)), None)
+    odd = any(size % 64 for size in shape)
+    for rule in RULES.get(config.get("model_type", ""), ()):
+        if rule.tower in tower and (odd or not rule.odd_sizes_only) and re.search(rule.pattern + "$", name):
+            return rule.reason
+    return None

@@ -1,9 +1,8 @@
 """Writes a checkpoint's weights back to 16 bits, for software that knows nothing of vlmq and for comparisons.
 
-Every packed weight becomes scale * (code - zero), computed in float32 and rounded once to the scale's dtype; all other
-tensors and files stay. What vLLM answers from this twin is what it must answer from the quantised checkpoint.
-Experts, which are packed one by one, go back into the fused tensors in which they were published: from any others
-transformers would load nothing and draw random experts.
+Every packed weight is rounded once to its scale's dtype; all other tensors and files stay. What vLLM answers from this
+twin is what it must answer from the quantised checkpoint. Experts, which are packed one by one, go back into the fused
+tensors in which they were published: from any others transformers would load nothing and draw random experts.
 """
 
 import re
@@ -22,10 +21,8 @@ EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
 
 
 def dequantize(folder: Path, out: Path) -> None:
-    """Write the 16-bit twin of the vlmq checkpoint `folder` to the new folder `out`.
-
-    Raises CheckpointError, and RefusedError for a checkpoint that also rounds inputs.
-    """
+    """Write the 16-bit twin of the vlmq checkpoint `folder` to the new folder `out`. Raises CheckpointError, and
+    RefusedError for a checkpoint that also rounds inputs."""
     modules = read_modules(folder)
     if read_spec(folder).activation_bits != 16:
         raise RefusedError(
@@ -42,14 +39,14 @@ def dequantize(folder: Path, out: Path) -> None:
     with Writer(out, size + packed, files) as writer:
         for file_name in files:
             here = {name for name, info in headers.items() if info.file == file_name}
-            with Tensors(folder, headers) as tensors:
-                found = {name: tensors.get(name) for name in here if name.rpartition(".")[2] not in PARTS}
-                for module, info in modules.items():
-                    if f"{module}.weight_packed" in here and not EXPERT.fullmatch(module):
-                        found[f"{module}.weight"] = _weight(tensors, module, info)
-                for name, experts in fused.items():
-                    if f"{experts[0][0]}.weight_packed" in here:
-                        found[name] = _stack(tensors, experts, modules)
+            tensors = Tensors(folder, headers)
+            found = {name: tensors.get(name) for name in here if name.rpartition(".")[2] not in PARTS}
+            for module, info in modules.items():
+                if f"{module}.weight_packed" in here and not EXPERT.fullmatch(module):
+                    found[f"{module}.weight"] = _weight(tensors, module, info)
+            for name, experts in fused.items():
+                if f"{experts[0][0]}.weight_packed" in here:
+                    found[name] = _stack(tensors, experts, modules)
             writer.add(file_name, found)
         writer.finish(folder, config, {"dequantized_from": str(folder.name)})
 
@@ -69,7 +66,6 @@ def find_experts(modules: dict[str, ModuleInfo], headers: dict[str, TensorInfo])
 
 
 def _by_expert(name: str, found: list[str], modules: dict, headers: dict) -> list[list[str]]:
-    """As many experts as the router has outputs."""
     layer, _, fused = name.rpartition(".")
     router = headers.get(f"{layer.removesuffix('.experts')}.gate.weight")
     if router is None or len(router.shape) != 2:
@@ -101,6 +97,5 @@ def _stack(tensors: Tensors, experts: list[list[str]], modules: dict[str, Module
 
 
 def _weight(tensors: Tensors, module: str, info: ModuleInfo) -> torch.Tensor:
-    """[O, I] in the dtype of its scales."""
     parts = {part: tensors.get(f"{module}.{part}") for part in info.format.shapes(info.rows, info.columns)}
     return QuantizedWeight.from_tensors(info.format, parts).dequantize(parts["weight_scale"].dtype)

@@ -1,7 +1,4 @@
-"""Tells what a checkpoint holds, from its headers, its config and the report of the run; reads no weights.
-
-Whether the files are whole is `vlmq verify`'s business.
-"""
+"""Tells what a checkpoint holds, from its headers, its config and the report of the run; reads no weights."""
 
 import json
 import math
@@ -84,7 +81,6 @@ def info(folder: Path) -> Info:
 
 
 def component_of(module: str) -> str:
-    """Component of a quantised linear by its name in the files."""
     return next((name for name, pattern in COMPONENTS.items() if re.search(pattern, module)), "language")
 
 
@@ -103,7 +99,6 @@ def _kinds(modules: dict[str, ModuleInfo], headers: dict[str, TensorInfo]) -> li
 
 
 def _stored_bits(module: str, headers: dict[str, TensorInfo]) -> int:
-    """Bits of a quantised module's codes, scales and zero points."""
     parts = (headers.get(f"{module}.{part}") for part in PARTS if part != "weight_shape")
     return sum(8 * tensor.nbytes for tensor in parts if tensor)
 

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from vlmq_vllm.checkpoint import ModuleInfo, read_modules, read_spec
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.headers import read_headers
+from vlmq_vllm.headers import Tensors, read_headers
 from vlmq_vllm.offline.checkpoint.writer import SUMS, sha256
 
 
@@ -30,9 +29,9 @@ def verify(folder: Path) -> Verdict:
         raise CheckpointError(f"{folder} calls itself vlmq, but no tensor is quantised; quantise it anew")
     files = _check_sums(folder)
     headers = read_headers(folder)
-    for name, info in headers.items():
-        with safe_open(folder / info.file, "pt") as file:
-            tensor = file.get_tensor(name)
+    tensors = Tensors(folder, headers)
+    for name in headers:
+        tensor = tensors.get(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name} holds NaN or infinity; quantise again")
         if name.endswith(".weight_scale") and not (tensor > 0).all():

@@ -1,9 +1,9 @@
 """Writes a checkpoint so that nothing unfinished ever looks finished, and nothing finished is lost.
 
 Everything goes to a hidden folder `.NAME.partial` beside the destination, one file per unit (a layer, say). Each is
-written aside, read back, compared bit by bit and then renamed, so that a unit is there whole or not at all; what it
-adds to the report lies beside it. SHA256SUMS is made last; then the folder gets its name. A run that ends early leaves
-the hidden folder behind if a unit has been finished: `resume=True` goes on from there, if `identity` is the same.
+written aside, compared bit by bit and renamed; what it adds to the report lies beside it. SHA256SUMS is made last; then
+the folder gets its name. A run that ends early leaves the hidden folder behind if a unit has been finished:
+`resume=True` goes on from there, if `identity` is the same.
 """
 
 import fcntl
@@ -38,7 +38,6 @@ class Parts:
         self.folder = out.absolute().parent / f".{out.name}.partial"
 
     def file(self, unit: str) -> Path:
-        """Where a unit's tensors are, or will be."""
         return self.folder / f"model-{self.units.index(unit) + 1:05d}-of-{len(self.units):05d}.safetensors"
 
     def begun(self) -> bool:
@@ -46,16 +45,14 @@ class Parts:
         return any(self.folder.glob("model-*-of-*.safetensors"))
 
     def done(self, unit: str) -> bool:
-        """Whether the unit has been written, in this run or in the one that is resumed."""
         return self.file(unit).is_file()
 
 
 class Writer(Parts):
     """`with Writer(out, bytes, units) as writer:` then `add` for each unit that is not `done`, then `finish`.
 
-    units: names of the units, each of which becomes one file. identity: what decides the bytes; a resumed run must
-    have the same. Without one a run cannot be resumed, and what an earlier one left is cleared away. Raises
-    RefusedError where there is too little room or an unfinished run that must be decided about.
+    identity: what decides the bytes. Without one a run cannot be resumed, and what an earlier one left is cleared away.
+    Raises RefusedError where there is too little room or an unfinished run that must be decided about.
     """
 
     def __init__(
@@ -93,7 +90,6 @@ class Writer(Parts):
             )
 
     def _go_on(self, identity: dict, resume: bool) -> None:
-        """Refuse an unfinished run unless it is to be resumed, and is the same run."""
         anew = f"remove {self.folder} to begin anew"
         if not resume:
             raise RefusedError(
@@ -140,7 +136,6 @@ class Writer(Parts):
             (self.folder / LOG / f"{unit}.json").write_text(json.dumps(notes or []))
 
     def notes(self) -> list[dict]:
-        """The notes of all units, in their order."""
         return [note for unit in self.units for note in json.loads((self.folder / LOG / f"{unit}.json").read_text())]
 
     def finish(self, source: Path, config: dict, report: dict, recipe: str | None = None) -> None:
@@ -153,7 +148,7 @@ class Writer(Parts):
         for unit in self.units:
             with safe_open(self.file(unit), "pt") as file:
                 weight_map |= dict.fromkeys(file.keys(), self.file(unit).name)
-                total += sum(_bytes(file, name) for name in file.keys())  # noqa: SIM118, not iterable
+                total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118, not iterable
         self._json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         self._json("config.json", config)
         self._json(REPORT, report)
@@ -183,11 +178,6 @@ def check_destination(out: Path) -> None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _bytes(file: safe_open, name: str) -> int:
-    tensor = file.get_tensor(name)
-    return tensor.numel() * tensor.element_size()
 
 
 def _size(count: int) -> str:

@@ -56,7 +56,6 @@ def read_samples(data: str | Path, source: Source, settings: Settings, ranks: Ra
 
 
 def _told(intake: Intake, wanted: int, tokens: int) -> str:
-    """What became of the calibration data."""
     notes = [
         (intake.used < wanted, f"asked for {wanted}: there are no more that fit"),
         (intake.too_long, f"{intake.too_long} left out for their length"),

@@ -9,7 +9,7 @@ An entry is `{"messages": [{"role": ..., "content": ...}]}` in the shape of Open
 
 A bare `{"type": "image"}` takes the next of the entry's own "images" (or its one "image"), a bare video the next of its
 "videos". Where such lists are given, `<image>` and `<video>` in a string stand for bare parts; with no part at all the
-pictures go in front of the first user message. What a place may be is left to the source that reads the entry.
+pictures go in front of the first user message.
 """
 
 import re
@@ -28,8 +28,7 @@ def to_chat(entry: dict, line: str, locate: Callable[[object, str], object]) -> 
     """{"messages", "images", "videos", "line"} and, if the entry has one, "task"; raises one of BROKEN for a bad entry.
 
     Every picture part is {"type": "image"}, every video part {"type": "video"}; "images" and "videos" hold their places
-    in order as `locate(place, kind)` returns them, kind being "image" or "video"; frames of a video are located as
-    images. `line` says where the entry comes from.
+    in order as `locate(place, kind)` returns them, frames of a video as images. `line` says where the entry comes from.
     """
     given = {kind: _given(entry, kind) for kind in ("image", "video")}
     found: dict[str, list] = {"image": [], "video": []}
@@ -54,7 +53,7 @@ def to_chat(entry: dict, line: str, locate: Callable[[object, str], object]) -> 
 
 @contextmanager
 def explaining(line: str, complaint: str, expected: str) -> Iterator[None]:
-    """Make one of BROKEN a QuantizeError that says where the entry is, what is wrong with it and what it should be."""
+    """Make one of BROKEN a QuantizeError."""
     try:
         yield
     except QuantizeError:
@@ -75,7 +74,6 @@ def described(image: object, answer: object, question: object = None) -> dict:
 
 
 def _given(entry: dict, kind: str) -> list:
-    """The pictures or videos that the entry lists beside its messages."""
     if (many := entry.get(f"{kind}s")) is not None:
         return [many] if isinstance(many, str) else list(many)
     return [entry[kind]] if entry.get(kind) is not None else []
@@ -91,9 +89,7 @@ def _message(turn: dict, listed: list[str], given: dict, found: dict) -> dict:
 
 def _split(text: str, listed: list[str]) -> list[dict]:
     """The string as parts: placeholders of the kinds that are listed stand for bare parts."""
-    if not listed:
-        return [{"type": "text", "text": text}]
-    pieces = re.split(f"<({'|'.join(listed)})>", text)  # text, kind, text, kind, ..., text
+    pieces = re.split(f"<({'|'.join(listed)})>", text) if listed else [text]  # text, kind, text, kind, ..., text
     if len(pieces) == 1:
         return [{"type": "text", "text": text}]
     parts = [{"type": p} if i % 2 else {"type": "text", "text": p.strip("\n")} for i, p in enumerate(pieces)]

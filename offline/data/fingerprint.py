@@ -1,9 +1,8 @@
 """Takes fingerprints of chats and pictures by content, to find the same sample twice or in two data sets.
 
-A picture's fingerprint covers its RGB pixels as the model gets them, before any resizing; a chat's covers its roles and
-texts with its pictures in place. File names, paths, `data:` URLs, lossless formats and the spelling of JSON make no
-difference. The same picture compressed anew has other pixels and another fingerprint. A video given as frames counts by
-its frames, a video file by its bytes: nothing is decoded for it.
+A picture's fingerprint covers its RGB pixels before any resizing, a chat's its roles and texts with its pictures in
+place. File names, paths, `data:` URLs, lossless formats and the spelling of JSON make no difference. A video given as
+frames counts by its frames, a video file by its bytes: nothing is decoded for it.
 """
 
 import hashlib
@@ -16,11 +15,8 @@ from vlmq_vllm.offline.data.pictures import PicturePlace, open_image
 
 @dataclass(frozen=True)
 class Marks:
-    """What is compared of one chat.
-
-    chat: its fingerprint. pictures: those of its pictures, then of its videos' frames or files, in order. sizes:
-    (width, height) of its pictures and frames. line: where it comes from.
-    """
+    """Fingerprints of a chat, of its pictures and then of its videos' frames or files in order. sizes: (width, height)
+    of its pictures and frames. line: where it comes from."""
 
     line: str
     chat: str
@@ -49,10 +45,7 @@ def marks(chat: dict) -> Marks:
 
 
 def shared(calibration: list[Marks], evaluation: list[Marks]) -> tuple[list[str], list[str]]:
-    """Lines of calibration chats that are also in `evaluation`, and of those that share a picture with it.
-
-    The second list holds every chat of the first that has a picture.
-    """
+    """Lines of calibration chats that are also in `evaluation`, and of those that share a picture with it."""
     chats = {mark.chat for mark in evaluation}
     pictures = {picture for mark in evaluation for picture in mark.pictures}
     return (

@@ -127,13 +127,11 @@ def _stored(value: "pyarrow.Scalar", line: str, rows: "datasets.Dataset", number
 
 
 def _cell(rows: "datasets.Dataset", number: int, picture: int | None = None) -> object:
-    """The only column of a row, or one of the pictures in it."""
     value = rows[number].column(0)[0].as_py()
     return value if picture is None else value[picture]
 
 
 def _as_chat(entry: dict) -> dict:
-    """The row as an entry of `to_chat`."""
     if "messages" in entry or "conversations" in entry:
         return entry
     image = entry["images"][0] if entry["images"] else None

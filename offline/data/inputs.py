@@ -18,11 +18,8 @@ from vlmq_vllm.offline.data.processor import Processor
 
 @dataclass
 class Intake:
-    """What became of the chats, filled while the samples are drawn.
-
-    used, too_long: samples given out, and samples left out for their length. shrunk: pictures and frames of used
-    samples that were made smaller. lengths: tokens of every sample looked at, used or not, in order.
-    """
+    """used, too_long: samples given out, and samples left out for their length. shrunk: pictures and frames of used
+    samples that were made smaller. lengths: tokens of every sample looked at, used or not, in order."""
 
     used: int = 0
     too_long: int = 0
@@ -54,8 +51,7 @@ def model_inputs(
 ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
     """(chat, its inputs as the processor makes them) for at most `limit` chats that have at most `max_tokens` tokens.
 
-    Pictures and frames of more than `max_pixels` pixels are shrunk first; `intake` counts what happens. Raises
-    QuantizeError for a chat that the processor refuses, and when no chat with a picture is among them.
+    Raises QuantizeError for a chat that the processor refuses, and when no chat with a picture is among them.
     """
     pictured, intake = False, intake or Intake()
     for chat, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
@@ -68,7 +64,6 @@ def model_inputs(
 
 
 def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
-    """Whether a picture or a video is among the inputs."""
     return any(name.startswith("pixel_values") for name in inputs)
 
 
@@ -98,16 +93,14 @@ def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> 
     if chat["videos"] and getattr(processor, "video_processor", None) is None:
         raise QuantizeError(f"{chat['line']} has a video, and the model's processor takes none; leave it out")
     images = [open_image(place) for place in chat["images"]]
-    videos, metadata = [], []
-    for place in chat["videos"]:
-        frames, about = open_video(place, processor)
-        videos.append(frames)
-        metadata.append(about)
+    opened = [open_video(place, processor) for place in chat["videos"]]
+    videos = [frames for frames, _ in opened]
     small, *small_videos = [[shrink(image, max_pixels) for image in group] for group in (images, *videos)]
     pairs = zip(chain(images, *videos), chain(small, *small_videos), strict=True)
     shrunk = sum(before is not after for before, after in pairs)
     options: dict[str, Any] = {}
     if videos:
+        metadata = [about for _, about in opened]
         options = {"videos": small_videos, "video_metadata": metadata, "do_sample_frames": False}
     try:
         text = render(chat["messages"], processor)
@@ -120,7 +113,6 @@ def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> 
 
 
 def render(messages: list[dict], processor: Processor) -> str:
-    """The chat template's text, with one placeholder per picture and video."""
     return processor.apply_chat_template(messages, tokenize=False)
 
 

@@ -1,8 +1,7 @@
 """Reads pictures and videos of a chat as RGB pixels, the way a server hands them to the model's processor.
 
 A picture's place is a path, a `data:` URL, or an object that gives the file's bytes when called (a row of a data set).
-A video's place is a list of pictures' places, its frames, or the path of a video file. What the model's processor does
-to the pixels afterwards (its own resizing, patches) is left to it.
+A video's place is a list of pictures' places, its frames, or the path of a video file.
 """
 
 import base64
@@ -12,16 +11,13 @@ from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.processor import Processor
-
-if TYPE_CHECKING:
-    import torch
 
 PicturePlace = str | Path | Callable[[], bytes]
 DECODERS = (("torchcodec", "torchcodec"), ("pyav", "av"), ("opencv", "cv2"), ("decord", "decord"))  # name, module
@@ -67,9 +63,8 @@ def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
 def open_video(place: list[PicturePlace] | Path, processor: Processor) -> tuple[list[Image.Image], object]:
     """The frames of a video as RGB pictures, and transformers' VideoMetadata of them.
 
-    A list of frames is taken whole. Of a file, the frames are those that the model's video processor samples, or FRAMES
-    evenly spaced ones. Raises QuantizeError where no decoder is installed, for what is no video, and for frames of
-    several sizes.
+    Of a file, the frames are those that the model's video processor samples, or FRAMES evenly spaced ones. Raises
+    QuantizeError where no decoder is installed, for what is no video, and for frames of several sizes.
     """
     from transformers.video_utils import VideoMetadata, load_video
 
@@ -91,7 +86,9 @@ def open_video(place: list[PicturePlace] | Path, processor: Processor) -> tuple[
         pixels, metadata = load_video(str(place), backend=decoder, sample_indices_fn=_sampling(processor))
     except Exception as error:  # decoders raise what they like
         raise QuantizeError(f"{decoder} cannot decode the video {place} ({error!r:.200}); mend or remove it") from error
-    return _frames(pixels), metadata
+    if not isinstance(pixels, np.ndarray):  # torch's [T, 3, H, W]
+        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(frame) for frame in pixels], metadata
 
 
 def _sampling(processor: Processor) -> Callable:
@@ -107,10 +104,3 @@ def _sampling(processor: Processor) -> Callable:
 def _evenly(metadata: Any, **options: Any) -> np.ndarray:
     total = metadata.total_num_frames
     return np.linspace(0, total - 1, min(FRAMES, total)).astype(int)
-
-
-def _frames(pixels: "np.ndarray | torch.Tensor") -> list[Image.Image]:
-    """[T, H, W, 3] (numpy) or [T, 3, H, W] (torch) uint8 as pictures."""
-    if not isinstance(pixels, np.ndarray):
-        pixels = pixels.permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(frame) for frame in pixels]

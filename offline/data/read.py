@@ -4,15 +4,14 @@ import random
 from pathlib import Path
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.data.folder import read_folder
+from vlmq_vllm.offline.data.files import read_folder, read_jsonl
 from vlmq_vllm.offline.data.hub import PREFIX, read_hub
-from vlmq_vllm.offline.data.jsonl import read_jsonl
 
 
 def read_chats(source: str | Path, seed: int) -> list[dict]:
     """All chats of `source` in an order that `seed` decides; at least one has a picture or video.
 
-    source: a JSONL file (`jsonl.py`), a folder (`folder.py`) or `hf:NAME[/CONFIG][@SPLIT]` (`hub.py`). A chat is
+    source: a JSONL file or a folder (`files.py`), or `hf:NAME[/CONFIG][@SPLIT]` (`hub.py`). A chat is
     {"messages", "images", "videos", "line"} and perhaps "task" (`chats.py`). Raises QuantizeError.
     """
     chats = read_all(source)

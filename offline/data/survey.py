@@ -1,7 +1,4 @@
-"""Surveys a set of chats: pictures, duplicates, tokens, and what it shares with another set, as plain values.
-
-The same limits and the same drawing as in a quantisation run (`inputs.py`); nothing is written, no model is loaded.
-"""
+"""Surveys a set of chats: pictures, duplicates, and tokens with the limits and the drawing of a quantisation run."""
 
 from collections import Counter
 
@@ -16,10 +13,9 @@ PERCENTILES = {"min": 0, "median": 50, "p90": 90, "p99": 99, "max": 100}
 
 
 def survey(chats: list[dict], marks: list[Marks]) -> dict:
-    """Counts of samples, pictures and duplicates; `marks` are those of the chats, in the same order.
+    """Counts of samples, pictures and duplicates (lines of what an earlier chat has already); `marks` are the chats'.
 
     sizes: [width, height] of the smallest, the median and the largest picture or frame by pixels; None without any.
-    duplicates: lines of chats, and of chats with a picture, that an earlier chat has already.
     """
     sizes = sorted((size for mark in marks for size in mark.sizes), key=lambda size: (size[0] * size[1], size))
     picked = {"min": 0, "median": (len(sizes) - 1) // 2, "max": -1}
@@ -42,9 +38,8 @@ def survey_tokens(
 ) -> dict:
     """Tokens of the samples that a run with these limits would draw from `chats`.
 
-    used, too_long, shrunk: as in Intake. kinds: tokens of used samples by kind (`token_kinds.py`), None where the
-    template hides it. lengths: percentiles of tokens per sample over all that were looked at, those too long among
-    them.
+    kinds: tokens of used samples by kind (`token_kinds.py`), None where the template hides it. lengths: percentiles of
+    tokens per sample over all that were looked at, those too long among them.
     """
     intake = Intake()
     kinds: dict[str, int | None] = dict.fromkeys(KINDS, 0)

@@ -1,7 +1,7 @@
 """Tells what each token of a sample is: vision placeholder, user's text, the assistant's answer, or other.
 
-Vision placeholders are counted by the ids that config.json gives. To tell the texts from what the chat template writes
-around them, the template is run once more with marks in their place.
+To tell the texts from what the chat template writes around them, the template is run once more with marks in their
+place.
 """
 
 import re
@@ -88,10 +88,8 @@ def count_labels(labels: Sequence[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class _Token:
-    """A token of the rendered chat, before pictures are put in. role: whose text it begins in, or None.
-
-    answer: whether it holds a part of an answer or is the mark after one.
-    """
+    """A token of the rendered chat, before pictures are put in. role: whose text it begins in, or None. answer: whether
+    it holds a part of an answer or is the mark after one."""
 
     id: int
     role: str | None

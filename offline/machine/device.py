@@ -8,7 +8,6 @@ from vlmq_vllm.errors import QuantizeError
 
 
 def default_device(name: str) -> str:
-    """The device that was asked for, or a GPU if there is one."""
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 

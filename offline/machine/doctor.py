@@ -43,8 +43,8 @@ class Package:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found. `devices`: name, capability and memory in bytes of each CUDA device. Memory and disk are bytes
-    that are free. `plugin`: None where vLLM is not installed, else whether vLLM has vlmq among its methods."""
+    """`devices`: name, capability and memory in bytes of each CUDA device. Memory and disk are bytes that are free.
+    `plugin`: None where vLLM is not installed, else whether vLLM has vlmq among its methods."""
 
     packages: list[Package]
     plugin: bool | None
@@ -60,7 +60,6 @@ class Diagnosis:
 
 
 def diagnose(folder: Path = Path()) -> Diagnosis:
-    """Look at everything; `folder` is where room on the disk counts."""
     packages = find_packages()
     problems = [package.problem for package in packages if package.problem]
     has_vllm = next(package.found for package in packages if package.name == "vllm") is not None
@@ -94,7 +93,6 @@ def find_packages() -> list[Package]:
 
 
 def judge(name: str, found: str | None, supported: str, advice: str) -> Package:
-    """A package with its problem, if it is missing or outside of the supported range."""
     if found is None:
         return Package(name, None, supported, f"{name} is not installed; {advice}")
     if not SpecifierSet(supported).contains(found, prereleases=True):
@@ -127,7 +125,6 @@ def probe_plugin(probe: str = PROBE, timeout: float = TIMEOUT) -> tuple[bool, st
 
 
 def find_devices() -> list[dict]:
-    """The CUDA devices that torch sees."""
     import torch
 
     found = []

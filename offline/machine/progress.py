@@ -24,5 +24,4 @@ class Progress:
             yield from bar.track(items, description=what)
 
     def say(self, line: str) -> None:
-        """One line."""
         self.console.print(line, highlight=False, soft_wrap=True)

@@ -1,7 +1,6 @@
 """Shares one quantisation among processes (`torchrun -m vlmq_vllm.offline quantize ...`).
 
-Samples are split over them, Hessians are summed, and the solving is shared out. One process alone is rank 0 of 1, and
-nothing is exchanged.
+Samples are split over them, Hessians are summed, and the solving is shared out.
 """
 
 import os
@@ -34,7 +33,6 @@ class Ranks:
         return items[self.rank :: self.size]
 
     def owner(self, number: int) -> int:
-        """The rank that solves problem `number`."""
         return number % self.size
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -61,7 +59,6 @@ class Ranks:
         return next((one for one in everyone if one is not None), None)
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set anywhere."""
         return bool(self.first(True if flag else None))
 
     def wait(self) -> None:

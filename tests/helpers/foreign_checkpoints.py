@@ -91,11 +91,11 @@ def weight_of(folder: Path, module: str, packing, info) -> QuantizedWeight:
     """A module's weight through its packing, tensor by tensor as a server gets them."""
     shape = (info.rows, info.columns)
     parts = {"weight_shape": torch.tensor(shape)}
-    with Tensors(folder, read_headers(folder)) as tensors:
-        for name, expected_shape in packing.shapes(module, info.format, *shape).items():
-            tensor = tensors.get(f"{module}.{name}")
-            assert tensor.shape == expected_shape
-            part = packing.unpack(module, name, tensor, info.format, shape)
-            if part is not None:
-                parts[packing.parts[name]] = part
+    tensors = Tensors(folder, read_headers(folder))
+    for name, expected_shape in packing.shapes(module, info.format, *shape).items():
+        tensor = tensors.get(f"{module}.{name}")
+        assert tensor.shape == expected_shape
+        part = packing.unpack(module, name, tensor, info.format, shape)
+        if part is not None:
+            parts[packing.parts[name]] = part
     return QuantizedWeight.from_tensors(info.format, parts)

@@ -41,7 +41,7 @@ def launch(
 ):
     """(kernel, arguments, tile, geometry) of the launch for this many tokens."""
     from vlmq_vllm.format import WeightFormat
-    from vlmq_vllm.kernels import dequantize, experts, gemm, int8, int8_codes, repack, tiles
+    from vlmq_vllm.kernels import dequantize, experts, gemm, int8, repack, tiles
     from vlmq_vllm.kernels.expert_weights import ExpertWeights
     from vlmq_vllm.kernels.layout import Geometry, RuntimeWeight
 
@@ -66,12 +66,12 @@ def launch(
             words = torch.empty(rows, -(-columns * bits // 32), dtype=torch.int32)
             kernel, arguments = repack.repack_kernel, repack.arguments(words, packed, 0, shape)
         elif kind == "centred":
-            wide = torch.empty(64, int8_codes.filled_columns(shape), dtype=torch.int8)
-            kernel = int8_codes.centre_kernel
-            arguments = int8_codes.arguments(RuntimeWeight(shape, packed, scales, zeros), wide, 0)
+            wide = torch.empty(64, int8.filled_columns(shape), dtype=torch.int8)
+            kernel = int8.centre_kernel
+            arguments = int8.centre_arguments(RuntimeWeight(shape, packed, scales, zeros), wide, 0)
         elif kind == "int8":
             weight, bias = RuntimeWeight(shape, packed, scales, zeros), torch.empty(rows, dtype=dtype)
-            q, part = (torch.empty(n, int8_codes.filled_columns(shape), dtype=torch.int8) for n in (tokens, rows))
+            q, part = (torch.empty(n, int8.filled_columns(shape), dtype=torch.int8) for n in (tokens, rows))
             sums = None if symmetric else int8.step_sums(q, shape)
             each = torch.empty(tokens)
             kernel = int8.int8_kernel

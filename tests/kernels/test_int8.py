@@ -6,7 +6,7 @@ import torch
 from kernel_problems import FP16, FP32, bound, empty, exact, make_weight, rel_rms
 from vlmq_vllm.activations import quantize_tokens
 from vlmq_vllm.format import BITS, WeightFormat
-from vlmq_vllm.kernels import dispatch, gemm, hardware, int8, int8_codes, reference, torch_ops, warmup
+from vlmq_vllm.kernels import dispatch, gemm, hardware, int8, reference, torch_ops, warmup
 from vlmq_vllm.kernels.layout import Geometry
 from vlmq_vllm.kernels.repack import prepare
 
@@ -39,14 +39,14 @@ def test_centred_codes(bits, rows, columns, group, width, device):
     """Each code less the middle, to the bit, in its row and column; in any piece."""
     weight = make_weight(bits, True, rows, columns, group, device=device)
     runtime = prepare(weight, FP16, width)
-    stripes, wide = runtime.geometry.stripes, int8_codes.filled_columns(runtime.geometry)
+    stripes, wide = runtime.geometry.stripes, int8.filled_columns(runtime.geometry)
     whole = torch.full((64 * stripes, wide), -1, dtype=torch.int8, device=device)
-    int8_codes.centre(runtime, whole)
+    int8.centre(runtime, whole)
     middle = weight.format.middle
     assert torch.equal(whole[:rows, :columns].int(), weight.codes.int() - middle)
     assert (whole[rows:] == -middle).all() and (whole[:, columns:] == -middle).all()
     last = torch.full((64, wide), -1, dtype=torch.int8, device=device)
-    assert torch.equal(int8_codes.centre(runtime, last, stripes - 1), whole[-64:])
+    assert torch.equal(int8.centre(runtime, last, stripes - 1), whole[-64:])
 
 
 @pytest.mark.parametrize(("rows", "columns", "group"), SHAPES)
@@ -168,7 +168,7 @@ def arguments(runtimes, bias):
 
 @pytest.mark.parametrize(
     "call",
-    [torch.ops.vlmq.linear_int8_v1, torch_ops.int8_on_gpu, torch_ops.int8_on_cpu],
+    [torch.ops.vlmq.linear_int8_v1, torch_ops.linear_on_gpu, torch_ops.linear_on_cpu],
     ids=["op", "on_gpu", "on_cpu"],
 )
 def test_op(call, device):
@@ -197,5 +197,5 @@ def test_steps_fit_into_groups():
             for columns in (1, 33, 700, 5000):
                 shape = Geometry.of(WeightFormat(bits, group, True), 64, columns)
                 step = int8.step_of(shape)
-                assert step in (32, 64, 128) and int8_codes.filled_columns(shape) % step == 0
+                assert step in (32, 64, 128) and int8.filled_columns(shape) % step == 0
                 assert shape.group == -1 or (shape.group % step == 0 and shape.span % step == 0)

@@ -30,9 +30,10 @@ def layer(device):
     return [make_weight(bits, symmetric, rows, 96, group, device=device) for bits, symmetric, rows, group in kinds]
 
 
-@pytest.mark.parametrize(
-    "call", [torch.ops.vlmq.linear_v1, torch_ops.linear_on_gpu, torch_ops.linear_on_cpu], ids=["op", "on_gpu", "on_cpu"]
-)
+LINEAR = map(torch_ops.without_scales, (torch_ops.linear_on_gpu, torch_ops.linear_on_cpu))
+
+
+@pytest.mark.parametrize("call", [torch.ops.vlmq.linear_v1, *LINEAR], ids=["op", "on_gpu", "on_cpu"])
 def test_op(call, layer, device):
     """Leading dimensions of any number, none and 0 among them, and strides of any kind; widths side by side."""
     given = arguments([prepare(weight, FP16) for weight in layer], torch.randn(95, device=device).to(FP16))

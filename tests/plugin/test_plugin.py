@@ -214,7 +214,7 @@ def test_table_at_start_says_what_is_quantised_and_what_is_not():
     for i in range(12):
         config.claims.add(f"layers.{i}.qkv_proj", [("fc", config.modules["fc"]), ("k_proj", config.modules["k_proj"])])
     config.claims.add("layers.0.fc", [("fc", config.modules["fc"]), ("x", None)])
-    config.claims.add_plain("visual.proj")
+    config.claims.add("visual.proj")
     assert str(config.claims).splitlines() == [
         "  W4 g64 | W3 row asym   12 x layers.*.qkv_proj",
         "  W4 g64 | 16             1 x layers.*.fc",

@@ -1,33 +1,28 @@
 """Reads compressed-tensors' `pack-quantized` checkpoints, as llm-compressor writes them.
 
-They hold integers of 2, 3, 4 and 8 bits and are served with 16-bit inputs.
-
 Names and meaning are ours (`format.py`): codes with an offset of 2^(bits - 1), packed along I, zero points along O.
 Since compressed-tensors 0.18 the bytes are, too. Before that a word held whole codes only, ten of 3 bits with two bits
 unused; which of the two a module has shows in the width of its weight_packed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_size, check_surplus
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_surplus, read_size
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, PARTS, WORD, WeightFormat, pack
 from vlmq_vllm.headers import TensorInfo, Tensors
+from vlmq_vllm.packing import Packing
 
 
 @dataclass(frozen=True)
-class PackQuantizedPacking:
-    """The packing; `whole` are the modules of 3 bits whose words hold ten codes."""
+class PackQuantizedPacking(Packing):
+    """Ours, but for `whole`, the modules of 3 bits whose words hold ten codes."""
 
     whole: frozenset[str]
-
-    @property
-    def parts(self) -> dict[str, str]:
-        return {part: part for part in PARTS}
 
     def shapes(self, module: str, format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
         shapes = format.shapes(rows, columns)
@@ -49,9 +44,9 @@ class PackQuantizedPacking:
 
 @dataclass(frozen=True)
 class PackQuantizedSpec:
-    """The formats that the config_groups name: (bits, group size or -1, symmetric)."""
+    """The formats that the config_groups name."""
 
-    formats: tuple[tuple[int, int, bool], ...]
+    formats: tuple[WeightFormat, ...]
 
     @classmethod
     def from_dict(cls, config: dict) -> "PackQuantizedSpec":
@@ -67,37 +62,35 @@ class PackQuantizedSpec:
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[PackQuantizedPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers and weight_shapes of `folder`. Raises CheckpointError."""
-        modules: dict[str, ModuleInfo] = {}
-        whole: set[str] = set()
-        with Tensors(folder, headers) as tensors:
-            for name in headers:
-                module, _, leaf = name.rpartition(".")
-                if leaf == "weight_packed":
-                    modules[module], is_whole = self._module(module, headers, tensors)
-                    whole |= {module} if is_whole else set()
-        check_surplus(modules, headers, PARTS)
-        return PackQuantizedPacking(frozenset(whole)), modules
+        tensors = Tensors(folder, headers)
+        owners = (name.removesuffix(".weight_packed") for name in headers if name.endswith(".weight_packed"))
+        found = {module: self._module(module, headers, tensors) for module in owners}
+        check_surplus(found, headers, PARTS)
+        whole = frozenset(module for module, (_, is_whole) in found.items() if is_whole)
+        return PackQuantizedPacking(whole), {module: info for module, (info, _) in found.items()}
 
     def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> tuple[ModuleInfo, bool]:
         """Format and sizes, and whether words hold whole codes only."""
         found = {part: headers[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in headers}
         _check_types(module, found, headers)
-        rows, columns = check_size(module, *tensors.get(f"{module}.weight_shape").tolist())
+        rows, columns = read_size(module, tensors)
         shapes = {part: info.shape for part, info in found.items()}
         fitting: dict[tuple[ModuleInfo, bool], None] = {}
-        for bits, group_size, symmetric in self.formats:
-            format = WeightFormat(bits, group_size if group_size < columns else -1, symmetric)
-            for whole in (False, True)[: 1 + (WORD % bits != 0)]:
+        for said in self.formats:
+            format = said if said.group_size < columns else replace(said, group_size=-1)
+            for whole in (False, True)[: 1 + (WORD % format.bits != 0)]:
                 packing = PackQuantizedPacking(frozenset({module} if whole else ()))
                 if packing.shapes(module, format, rows, columns) == shapes:
                     fitting[ModuleInfo(format, rows, columns), whole] = None
         if len(fitting) != 1:
             there = ", ".join(f"{part} {list(shape)}" for part, shape in shapes.items())
-            said = "; ".join(f"{b} bits, groups of {g}, {'' if s else 'a'}symmetric" for b, g, s in self.formats)
+            formats = "; ".join(
+                f"{f.bits} bits, groups of {f.group_size}, {'' if f.symmetric else 'a'}symmetric" for f in self.formats
+            )
             problem = "no" if not fitting else "more than one"
             raise CheckpointError(
                 f"{module} is {rows} x {columns}, its tensors are {there}; {problem} format of config.json "
-                f"fits ({said})"
+                f"fits ({formats})"
             )
         return next(iter(fitting))
 
@@ -113,7 +106,7 @@ def _whole_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
     return (packed.unsqueeze(-1) >> shifts & (1 << bits) - 1).to(torch.uint8).flatten(-2)
 
 
-def _format(name: str, group: Any, config: dict) -> tuple[int, int, bool]:
+def _format(name: str, group: Any, config: dict) -> WeightFormat:
     weights = group.get("weights") if isinstance(group, dict) else None
     if not isinstance(weights, dict):
         raise CheckpointError(f"config_groups.{name} says nothing about weights; vlmq reads pack-quantized checkpoints")
@@ -134,12 +127,10 @@ def _format(name: str, group: Any, config: dict) -> tuple[int, int, bool]:
             "or channel"
         )
     group_size: Any = weights.get("group_size") if strategy == "group" else -1
-    symmetric = bool(weights.get("symmetric", True))
     try:
-        WeightFormat(bits, group_size, symmetric)
+        return WeightFormat(bits, group_size, bool(weights.get("symmetric", True)))
     except ValueError as error:
         raise CheckpointError(f"config_groups.{name}: {error}") from None
-    return bits, group_size, symmetric
 
 
 def _check_types(module: str, found: dict[str, TensorInfo], headers: dict[str, TensorInfo]) -> None:

@@ -21,6 +21,7 @@ from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_surplus
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack, unpack, words
 from vlmq_vllm.headers import TensorInfo, Tensors
+from vlmq_vllm.packing import Packing
 
 PARTS = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
 FORMATS = {"gptq": 1, "gptq_v2": 2}
@@ -28,7 +29,7 @@ AUTO_ROUND = {"auto_round:auto_gptq": 1, "auto_gptq": 1, "auto_round": 2, "auto_
 
 
 @dataclass(frozen=True)
-class GPTQPacking:
+class GPTQPacking(Packing):
     """GPTQ's packing; `version` of the zero points, 1 or 2."""
 
     version: int
@@ -96,12 +97,9 @@ class GPTQSpec:
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[GPTQPacking, dict[str, ModuleInfo]]:
         """Packing and modules by the headers, zero points and g_idx of `folder`. Raises CheckpointError."""
-        modules = {}
-        with Tensors(folder, headers) as tensors:
-            for name in headers:
-                module, _, leaf = name.rpartition(".")
-                if leaf == "qweight":
-                    modules[module] = self._module(module, headers, tensors)
+        tensors = Tensors(folder, headers)
+        owners = (name.removesuffix(".qweight") for name in headers if name.endswith(".qweight"))
+        modules = {module: self._module(module, headers, tensors) for module in owners}
         check_surplus(modules, headers, (*PARTS, "g_idx"))
         return GPTQPacking(self.version), modules
 

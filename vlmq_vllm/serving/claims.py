@@ -31,24 +31,17 @@ class Claims:
         self.partial = False
         self.complete = False
 
-    def add(self, prefix: str, shards: Iterable[tuple[str, ModuleInfo | None]]) -> None:
-        """The layer `prefix` takes these modules; None stands for a part at 16 bits."""
+    def add(self, prefix: str, shards: Iterable[tuple[str, ModuleInfo | None]] = (("", None),)) -> None:
+        """The layer `prefix` takes these modules; None stands for a part, or without any the whole, at 16 bits."""
         shards = list(shards)
         self.claimed.update(name for name, info in shards if info)
         bits = self.activation_bits
         formats = dict.fromkeys("16" if info is None else describe(info.format, bits) for _, info in shards)
-        self._count(prefix, " | ".join(formats))
-
-    def add_plain(self, prefix: str) -> None:
-        """The layer `prefix` stays at 16 bits."""
-        self._count(prefix, "16")
+        self.rows[re.sub(r"\.\d+(?=\.|$)", ".*", prefix), " | ".join(formats)] += 1
 
     def finish(self, modules: Mapping[str, ModuleInfo]) -> None:
-        """Once per process: log the table. Raises ValueError for modules without a layer, unless this process builds a
-        part of the model only.
-
-        Called before the first weight, or by the first finished layer of models that load without the common loader.
-        """
+        """Log the table once per process, before the first weight is loaded or by the first finished layer. Raises
+        ValueError for modules without a layer, unless this process builds a part of the model only."""
         if self.complete:
             return
         self.complete = True
@@ -87,9 +80,6 @@ class Claims:
         """One line for layers that differ in their number only: bits, how many, and their name."""
         width = max((len(text) for _, text in self.rows), default=0)
         return "\n".join(f"  {text:<{width}} {count:>4} x {name}" for (name, text), count in self.rows.items())
-
-    def _count(self, prefix: str, text: str) -> None:
-        self.rows[re.sub(r"\.\d+(?=\.|$)", ".*", prefix), text] += 1
 
 
 def describe(format: WeightFormat, activation_bits: int = 16) -> str:

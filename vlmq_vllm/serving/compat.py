@@ -10,9 +10,8 @@ from vllm import _custom_ops as ops
 
 from vlmq_vllm.serving.segments import Layer
 
-# 0.26 takes an activation order between zeros and bias.
-_ORDER = (None,) if "g_idx" in inspect.signature(ops.cpu_gemm_wna16).parameters else ()
-_CODES_PER_WORD = 8
+# What the CPU's 4-bit product takes between zeros and bias: 0.26 an activation order.
+ORDER = (None,) if "g_idx" in inspect.signature(ops.cpu_gemm_wna16).parameters else ()
 
 
 def map_name(mapper: Any, name: str) -> str | None:
@@ -47,15 +46,3 @@ def select_experts(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> tuple
 def batch_invariant() -> bool:
     """Whether results may not depend on the batch, by the variable that every release reads."""
     return bool(int(os.environ.get("VLLM_BATCH_INVARIANT", "0")))
-
-
-def int4_gemm(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    isa: str,
-) -> torch.Tensor:
-    """vLLM's `cpu_gemm_wna16`: x [M, K] with the tensors of `cpu.widen` gives [M, N]."""
-    return ops.cpu_gemm_wna16(x, packed, scales, zeros, *_ORDER, bias, _CODES_PER_WORD, isa)

@@ -1,8 +1,8 @@
 """VLMQConfig, which vLLM asks under `--quantization vlmq` how each of a model's layers is quantised.
 
-The front end parses config.json and reads the safetensors headers once into a plain table module name -> ModuleInfo,
-which is pickled to the workers. A worker then asks for every layer it builds; the table alone decides, through the
-names of `names.py`. Before the first weight is loaded every module of the table must have found its layer.
+The front end reads config.json and the safetensors headers once into a plain table module name -> ModuleInfo, which is
+pickled to the workers. There the table alone decides, through the names of `names.py`, and before the first weight is
+loaded every module of it must have found its layer.
 
 Errors of the front end are RuntimeErrors: vLLM parses its configuration with pydantic, which would wrap a ValueError
 and its text in a report of all arguments.
@@ -25,12 +25,11 @@ from vlmq_vllm.serving.claims import Claims
 from vlmq_vllm.serving.segments import Layer
 from vlmq_vllm.unserved import KNOWN, why_unserved
 
-OWNED = ("weight", "bias")
 HOW_TO = "leave out --quantization to serve it as it is, or quantise it first with `vlmq quantize`"
 
 
 class VLMQConfig(QuantizationConfig):
-    """Plain data: the parsed config.json (None when there is nothing to parse) and the table of quantised modules."""
+    """The parsed config.json (None when there is nothing to parse) and the table of quantised modules."""
 
     def __init__(self, spec: Spec | None = None) -> None:
         super().__init__()
@@ -65,14 +64,13 @@ class VLMQConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict) -> "VLMQConfig":
         method = str(config.get("quant_method")).lower()
-        specs: dict[str, type[Spec]] = {"vlmq": QuantizationSpec} | SPECS
-        if method not in specs:
+        if method not in SPECS:
             raise RuntimeError(
                 f"--quantization vlmq was given, but the model is quantised with {method!r}; vlmq serves "
-                f"{', '.join(specs)}; {HOW_TO}"
+                f"{', '.join(SPECS)}; {HOW_TO}"
             )
         try:
-            return cls(specs[method].from_dict(config))
+            return cls(SPECS[method].from_dict(config))
         except CheckpointError as error:
             raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}") from None
 
@@ -80,10 +78,8 @@ class VLMQConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """vLLM asks this for every quantised model in the world, so only what is ours or asked for is taken.
-
-        Any method's model that a user wants served as vlmq is taken: from_config says why where it cannot be.
-        """
+        """vLLM asks this for every quantised model in the world: what is ours is taken, and what a user wants served as
+        vlmq; from_config says why where it cannot be."""
         method = hf_quant_cfg.get("quant_method") if isinstance(hf_quant_cfg, dict) else None
         return "vlmq" if "vlmq" in (method, user_quant) else None
 
@@ -103,10 +99,8 @@ class VLMQConfig(QuantizationConfig):
             raise RuntimeError(f"{model_name} cannot be served: {error}") from None
         if not self.modules:
             raise RuntimeError(f"{model_name} calls itself quantised, but no tensor is; quantise it anew")
-        owners = {
-            part: {name.removesuffix(f".{part}") for name in headers if name.endswith(f".{part}")} for part in OWNED
-        }
-        self.plain, self.biased = owners["weight"], owners["bias"] & self.modules.keys()
+        self.plain = {name.removesuffix(".weight") for name in headers if name.endswith(".weight")}
+        self.biased = {module for module in self.modules if f"{module}.bias" in headers}
         self.known = config.get("model_type") in KNOWN
         reasons = {name: why_unserved(name, (info.rows, info.columns), config) for name, info in self.modules.items()}
         self.claims.reasons = {name: reason for name, reason in reasons.items() if reason}
@@ -139,7 +133,7 @@ class VLMQConfig(QuantizationConfig):
             complete_head(layer, prefix)
         if shards:
             return self._linear_method(prefix, shards)
-        self.claims.add_plain(prefix)
+        self.claims.add(prefix)
         if not isinstance(layer, LinearBase):
             return None
         if self.known and not all(self._table("any").shards(prefix, self.packed_modules_mapping) or [None]):
@@ -157,7 +151,6 @@ class VLMQConfig(QuantizationConfig):
         return QuantizationConfig.get_cache_scale_mapper() | WeightsMapper(orig_to_new_suffix={".g_idx": None})
 
     def check_complete(self) -> None:
-        """Raises ValueError for modules that vLLM built no layer for; see `Claims.finish`."""
         self.claims.finish(self.modules)
 
     def _table(self, kind: str) -> ModuleTable:
@@ -180,7 +173,7 @@ class VLMQConfig(QuantizationConfig):
     def _experts_method(self, layer: Layer, prefix: str) -> QuantizeMethodBase | None:
         found = self._table("quantised").experts(prefix)
         if not found:
-            self.claims.add_plain(prefix)
+            self.claims.add(prefix)
             return None
         if self.activation_bits != 16:
             raise ValueError(

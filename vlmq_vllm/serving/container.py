@@ -7,8 +7,8 @@ in width. In a checkpoint of our own, with a prefix for experts:
     weight_packed [words]  weight_scale [groups]  weight_zero_point [words]  weight_shape [2 per segment]
     weight [values], only when a shard of a fused layer stays at 16 bits
 
-After loading only an empty weight_packed remains, by which vLLM finds the layer's device, and what `launch.py` made of
-the rest. vLLM's reload restores the flat parameters and goes the same way again.
+After loading only an empty weight_packed remains, by which vLLM finds the layer's device. vLLM's reload restores the
+flat parameters and goes the same way again.
 """
 
 import math
@@ -36,15 +36,19 @@ class Container:
         self.dtype = dtype
         self.prefix = prefix
         self.arrived: set[tuple[int, str]] = set()
-        self.dummy = _is_dummy_load()
-        self.offsets = {name: self._offsets_of(name) for name in self._names()}
+        config = get_current_vllm_config_or_none()
+        self.dummy = config is not None and config.load_config.load_format == "dummy"
+        self.parts = {name: part for segment in segments for name, part in segment.parts().items()}
+        self.first = next(name for name, part in self.parts.items() if part == PARTS[0])
+        sizes = {name: [math.prod(_shape(segment, name)) for segment in segments] for name in self.parts}
+        self.offsets = {name: [0, *accumulate(found)] for name, found in sizes.items()}
 
     def register(self, layer: Layer, loader: Callable) -> None:
         """Give `layer` the parameters, each with `loader` (bound to the layer) as its weight_loader."""
-        for name, (part, offsets) in self.offsets.items():
+        for name, part in self.parts.items():
             floating = part in ("weight_scale", DENSE)
             dtype = self.dtype if floating else torch.int64 if part == "weight_shape" else torch.int32
-            param: Flat = add_parameter(layer, self.prefix + name, torch.zeros(offsets[-1], dtype=dtype))
+            param: Flat = add_parameter(layer, self.prefix + name, torch.zeros(self.offsets[name][-1], dtype=dtype))
             param.vlmq_name = name
             param.vlmq_prefix = self.prefix
             param.weight_loader = loader
@@ -66,7 +70,7 @@ class Container:
 
     def is_full(self, layer: Layer) -> bool:
         """Whether the parameters are still those of a load, and not yet turned into others."""
-        return getattr(layer, self.prefix + self._first()).numel() > 0
+        return getattr(layer, self.prefix + self.first).numel() > 0
 
     def pieces(self, layer: Layer) -> list[Piece]:
         """What has arrived, segment by segment. Raises ValueError for what has not, and for values not finite.
@@ -78,32 +82,15 @@ class Container:
         return [self._piece(layer, i) for i in range(len(self.segments))]
 
     def empty(self, layer: Layer) -> None:
-        """Drop the parameters, all but an empty one."""
-        empty = getattr(layer, self.prefix + self._first()).new_empty(0)
-        for name in self.offsets:
+        empty = getattr(layer, self.prefix + self.first).new_empty(0)
+        for name in self.parts:
             del layer._parameters[self.prefix + name]
-        add_parameter(layer, self.prefix + self._first(), empty)
+        add_parameter(layer, self.prefix + self.first, empty)
         self.arrived.clear()
 
-    def _names(self) -> list[str]:
-        """Names in the files of all segments' tensors."""
-        return list(dict.fromkeys(name for segment in self.segments for name in segment.parts()))
-
-    def _first(self) -> str:
-        """The name of the packed words."""
-        return next(name for name, (part, _) in self.offsets.items() if part == PARTS[0])
-
-    def _offsets_of(self, name: str) -> tuple[str, list[int]]:
-        """The part that tensors of this name become, and where in the flat parameter each segment's begins."""
-        part = next(segment.parts()[name] for segment in self.segments if name in segment.parts())
-        sizes = [math.prod(_shape(segment, name)) for segment in self.segments]
-        return part, [0, *accumulate(sizes)]
-
     def _view(self, param: Flat, index: int) -> torch.Tensor:
-        """The place of a segment's tensor in its flat parameter."""
-        _, offsets = self.offsets[param.vlmq_name]
-        shape = _shape(self.segments[index], param.vlmq_name)
-        return param.data[offsets[index] : offsets[index + 1]].view(shape)
+        start, stop = self.offsets[param.vlmq_name][index : index + 2]
+        return param.data[start:stop].view(_shape(self.segments[index], param.vlmq_name))
 
     def _check_arrived(self) -> None:
         for i, segment in enumerate(self.segments):
@@ -133,8 +120,7 @@ class Container:
 
     def _check_rounding(self, index: int, name: str, piece: torch.Tensor | None, place: torch.Tensor) -> None:
         """Say that scales are rounded to the model's dtype; raises ValueError where that makes zeros of them."""
-        part, _ = self.offsets[name]
-        if part != "weight_scale" or piece is None or piece.dtype == self.dtype:
+        if self.parts[name] != "weight_scale" or piece is None or piece.dtype == self.dtype:
             return
         logger.warning_once("Scales are stored as %s and rounded to %s at load", piece.dtype, self.dtype)
         if ((piece != 0) & (place == 0).to(piece.device)).any():
@@ -145,7 +131,6 @@ class Container:
 
 
 def add_parameter(layer: Layer, name: str, tensor: torch.Tensor) -> torch.nn.Parameter:
-    """Make `tensor` a parameter of the layer, frozen."""
     param = torch.nn.Parameter(tensor, requires_grad=False)
     layer.register_parameter(name, param)
     return param
@@ -157,8 +142,3 @@ def _shape(segment: Segment, name: str) -> tuple[int, ...]:
     if name not in segment.parts():
         return (0,)
     return segment.shapes().get(segment.parts()[name], (1,))
-
-
-def _is_dummy_load() -> bool:
-    config = get_current_vllm_config_or_none()
-    return config is not None and config.load_config.load_format == "dummy"

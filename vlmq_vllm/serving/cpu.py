@@ -6,9 +6,9 @@ finest group among them by repeating scales. With N rows and K columns, both fil
 
     packed  int32 [N / 16, K * 2]  16 rows a block; in it column by column two words with the codes of 8 rows each
     scales  activation dtype [G, N]
-    zeros   int32 [G, N / 8], or None when every weight is symmetric
+    zeros   int32 [G, N / 8], left out when every weight is symmetric
 
-Filled-up rows have scale 0; filled-up columns meet inputs of 0. Which weights take this way is decided in `launch.py`.
+Filled-up rows have scale 0; filled-up columns meet inputs of 0.
 """
 
 import math
@@ -16,12 +16,14 @@ import os
 
 import torch
 from torch.nn.functional import pad
+from vllm import _custom_ops as ops
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat, pack
-from vlmq_vllm.serving.compat import int4_gemm
+from vlmq_vllm.serving.compat import ORDER
 
 STEP = 32  # the kernel's rows and columns come in multiples of this
 MIDDLE = 8
+CODES_PER_WORD = 8
 BLOCK_ROWS = 16
 
 
@@ -43,8 +45,8 @@ def why_not_int4(format: WeightFormat, dtype: torch.dtype) -> str | None:
 def isa(dtype: torch.dtype) -> str:
     """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights.
 
-    Linux ends a process that uses AMX without having asked for it, so that is done here; repeating it is harmless.
-    Where the request is refused it is vLLM's choice for a processor without AMX.
+    Linux ends a process that uses AMX without having asked for it. Where it refuses, "vec" is vLLM's choice without
+    AMX.
     """
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
 
@@ -52,7 +54,7 @@ def isa(dtype: torch.dtype) -> str:
     return "vec" if chosen == "amx" and not torch.cpu._init_amx() else chosen
 
 
-def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor | None]:
+def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The tensors above for weights [N_i, K], stacked along the rows."""
     columns = weights[0].codes.shape[1]
     group = _common_group([weight.format.width(columns) for weight in weights], columns)
@@ -68,11 +70,11 @@ def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch
         zeros.append(_zeros(weight)[:, belongs])
     rows = sum(len(part) for part in codes)
     below = (0, 0, 0, -rows % STEP)
-    return {
+    tensors = {
         "packed": _pack_blocks(pad(torch.cat(codes), below)),
         "scales": pad(torch.cat(scales), below).T.contiguous(),
-        "zeros": None if symmetric else pack(pad(torch.cat(zeros), below).T, 4),
     }
+    return tensors if symmetric else tensors | {"zeros": pack(pad(torch.cat(zeros), below).T, 4)}
 
 
 def int4_linear(
@@ -90,7 +92,7 @@ def int4_linear(
         x = pad(x, (0, columns - x.shape[1]))
     if bias is not None and padded_rows != rows:
         bias = pad(bias, (0, padded_rows - rows))
-    out = int4_gemm(x, packed, scales, zeros, bias, isa)
+    out = ops.cpu_gemm_wna16(x, packed, scales, zeros, *ORDER, bias, CODES_PER_WORD, isa)
     return out if padded_rows == rows else out[:, :rows]
 
 

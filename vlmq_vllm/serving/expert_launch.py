@@ -4,22 +4,20 @@
     int4    expert by expert through vLLM's CPU kernel (`cpu.py`)    tensors packed, scales, zeros  [E, ...]
     dense   expert by expert, dequantised once                       tensor weight [E, N, K]
 
-The caller keeps the tensors; a launch holds numbers and their names only. The last two are one operator,
-`vlmq::experts_on_cpu_v1`: which experts have tokens is not known when vLLM compiles a model.
+The caller keeps the tensors. The last two are one operator, `vlmq::experts_on_cpu_v1`: which experts have tokens is not
+known when vLLM compiles a model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.functional import gelu, linear, silu
 
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.serving import cpu
-from vlmq_vllm.serving.launch import Piece, check_triton, choose, kind_of
+from vlmq_vllm.serving.launch import Piece, Tensors, check_triton, choose, kind_of
 
-Tensors = Mapping[str, torch.Tensor]
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
     "gelu": gelu,
@@ -70,9 +68,13 @@ def prepare(
         assert format is not None, "kernels are for quantised weights"
         tensors = _triton(experts, format, dtype, experts_per_token, with_router)
         return ExpertLaunch(kind, rows, columns, tuple(tensors), format.bits, format.group_size), tensors
-    one_by_one = [_int4(expert, dtype) if kind == "int4" else _dense(expert, dtype) for expert in experts]
+    codes = ([piece.codes() for piece in expert] for expert in experts)
+    if kind == "int4":
+        one_by_one, isa = [cpu.widen(expert, dtype) for expert in codes], cpu.isa(dtype)
+    else:
+        one_by_one, isa = [{"weight": torch.cat([w.dequantize(dtype) for w in expert])} for expert in codes], ""
     tensors = {name: torch.stack([tensors[name] for tensors in one_by_one]) for name in one_by_one[0]}
-    return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=cpu.isa(dtype) if kind == "int4" else ""), tensors
+    return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=isa), tensors
 
 
 def _triton(
@@ -91,15 +93,6 @@ def _triton(
         warm_experts(stacked, experts_per_token, dtype, with_bias=False, with_router=with_router)
     tensors = {"packed": stacked.packed, "scales": stacked.scales}
     return tensors if stacked.zeros is None else tensors | {"zeros": stacked.zeros}
-
-
-def _int4(expert: list[Piece], dtype: torch.dtype) -> Tensors:
-    tensors = cpu.widen([piece.codes() for piece in expert], dtype)
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
-
-
-def _dense(expert: list[Piece], dtype: torch.dtype) -> Tensors:
-    return {"weight": torch.cat([piece.codes().dequantize(dtype) for piece in expert])}
 
 
 def experts_on_cpu(
@@ -130,25 +123,15 @@ def experts_on_cpu(
     return out
 
 
-def experts_on_cpu_fake(
-    x: torch.Tensor, weight: Any, packed: Any, scales: Any, zeros: Any, ids: torch.Tensor, rows: int, isa: str
-) -> torch.Tensor:
-    """Shape and dtype of the result, for tracing."""
-    return x.new_empty((*ids.shape, rows))
-
-
-def _define() -> torch.library.Library:
-    library = torch.library.Library("vlmq", "FRAGMENT")
-    library.define(
-        "experts_on_cpu_v1(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, "
-        "int rows, str isa) -> Tensor",
+if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):  # a second import, by another name or a reload, leaves it
+    torch.library.define(
+        "vlmq::experts_on_cpu_v1",
+        "(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, int rows, str isa) "
+        "-> Tensor",
         tags=(torch.Tag.pt2_compliant_tag,),
     )
-    library.impl("experts_on_cpu_v1", experts_on_cpu, "CompositeExplicitAutograd")
-    torch.library.register_fake("vlmq::experts_on_cpu_v1", experts_on_cpu_fake, lib=library)
-    return library
-
-
-# The operator lives as long as this object. A second import, by another name or a reload, finds it and leaves it.
-if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):
-    _LIBRARY = _define()
+    torch.library.impl("vlmq::experts_on_cpu_v1", "default", experts_on_cpu)
+    torch.library.register_fake(
+        "vlmq::experts_on_cpu_v1",
+        lambda x, weight, packed, scales, zeros, ids, rows, isa: x.new_empty((*ids.shape, rows)),
+    )

@@ -7,8 +7,7 @@
 Where a checkpoint rounds inputs to 8 bits (`activations.py`) a launch with quantised weights takes the integers and
 every token's scale; a weight that the checkpoint keeps at 16 bits takes the input as it is.
 
-The caller keeps the tensors; a Launch itself holds numbers and their names only. Which kind a weight gets is decided
-here, and a weight that has to be dequantised is named in the log with the reason.
+The caller keeps the tensors; a Launch itself holds numbers and their names only.
 """
 
 from collections.abc import Mapping
@@ -49,7 +48,6 @@ class Piece:
         return rows, columns
 
     def codes(self) -> QuantizedWeight:
-        """The weight with every code in a byte; only of a piece that has a format."""
         assert self.format is not None
         return QuantizedWeight.from_tensors(self.format, self.tensors)
 
@@ -102,10 +100,7 @@ class Launch:
 def prepare(
     pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool = False
 ) -> list[tuple[Launch, Tensors]]:
-    """The launches of a layer and their tensors for activations of `dtype`.
-
-    `with_bias`: the layer may be given a bias. `rounded`: inputs of quantised weights are rounded to 8 bits.
-    """
+    """The launches of a layer and their tensors for activations of `dtype`, at 8 bits if `rounded`."""
     launches = []
     for kind, group in groupby(pieces, key=lambda piece: kind_of(piece, dtype)):
         members = list(group)
@@ -128,7 +123,6 @@ def kind_of(piece: Piece, dtype: torch.dtype) -> str:
 
 
 def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
-    """How the piece is launched, and why it has to be dequantised if so."""
     if piece.format is None:
         return "dense", None
     fast, reason = "int4", None
@@ -154,7 +148,7 @@ def _dense(piece: Piece, dtype: torch.dtype, rounded: bool) -> tuple[Launch, Ten
 
 
 def _int4(pieces: list[Piece], dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
-    tensors = {name: x for name, x in cpu.widen([p.codes() for p in pieces], dtype).items() if x is not None}
+    tensors = cpu.widen([piece.codes() for piece in pieces], dtype)
     rows = sum(piece.shape[0] for piece in pieces)
     return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors
 

@@ -1,8 +1,7 @@
 """VLMQLinearMethod: receives, checks and applies the quantised weights of a linear layer of vLLM.
 
-Tensors arrive in a container (`container.py`). After loading they are turned into what the launches (`launch.py`) read,
-parameters `vlmq_<launch>_<tensor>`. ParallelLMHead has the attributes of a linear layer and is served by the same
-method; vocabulary rows that vLLM adds evaluate to zero.
+Tensors arrive in a container (`container.py`) and become what the launches (`launch.py`) read, parameters
+`vlmq_<launch>_<tensor>`. ParallelLMHead is served by the same method; vocabulary rows that vLLM adds evaluate to zero.
 """
 
 from types import MethodType
@@ -25,10 +24,7 @@ QKV: dict[str, int] = {"q": 0, "k": 1, "v": 2}
 
 
 class VLMQLinearMethod(LinearMethodBase):
-    """Serves one layer; `shards` are its checkpoint modules with their formats, None for one kept at 16 bits.
-
-    `config` knows the checkpoint's packing and is told when a layer has been loaded.
-    """
+    """Serves one layer; `shards` are its checkpoint modules with their formats, None for one kept at 16 bits."""
 
     def __init__(self, shards: list[tuple[str, ModuleInfo | None]], config: "VLMQConfig") -> None:
         self.shards = shards

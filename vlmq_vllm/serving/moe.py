@@ -1,9 +1,9 @@
 """VLMQMoEMethod: receives, checks and applies the quantised experts of a vLLM layer (RoutedExperts).
 
-Every expert has three weights, gate_proj and up_proj [I, H] and down_proj [H, I], that the checkpoint holds one by one;
-vLLM calls the first two w13 and the last one w2. They arrive in two containers (`container.py`), expert by expert, and
-become the tensors `vlmq_w13_<tensor>` and `vlmq_w2_<tensor>` of `expert_launch.py`. With tensor parallelism a rank
-holds a part of I of every expert, with expert parallelism some experts whole.
+Every expert has gate_proj and up_proj [I, H], vLLM's w13, and down_proj [H, I], its w2. They arrive in two containers
+(`container.py`), expert by expert, and become the tensors `vlmq_w13_<tensor>` and `vlmq_w2_<tensor>` of
+`expert_launch.py`. With tensor parallelism a rank holds a part of I of every expert, with expert parallelism some
+experts whole.
 """
 
 from types import MethodType
@@ -27,10 +27,7 @@ SHARDS = {"w1": 0, "w3": 1, "w2": 0}
 
 
 class VLMQMoEMethod(FusedMoEMethodBase):
-    """Serves one layer; `experts` maps (expert, projection) to checkpoint module and format.
-
-    `config` knows the checkpoint's packing and is told when a layer has been loaded.
-    """
+    """Serves one layer; `experts` maps (expert, projection) to checkpoint module and format."""
 
     def __init__(
         self, moe: Any, prefix: str, experts: dict[tuple[int, str], tuple[str, ModuleInfo]], config: "VLMQConfig"
@@ -54,11 +51,12 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         self._check(layer, names)
         here = [e for e in range(layer.global_num_experts) if layer._map_global_expert_id_to_local_expert_id(e) >= 0]
         parallel = self.moe.moe_parallel_config
-        span = _span(parallel.tp_rank, intermediate_size_per_partition)
         inner = intermediate_size_per_partition * parallel.tp_size
+        start = intermediate_size_per_partition * parallel.tp_rank
+        own, whole = (start, start + intermediate_size_per_partition), (0, hidden_size)  # of I and of H
         *fused, down = names
-        w13 = [self._column(expert, name, (inner, hidden_size), span) for expert in here for name in fused]
-        w2 = [self._row(expert, down, (hidden_size, inner), span) for expert in here]
+        w13 = [self._segment(expert, name, (inner, hidden_size), own, whole) for expert in here for name in fused]
+        w2 = [self._segment(expert, down, (hidden_size, inner), whole, own) for expert in here]
         layer.vlmq_experts = {W13: Container(w13, params_dtype, W13), W2: Container(w2, params_dtype, W2)}
         for container in layer.vlmq_experts.values():
             container.register(layer, MethodType(vlmq_expert_loader, layer))
@@ -90,10 +88,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: Any = None,
     ) -> torch.Tensor:
-        """x [T, H] with the experts topk_ids [T, k], each result times its weight of topk_weights [T, k]: [T, H].
-
-        Shared experts are run by vLLM.
-        """
+        """x [T, H] with the experts topk_ids [T, k] times topk_weights [T, k]: [T, H]. vLLM runs shared experts."""
         ids = topk_ids if layer._expert_map is None else layer._expert_map[topk_ids.long()]
         router: torch.Tensor | None = topk_weights
         if layer.apply_router_weight_on_input:
@@ -149,23 +144,18 @@ class VLMQMoEMethod(FusedMoEMethodBase):
                         f"{' and '.join(group)} of a layer's experts, quantise them alike"
                     )
 
-    def _column(self, expert: int, name: str, shape: tuple[int, int], span: tuple[int, int]) -> Segment:
-        module, info = self._sized(expert, name, shape)
-        return Segment(module, info.format, info.format, shape, (span,), (0, shape[1]), packing=self.config.packing)
-
-    def _row(self, expert: int, name: str, shape: tuple[int, int], span: tuple[int, int]) -> Segment:
-        module, info = self._sized(expert, name, shape)
-        format = cut_format(self.prefix, info.format, shape[1], span[1] - span[0])
-        return Segment(module, info.format, format, shape, ((0, shape[0]),), span, packing=self.config.packing)
-
-    def _sized(self, expert: int, name: str, shape: tuple[int, int]) -> tuple[str, ModuleInfo]:
+    def _segment(
+        self, expert: int, name: str, shape: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
+    ) -> Segment:
+        """What the rank holds of a weight that vLLM builds in this shape."""
         module, info = self.experts[expert, name]
         if (info.rows, info.columns) != shape:
             raise ValueError(
                 f"{self.prefix}: {module} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
                 f"{shape[0]} x {shape[1]}; the checkpoint does not belong to this config.json"
             )
-        return module, info
+        format = cut_format(self.prefix, info.format, shape[1], columns[1] - columns[0])
+        return Segment(module, info.format, format, shape, (rows,), columns, packing=self.config.packing)
 
 
 def vlmq_expert_loader(
@@ -186,8 +176,3 @@ def vlmq_expert_loader(
         each = 1 if param.vlmq_prefix == W2 else 2
         layer.vlmq_experts[param.vlmq_prefix].load(param, local * each + SHARDS[shard_id], loaded_weight)
     return local >= 0 if return_success else None
-
-
-def _span(rank: int, size: int) -> tuple[int, int]:
-    """Which part of I the rank holds, first and last + 1."""
-    return rank * size, (rank + 1) * size

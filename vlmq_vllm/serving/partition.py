@@ -32,7 +32,7 @@ def segments_of(
             f"({', '.join(name for name, _ in shards)}); vlmq serves one tensor for each part or one for all, "
             "quantise without this layer"
         )
-    span = _column_span(layer, columns)
+    start = layer.tp_rank * columns if layer.input_size > columns else 0
     segments = []
     for (name, info), (rows, total) in zip(shards, pieces, strict=True):
         expected = (total, layer.input_size)
@@ -45,7 +45,7 @@ def segments_of(
         padding = sum(outputs) - sum(stop - start for start, stop in rows) if _is_vocabulary(layer) else 0
         stored = None if info is None else info.format
         part = None if stored is None else cut_format(layer.prefix, stored, layer.input_size, columns)
-        segments.append(Segment(name, stored, part, expected, rows, span, padding, packing))
+        segments.append(Segment(name, stored, part, expected, rows, (start, start + columns), padding, packing))
     return segments
 
 
@@ -77,11 +77,6 @@ def _joined(pieces: list[tuple[Rows, int]]) -> tuple[Rows, int]:
     if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
         rows = [(rows[0][0], rows[-1][1])]
     return tuple(rows), total
-
-
-def _column_span(layer: Layer, columns: int) -> tuple[int, int]:
-    start = layer.tp_rank * columns if layer.input_size > columns else 0
-    return start, start + columns
 
 
 def cut_format(prefix: str, format: WeightFormat, total: int, columns: int) -> WeightFormat:

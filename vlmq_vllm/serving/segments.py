@@ -1,14 +1,11 @@
 """Cuts what one rank holds of a layer out of the checkpoint's tensors: a segment of every module of the layer.
 
-A segment says which rows and columns of the tensor on disk belong to this rank, and cuts them out of the tensors as
-they arrive, after the checkpoint's packing has turned them into those of `format.py`. Segments of a fused layer may
-differ in width, grouping and grid; one that the checkpoint keeps at 16 bits has no format and a dense `weight`. Of a
-weight [O, I] a rank has
+Tensors are cut as they arrive, after the checkpoint's packing has turned them into those of `format.py`. Segments of a
+fused layer may differ in width, grouping and grid; one that the checkpoint keeps at 16 bits has no format and a dense
+`weight`. Of a weight [O, I] a rank has
 
     rows     ranges of O in the order of the layer's outputs, then `padding` rows that evaluate to zero
     columns  one range of I, which begins on a 32-bit word; a group that lies on two ranks gives both its scale
-
-Which rows and columns these are is found in `partition.py`; what becomes of the pieces after loading, in `launch.py`.
 """
 
 from dataclasses import dataclass
@@ -43,7 +40,6 @@ class Segment:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns on this rank."""
         return sum(stop - start for start, stop in self.rows) + self.padding, self.columns[1] - self.columns[0]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -60,8 +56,7 @@ class Segment:
         return {name: part for name, part in self.packing.parts.items() if name in names}
 
     def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """This rank's piece of the tensor `name` of the files, None if nothing of it is kept. Raises ValueError when it
-        is not the tensor expected."""
+        """This rank's piece of the tensor `name` of the files, None if nothing of it is kept. Raises ValueError."""
         self._check(name, tensor)
         part = self.parts()[name]
         found: torch.Tensor | None = tensor

@@ -28,7 +28,6 @@ def check(model: Model) -> None:
 
 
 def tensors(module: ModuleInfo, parts: dict[str, torch.Tensor], header: dict) -> dict[str, torch.Tensor]:
-    """A packed module's tensors by their last name."""
     return parts
 
 
@@ -46,7 +45,6 @@ def header(model: Model) -> dict:
 
 
 def note(header: dict) -> str:
-    """What the reader needs besides, or nothing."""
     dense = any(group["weights"]["num_bits"] == 3 for group in header["config_groups"].values())
     return "its 3-bit weights need compressed-tensors 0.18 or vLLM 0.32" if dense else ""
 

@@ -1,7 +1,7 @@
 """Exports a checkpoint: the same codes, scales and zero points in the layout and under the header of other software.
 
-Nothing is rounded again. What the target cannot hold is refused before anything is written; files are rewritten one
-after the other, each module's tensors in the file that has its codes.
+What the target cannot hold is refused before anything is written; each module's tensors go to the file that has its
+codes.
 """
 
 from pathlib import Path
@@ -17,14 +17,13 @@ from vlmq_vllm.offline.checkpoint.export import compressed_tensors, gptq
 from vlmq_vllm.offline.checkpoint.export.model import Model, read_model
 from vlmq_vllm.offline.checkpoint.writer import Writer
 
+# Each has check, header, tensors (a packed module's, by their last name) and note (what readers need besides, or "").
 TARGETS: dict[str, ModuleType] = {target.NAME: target for target in (compressed_tensors, gptq)}
 
 
 def export(folder: Path, out: Path, name: str) -> str:
-    """Write the vlmq checkpoint `folder` to `out` for the target `name`; what its readers need, "" if nothing.
-
-    Raises QuantizeError, RefusedError and CheckpointError.
-    """
+    """Write the vlmq checkpoint `folder` to `out` for the target `name`; what its readers need, "" if nothing. Raises
+    QuantizeError, RefusedError and CheckpointError."""
     if name not in TARGETS:
         raise QuantizeError(f"--format is {name!r}; it must be {' or '.join(TARGETS)}")
     if read_spec(folder).activation_bits != 16:  # compressed-tensors' own integers of 8 bits have steps of max / 127.5
@@ -49,15 +48,14 @@ def export(folder: Path, out: Path, name: str) -> str:
 
 def _rewritten(model: Model, file_name: str, target: ModuleType, header: dict) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    with Tensors(model.folder, model.headers) as stored:
-        for name in (name for name, info in model.headers.items() if info.file == file_name):
-            module, _, last = name.rpartition(".")
-            if last not in PARTS:
-                tensors[model.memory[name] if target.IN_MEMORY else name] = stored.get(name)
-            elif last == "weight_packed":
-                names = {part: f"{module}.{part}" for part in PARTS if f"{module}.{part}" in model.headers}
-                parts = {part: stored.get(full) for part, full in names.items()}
-                own = target.tensors(model.modules[module], parts, header)
-                prefix = model.in_memory(module) if target.IN_MEMORY else module
-                tensors |= {f"{prefix}.{part}": tensor for part, tensor in own.items()}
+    stored = Tensors(model.folder, model.headers)
+    for name in (name for name, info in model.headers.items() if info.file == file_name):
+        module, _, last = name.rpartition(".")
+        if last not in PARTS:
+            tensors[model.memory[name] if target.IN_MEMORY else name] = stored.get(name)
+        elif last == "weight_packed":
+            parts = {part: stored.get(f"{module}.{part}") for part in PARTS if f"{module}.{part}" in model.headers}
+            own = target.tensors(model.modules[module], parts, header)
+            prefix = model.in_memory(module) if target.IN_MEMORY else module
+            tensors |= {f"{prefix}.{part}": tensor for part, tensor in own.items()}
     return tensors

@@ -41,7 +41,6 @@ def check(model: Model) -> None:
 
 
 def tensors(module: ModuleInfo, parts: dict[str, torch.Tensor], header: dict) -> dict[str, torch.Tensor]:
-    """A packed module's tensors by their last name, as the header says."""
     format, groups = module.format, module.format.groups(module.columns)
     if format.symmetric:
         zeros = torch.full((groups, module.rows), format.middle, dtype=torch.int32)
@@ -81,10 +80,8 @@ def header(model: Model) -> dict:
 
 
 def note(header: dict) -> str:
-    """What the reader needs besides, or nothing."""
     return f"zero points as in checkpoint_format {V2}" if header["checkpoint_format"] == V2 else ""
 
 
 def _pattern(names: list[str]) -> str:
-    """Matches these names and no longer ones."""
     return f"^(?:{'|'.join(map(re.escape, names))})$"

@@ -39,7 +39,6 @@ class Model:
         return list(dict.fromkeys((module, self.in_memory(module))))
 
     def in_memory(self, module: str) -> str:
-        """The packed module's name in memory."""
         return self.memory[f"{module}.weight_packed"].removesuffix(".weight")
 
 

@@ -90,8 +90,8 @@ def test_widened_codes_are_exact():
     for format in FORMATS[:3] + FORMATS[4:]:
         weight = random_weight(format, 32, 64, torch.float16)
         tensors = cpu.widen([weight], torch.float16)
-        bias, isa = None, cpu.isa(torch.float16)
-        out = cpu.int4_linear(torch.eye(64, dtype=torch.float16), *tensors.values(), bias, 32, isa)
+        given = (tensors["packed"], tensors["scales"], tensors.get("zeros"))
+        out = cpu.int4_linear(torch.eye(64, dtype=torch.float16), *given, None, 32, cpu.isa(torch.float16))
         assert torch.equal(out.T, weight.dequantize(torch.float16))
 
 
