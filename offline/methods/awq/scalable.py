@@ -15,13 +15,13 @@ so that nobody else reads it. Folding itself is `fold.py`'s business.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
 from vlmq_vllm.offline.model.groups import Group
-from vlmq_vllm.offline.model.hooks import removing
-from vlmq_vllm.offline.model.layers import linear_of
-from vlmq_vllm.offline.model.streams import Stream
+from vlmq_vllm.offline.model.layers import linear_of, linears_of
+from vlmq_vllm.offline.model.streams import Stream, noting
 
 SAME = 1e-4  # of a channel's largest value; a channel that does not follow is off by half of it or more
 
@@ -51,39 +51,30 @@ def find_scalable(layer: torch.nn.Module, index: int, stage: list[Group], stream
 
     Groups of several experts can be scaled after linears only: a norm before experts feeds their router too.
     """
-    seen = _Seen(layer, index, stage, stream)
+    seen = _look(layer, index, stream)
     for found in _candidates(layer, stage, seen):
         if _holds(layer, index, stream, found, seen):
             return found
     return []
 
 
+@dataclass(frozen=True)
 class _Seen:
-    """One run of the layer: the groups' inputs, calls of norms before them, linears in their order, the output."""
+    """One run of the layer: linears' inputs in the order in which they ran, what may be norms with args, kwargs and
+    output, the layer's output."""
 
-    def __init__(self, layer: torch.nn.Module, index: int, stage: list[Group], stream: Stream) -> None:
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.norms: dict[str, tuple[tuple, dict, torch.Tensor]] = {}
-        self.order: list[str] = []
-        first = {group[0] for group in stage}
+    inputs: dict[str, torch.Tensor]
+    norms: dict[str, tuple[tuple, dict, torch.Tensor]]
+    output: torch.Tensor
 
-        def note(name: str, inputs: tuple) -> None:
-            self.order.append(name)
-            if name in first:
-                self.inputs[name] = inputs[0]
 
-        handles = []
-        for name, module in layer.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                handles.append(module.register_forward_pre_hook(lambda m, inputs, name=name: note(name, inputs)))
-            elif _is_norm(module):
-                handles.append(module.register_forward_hook(self._norm(name), with_kwargs=True))
-        with removing(handles):
-            self.output = stream.call(layer, index)
-
-    def _norm(self, name: str) -> Callable:
-        """A forward hook with keywords that takes down the norm's call and output [.., C]."""
-        return lambda module, args, kwargs, out: self.norms.update({name: (args, kwargs, out)})
+def _look(layer: torch.nn.Module, index: int, stream: Stream) -> _Seen:
+    norms = [name for name, module in layer.named_modules() if _is_norm(module)]
+    with (
+        noting(layer, linears_of(layer), lambda args, kwargs, out: args[0]) as inputs,
+        noting(layer, norms, lambda *call: call) as calls,
+    ):
+        return _Seen(inputs, calls, stream.call(layer, index))
 
 
 def _is_norm(module: torch.nn.Module) -> bool:
@@ -106,7 +97,7 @@ def _candidates(layer: torch.nn.Module, stage: list[Group], seen: _Seen) -> Iter
     if any(len(group) > 1 for group in stage):
         return
     parents = [group[0].rpartition(".")[0] for group in stage]
-    before = seen.order[: seen.order.index(stage[0][0])]
+    before = takewhile(lambda name: name != stage[0][0], seen.inputs)
     for name in reversed([name for name in before if name.rpartition(".")[0] == parents[0]]):
         sources = [f"{parent}.{name.rpartition('.')[2]}".lstrip(".") for parent in parents]
         found = [

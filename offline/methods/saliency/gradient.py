@@ -13,61 +13,35 @@ the loss that this layer's own rounded weights cause.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 
 from vlmq_vllm.offline.model.families import Family
 from vlmq_vllm.offline.model.hooks import removing
-from vlmq_vllm.offline.model.streams import Stream
+from vlmq_vllm.offline.model.streams import Stream, noting
 
 
 def gradient_norms(
-    layer: torch.nn.Module, index: int, family: Family, full: Stream, quantized: Stream, linears: list[str]
+    layer: torch.nn.Module,
+    index: int,
+    family: Family,
+    full: Stream,
+    quantized: Stream,
+    linears: list[str],
+    rounding: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, torch.Tensor]:
     """g [B * T] float32 of each of `linears`, for one batch's streams before layer `index`.
 
-    Linears inside the attention take the loss of the attention block, others that of the whole layer.
+    Linears inside the attention take the loss of the attention block, others that of the whole layer. rounding: how
+    the layer is changed on the quantised stream, as where both are equal and its own rounded weights make the error.
     """
     with torch.no_grad():
         targets = _ends(layer, index, family, full, linears)
-    return _norms(layer, index, family, quantized, linears, targets)
-
-
-def rounded_norms(
-    layer: torch.nn.Module,
-    index: int,
-    family: Family,
-    stream: Stream,
-    linears: list[str],
-    rounding: Callable[[], AbstractContextManager],
-) -> dict[str, torch.Tensor]:
-    """The same where both streams are equal: the error is that of the layer with rounded weights, into which the
-    context manager `rounding()` puts it for a while."""
-    with torch.no_grad():
-        targets = _ends(layer, index, family, stream, linears)
-    with rounding():
-        return _norms(layer, index, family, stream, linears, targets)
-
-
-def _norms(
-    layer: torch.nn.Module,
-    index: int,
-    family: Family,
-    stream: Stream,
-    linears: list[str],
-    targets: dict[str, torch.Tensor],
-) -> dict[str, torch.Tensor]:
-    """g [B * T] of each of `linears`; targets: as `_ends` gives them, without the error."""
-    outputs: dict[str, torch.Tensor] = {}
-    handles = [
-        layer.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: outputs.update({name: out}))
-        for name in linears
-    ]
-    start = replace(stream, hidden=stream.hidden.detach().requires_grad_())
+    start = replace(quantized, hidden=quantized.hidden.detach().requires_grad_())
     norms = {}
-    with removing(handles), torch.enable_grad():
+    with rounding(), noting(layer, linears, lambda args, kwargs, out: out) as outputs, torch.enable_grad():
         found = _ends(layer, index, family, start, linears)
         for end, names in _by_end(family, linears).items():
             loss = (found[end] - targets[end]).square().sum()
@@ -96,7 +70,8 @@ def _ends(
 ) -> dict[str, torch.Tensor]:
     """The outputs of the blocks that `linears` are judged by, [B, T, d] each, from one run of the layer."""
     if set(_by_end(family, linears)) == {"attention"}:
-        return {"attention": stream.until(layer, index, family.attention_end)}
+        (end, *_), _ = stream.call_of(layer, index, family.attention_end)
+        return {"attention": end}
     ends: dict[str, torch.Tensor] = {}
     norm = layer.get_submodule(family.attention_end)
     with removing([norm.register_forward_pre_hook(lambda m, inputs: ends.update(attention=inputs[0]))]):

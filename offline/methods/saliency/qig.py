@@ -13,17 +13,13 @@ one micro-batch: its samples do not see each other, and it has few enough tokens
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
-    STEPS,
-    call_of,
-    input_of,
-    integrated_gradients,
-)
+from vlmq_vllm.offline.methods.saliency.integrated_gradients import STEPS, input_of, integrated_gradients
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.groups import Group, find_stages, inspected
@@ -32,23 +28,18 @@ from vlmq_vllm.offline.model.layers import holding, weights_of
 from vlmq_vllm.offline.model.streams import Stream
 
 
-def token_weights(
-    gradients: torch.Tensor, samples: int, valid: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [N] float32 with sum 1 over each sample's valid tokens, from IG [N, C] of `samples` of equal length.
+def token_weights(gradients: torch.Tensor, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [N] float32 with sum 1 over each sample's tokens, from IG [N, C] of `samples` of equal length.
 
-    valid [N] bool: None for all; other tokens get 0. Also [samples] bool, whether a sample has no signal, that is all
-    zero or not finite: its valid tokens count alike.
+    Also [samples] bool, whether a sample has no signal, that is all zero or not finite: its tokens count alike.
     """
     score = gradients.double().abs().mean(-1).view(samples, -1)
-    valid = torch.ones_like(score, dtype=torch.bool) if valid is None else valid.view(samples, -1)
-    score = score.where(valid, 0)
     total = score.sum(1, keepdim=True)
     silent = ~(total.isfinite() & (total > 0))
-    score = torch.where(silent, valid.double(), score) / torch.where(silent, valid.sum(1, keepdim=True), total)
-    low, high = score.where(valid, torch.nan).nanquantile(torch.tensor([0.25, 0.75]).to(score), dim=1, keepdim=True)
+    score = torch.where(silent, 1.0, score) / torch.where(silent, float(score.shape[1]), total)
+    low, high = score.quantile(torch.tensor([0.25, 0.75]).to(score), dim=1, keepdim=True)
     reach = 1.5 * (high - low)
-    score = score.clamp(low - reach, high + reach).where(valid, 0)
+    score = score.clamp(low - reach, high + reach)
     return (score / score.sum(1, keepdim=True)).flatten().float(), silent.flatten()
 
 
@@ -107,16 +98,14 @@ class QIGWeights:
         if not own:
             return None
 
-        def switch() -> AbstractContextManager:
-            return _quantized(layer, own, self.activations)
-
+        switch = partial(_quantized, layer, own, self.activations)
         # A linear alone is linear along a path from 0: the error's sign does not change, one point is exact.
         alone = isinstance(module, torch.nn.Linear) and self.activations is None
         found, heard = [], 0
         for i, stream in enumerate(quantized):
-            call, start = call_of(layer, index, stream, name), None
+            call, start = stream.call_of(layer, index, name), None
             if self.activations is not None:
-                call, start = call_of(layer, index, full[i], name), input_of(call)
+                call, start = full[i].call_of(layer, index, name), input_of(call)
             gradients = integrated_gradients(module, switch, call, start, 1 if alone else self.steps)
             weights, silent = token_weights(gradients, len(stream.hidden))
             found.append(weights)

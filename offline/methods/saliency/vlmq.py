@@ -4,7 +4,7 @@ import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.concentration import pooled_mean, pooled_median
-from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, rounded_norms, token_weights
+from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, token_weights
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.families import Family
@@ -53,7 +53,7 @@ class VLMQWeights:
         found = {linear: "no signal" if linear in silent else "saliency" for linear in linears}
         if silent and options.saliency_fallback == "rtn":
             for stream, known in zip(quantized, norms, strict=True):
-                known |= rounded_norms(layer, index, self.family, stream, silent, rounding)
+                known |= gradient_norms(layer, index, self.family, stream, stream, silent, rounding)
             means |= self._means(norms, silent)
             found |= {linear: "saliency of rounding" for linear in silent if means[linear] is not None}
         weights = {
