@@ -113,13 +113,9 @@ class ModalityWeights:
         All linears of the attention have the same list, and so have all others.
         """
         lists = {part: self._weights(ratio, quantized) for part, ratio in self.ratios[index].items()}
-        weights: Weights = {}
-        notes: dict[str, str] = {}
-        for linear in linears_of(layer):
-            notes[linear] = "equal" if is_expert(linear) else "modality"
-            if not is_expert(linear):
-                weights[linear] = lists["attention" if in_attention(self.family, linear) else "mlp"]
-        return weights, notes
+        part_of = {n: "attention" if in_attention(self.family, n) else "mlp" for n in linears_of(layer)}
+        weights = {linear: lists[part] for linear, part in part_of.items() if not is_expert(linear)}
+        return weights, {linear: "modality" if linear in weights else "equal" for linear in part_of}
 
     def _weights(self, ratio: float, streams: list[Stream]) -> list[torch.Tensor]:
         found = []
