@@ -1,6 +1,5 @@
 """Chooses what quantises the decoder, tower or connector, and gives it activations, token weights and scaling."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -54,35 +53,25 @@ class Quantizers:
     ranks: Ranks
     samples: Samples
 
-    def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> Quantizer:
-        """The quantiser of `stack`, whose modules are `units`. moved: what comes before it has been quantised."""
-        if self.settings.row.joint:
-            return self._jointly(component, stack, [unit.module for unit in units], moved)
-        quantized, full = self._streams(component, stack, moved)
+    def begin(self, component: str, units: list[Unit], moved: bool) -> Quantizer:
+        """The quantiser of units that run one after the other. moved: what comes before them has been quantised."""
+        stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}
+        shared = self.source, self.settings, self.formats, self.device, self.ranks
+        jointly = self.source, [unit.module for unit in units], self.formats.get, self.device, self.ranks
+        grid, joint = grid_of(self.settings), self.settings.row.joint
+        if joint and component == "vision":  # Q-VLM learns the tower's bounds and searches the decoder's
+            return TowerQuantizer(*jointly, self.samples.batches, self.samples.labels, grid)
+        if joint and component == "connector":  # rounded to nearest
+            return LayerQuantizer(*shared, [], [])
+        quantized, full = self._streams(component, stack.get(component, units[0].module), moved)
+        if joint:
+            return BlockQuantizer(*jointly, quantized, full, grid)
         weigh = scale = None
         if component == "language" and quantized:
-            weigh, scale = self._weigher(full or quantized), self._scaling()
-        return self._by_layer(quantized, full, weigh, scale)
-
-    def _by_layer(
-        self,
-        quantized: list[Stream],
-        full: list[Stream],
-        weigh: TokenWeigher | None = None,
-        scale: Scaling | None = None,
-    ) -> Quantizer:
-        return LayerQuantizer(
-            self.source, self.settings, self.formats, self.device, self.ranks, quantized, full, weigh, scale
-        )
-
-    def _jointly(self, component: str, stack: str, names: list[str], moved: bool) -> Quantizer:
-        """Q-VLM's: the tower's bounds are learnt, the decoder's searched; a connector is rounded to nearest."""
-        shared = self.source, names, self.formats.get, self.device, self.ranks
-        if component == "vision":
-            return TowerQuantizer(*shared, self.samples.batches, self.samples.labels, grid_of(self.settings))
-        if component == "connector":
-            return self._by_layer([], [])
-        return BlockQuantizer(*shared, *self._streams(component, stack, moved), grid_of(self.settings))
+            weigh = self._weigher(full or quantized)
+            if self.settings.row.scales_channels:
+                scale = Scaling(grid, self.ranks, self.settings.scale_loss, self._rounded_inputs())
+        return LayerQuantizer(*shared, quantized, full, weigh, scale)
 
     def _streams(self, component: str, stack: str, moved: bool) -> tuple[list[Stream], list[Stream]]:
         """U after all that has been quantised before the stack, and where a method needs it F after originals."""
@@ -104,26 +93,17 @@ class Quantizers:
 
     def _weigher(self, streams: list[Stream]) -> TokenWeigher | None:
         """What weighs the decoder's tokens. streams: before its first layer."""
-        begin: dict[str, Callable[[list[Stream]], TokenWeigher | None]] = {
-            "none": lambda streams: None,
-            "vlmq": lambda streams: VLMQWeights(self.source.family, self.settings, self.ranks),
-            "qig": lambda streams: QIGWeights(self.ranks, self._rounded_inputs()),
-            "modality": self._by_modality,
-        }
-        return begin[self.settings.saliency](streams)
-
-    def _by_modality(self, streams: list[Stream]) -> TokenWeigher:
-        source, labels, kinds = self.source, self.samples.labels, self.samples.kinds
-        streams = [replace(stream, rounded=frozenset()) for stream in streams]
-        ratios = modality_ratios(source, streams, labels, kinds, self.device, self.ranks)
-        return ModalityWeights(source.family, ratios, kinds)
-
-    def _scaling(self) -> Scaling | None:
-        """What scales the decoder's channels."""
-        options = self.settings
-        if not options.row.scales_channels:
-            return None
-        return Scaling(grid_of(options), self.ranks, options.scale_loss, self._rounded_inputs())
+        source, samples = self.source, self.samples
+        match self.settings.saliency:
+            case "vlmq":
+                return VLMQWeights(source.family, self.settings, self.ranks)
+            case "qig":
+                return QIGWeights(self.ranks, self._rounded_inputs())
+            case "modality":
+                streams = [replace(stream, rounded=frozenset()) for stream in streams]
+                ratios = modality_ratios(source, streams, samples.labels, samples.kinds, self.device, self.ranks)
+                return ModalityWeights(source.family, ratios, samples.kinds)
+        return None
 
     def _rounded_inputs(self) -> InputRounding | None:
         """What 8-bit activations do to what a linear reads."""

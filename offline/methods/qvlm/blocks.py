@@ -17,26 +17,30 @@ block is the mean over all elements of
 
     | block_q(U) - block_r(F) |^2,
 
-as W_q X_q - W_r X_r in equations 2 and 3, where each weight has its own activations. What the candidates are, and how a
-layer is run with one, is up to the layers that are handed in.
+as W_q X_q - W_r X_r in equations 2 and 3, where each weight has its own activations. Greedy (eq. 2) gives each layer
+the candidate with the least error at its own output, after the layers that have chosen before it. Joint (eq. 3) looks
+at the error at the output of the block's last layer alone. The paper does not say how the joint space is searched; here
+it is coordinate descent that starts from the greedy choice and takes a change only if it lowers the block's error, so
+that it is never above that of greedy, and for a block of one layer the two are the same.
 """
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 
-from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.qvlm.entropy import neighbour_entropy
-from vlmq_vllm.offline.methods.qvlm.search import BlockChoice, search
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 
 DEPTH = 3  # layers of a block at most
+SWEEPS = 3  # over the layers of a block; later ones change next to nothing
 Hidden = list[torch.Tensor]  # hidden states, one tensor per batch
+State = TypeVar("State")
 
 
 class SearchedLayer(Protocol):
@@ -52,15 +56,21 @@ class SearchedLayer(Protocol):
         """The layer's output for the input `state`."""
 
 
+@dataclass(frozen=True)
+class BlockChoice:
+    """Candidates of a block's layers, by number, and the error at its output: jointly searched, and by greedy alone."""
+
+    joint: tuple[int, ...]
+    error: float
+    greedy: tuple[int, ...]
+    greedy_error: float
+
+
 def find_blocks(entropies: Sequence[float], depth: int = DEPTH, threshold: float | None = None) -> list[range]:
     """The blocks of len(entropies) + 1 layers, in order; entropies[k] is D(k, k + 1) in nats.
 
-    threshold: h0 in nats, None for the median. Raises QuantizeError for a depth below 1.
+    threshold: h0 in nats, None for the median.
     """
-    if depth < 1:
-        raise QuantizeError(
-            f"a block of {depth} layers cannot be searched; give a depth of at least 1 (usual: {DEPTH})"
-        )
     if threshold is None:
         threshold = statistics.median(entropies) if entropies else 0.0
     count = len(entropies) + 1
@@ -79,11 +89,10 @@ def measure_entropies(
     """D(k, k + 1) in nats of all neighbours among the layers `names`, from one pass over copies of the streams."""
     streams, found = [replace(stream) for stream in full], []
     for k, name in enumerate(names[:-1]):
-        layer = source.materialise(name, device)
         before = [stream.hidden for stream in streams]
-        for stream in streams:
-            stream.hidden = stream.run(layer, k)
-        source.release(name)
+        with source.loaded(name, device) as layer:
+            for stream in streams:
+                stream.hidden = stream.run(layer, k)
         found.append(neighbour_entropy(before, [stream.hidden for stream in streams], bits, ranks, device))
     return found
 
@@ -112,3 +121,52 @@ def mean_square(state: Hidden, targets: Hidden, ranks: Ranks, device: torch.devi
         sums += torch.stack([(found - wanted).square().sum().double(), sums.new_tensor(float(wanted.numel()))])
     total, count = ranks.add(sums).tolist()
     return total / max(count, 1.0)
+
+
+def search(
+    depth: int,
+    candidates: int,
+    start: State,
+    step: Callable[[int, int, State], State],
+    error: Callable[[int, State], float],
+) -> BlockChoice:
+    """Choose for a block of `depth` layers among `candidates` each; of equal ones the first.
+
+    step(k, c, state): the output of the block's layer k with candidate c for the input `state`, which it leaves as it
+    is. error(k, state): how far an output of layer k is from what it should be.
+    """
+    states, chosen, least = [start], [], 0.0
+    for k in range(depth):
+        tried = []
+        for c in range(candidates):
+            state = step(k, c, states[k])
+            tried.append(error(k, state))
+            if tried.index(min(tried)) == c:
+                best, choice = state, c
+        states.append(best)
+        chosen.append(choice)
+        least = min(tried)
+    greedy, greedy_error = tuple(chosen), least
+    for _ in range(SWEEPS if depth > 1 else 0):
+        before = least
+        for k in range(depth):
+            old = chosen[k]
+            for c in range(candidates):
+                if c == old:
+                    continue
+                trial = [*chosen[:k], c, *chosen[k + 1 :]]
+                found = error(depth - 1, deque(_outputs(trial, k, states[k], step), maxlen=1)[0])
+                if found < least:
+                    least, chosen = found, trial
+            if chosen[k] != old:
+                states[k + 1 :] = _outputs(chosen, k, states[k], step)
+        if least == before:
+            break
+    return BlockChoice(tuple(chosen), least, greedy, greedy_error)
+
+
+def _outputs(choices: list[int], first: int, state: State, step: Callable[[int, int, State], State]) -> Iterator[State]:
+    """The outputs of layers `first` and later, for the input `state` of the first."""
+    for k in range(first, len(choices)):
+        state = step(k, choices[k], state)
+        yield state

@@ -4,82 +4,63 @@ All blocks are learnt at once from the full-precision model, before the first is
 deterministic: a run that goes on where it was stopped learns the same bounds again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
-from vlmq_vllm.offline.methods.qvlm.bounds import (
-    DEFAULT,
-    UNTAUGHT,
-    Clipped,
-    Hyperparameters,
-    clip_groups,
-    learn_bounds,
-    teaches,
-)
-from vlmq_vllm.offline.methods.qvlm.ranges import Ranges, find_ranges
-from vlmq_vllm.offline.methods.solution import Row, files_and_rows
-from vlmq_vllm.offline.model.layers import weights_of
+from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Hyperparameters, clip_groups, learn_bounds, teaches
+from vlmq_vllm.offline.methods.qvlm.ranges import FormatOf, Ranges, Tensors, files_and_rows, ranges_in
+from vlmq_vllm.offline.methods.solution import Row
+from vlmq_vllm.offline.model.layers import linear_of
 from vlmq_vllm.offline.model.source import Source
 
 
 class TowerQuantizer:
-    """A tower whose blocks have the in-memory names `names`; `losses` are those of each epoch.
+    """A tower whose blocks have the in-memory names `names`.
 
-    format_of: as in BlockQuantizer. batches, labels: as in `learn_bounds`; of several processes the first that has
-    pictures learns, from its own share, and the others take over what it found.
+    batches, labels: as in `learn_bounds`; of several processes the first that has pictures learns, from its own share,
+    and the others take over what it found. Raises QuantizeError where none has.
     """
 
     def __init__(
         self,
         source: Source,
         names: Sequence[str],
-        format_of: Callable[[str], WeightFormat | None],
+        format_of: FormatOf,
         device: torch.device,
         ranks: Ranks,
         batches: list[dict],
         labels: list[torch.Tensor],
         grid: GridSearch = MSE,
-        hyper: Hyperparameters = DEFAULT,
+        hyper: Hyperparameters | None = None,
     ) -> None:
         self.source, self.device = source, device
-        self.ranges: dict[str, Ranges] = {}
+        self.ranges: dict[str, dict[str, Ranges]] = {}
         clipped: dict[str, Clipped] = {}
         for name in names:
-            block = source.materialise(name, device)
-            for linear, weight in weights_of(block).items():
-                full = f"{name}.{linear}"
-                if (format := format_of(full)) is not None:
-                    self.ranges[full] = find_ranges(weight, format, source.stored_dtype(f"{full}.weight"), grid)
-                    clipped[full] = clip_groups(weight.detach(), self.ranges[full])
-            source.release(name)
+            with source.loaded(name, device) as block:
+                self.ranges[name] = ranges_in(source, name, block, format_of, grid)
+                for linear, ranges in self.ranges[name].items():
+                    clipped[f"{name}.{linear}"] = clip_groups(linear_of(block, linear).weight.detach(), ranges)
         able = any(teaches(*pair) for pair in zip(batches, labels, strict=True))
         learner = ranks.first(ranks.rank if able else None)
-        if learner is None:
-            raise QuantizeError(UNTAUGHT)
-        self.losses = learn_bounds(source, batches, labels, clipped, device, hyper) if ranks.rank == learner else []
+        if learner in (None, ranks.rank):  # where nobody is able, all are told
+            learn_bounds(source, batches, labels, clipped, device, hyper or Hyperparameters())
         self.factors = {name: own.factors[0].detach() for name, own in clipped.items()}
         for factor in self.factors.values():
             ranks.broadcast(factor, learner)
 
     @torch.no_grad()
-    def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
+    def layer(self, name: str, index: int, last: bool = False) -> tuple[Tensors, list[Row]]:
         """Block `name`: tensors by their names in the files, and report rows."""
-        block = self.source.materialise(name, self.device)
-        made = files_and_rows(self._on_ranges(name, block))
-        self.source.release(name)
-        return made
-
-    def _on_ranges(self, name: str, block: torch.nn.Module) -> Iterator[tuple[str, QuantizedWeight]]:
-        """The block's linears, by their names in the files, as they will be served."""
-        for linear, weight in weights_of(block).items():
-            full = f"{name}.{linear}"
-            if full in self.ranges:
-                yield self.source.module_in_files(full), self.ranges[full].rounded(weight, self.factors[full])
+        with self.source.loaded(name, self.device) as block:
+            rounded = {
+                linear: ranges.rounded(linear_of(block, linear).weight, self.factors[f"{name}.{linear}"])
+                for linear, ranges in self.ranges[name].items()
+            }
+        return files_and_rows(self.source, name, rounded)
 
     def replay(self, name: str, index: int) -> None:
         """Nothing moves: the bounds were learnt together."""

@@ -135,7 +135,7 @@ def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_mode
 def test_weights_are_in_memory_only_while_they_are_needed(demo_model):
     source = Source(demo_model)
     name = "model.language_model.layers.1"
-    layer = source.materialise(name, torch.device("cpu"), torch.float32)
+    layer = source.materialise(name, torch.device("cpu"))
     assert not layer.mlp.up_proj.weight.is_meta and not layer.mlp.up_proj.weight.requires_grad
     source.release(name)
     assert all(parameter.is_meta for parameter in source.model.parameters())

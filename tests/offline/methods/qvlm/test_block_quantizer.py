@@ -50,10 +50,11 @@ def walked(walk: BlockQuantizer) -> list[dict[str, torch.Tensor]]:
     return [walk.layer(name, i, i == last)[0] for i, name in enumerate(walk.names)]
 
 
-def served(tensors: dict[str, torch.Tensor], format=FORMAT):
+def served(source, tensors: dict[str, torch.Tensor], format=FORMAT):
     """What `source.quantized` gives once these tensors are in the files."""
 
-    def read(module: str) -> torch.Tensor | None:
+    def read(name: str) -> torch.Tensor | None:
+        module = source.places[name].module
         found = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
         if not found:
             return None
@@ -66,14 +67,14 @@ def served(tensors: dict[str, torch.Tensor], format=FORMAT):
 @torch.no_grad()
 def error_after(walk: BlockQuantizer, streams, tensors, last: int) -> float:
     """Mean squared error after layer `last` with the written weights, run anew from the streams."""
-    source, read = walk.source, served(tensors)
+    source, read = walk.source, served(walk.source, tensors)
     quantized, full = [[replace(stream) for stream in streams] for _ in range(2)]
     for k in range(last + 1):
         layer = source.materialise(walk.names[k], CPU)
         for stream in full:
             stream.hidden = stream.run(layer, k)
         for linear in weights_of(layer):
-            put(layer, linear, read(source.module_in_files(f"{walk.names[k]}.{linear}")).float())
+            put(layer, linear, read(f"{walk.names[k]}.{linear}.weight").float())
         for stream in quantized:
             stream.hidden = stream.run(layer, k)
         source.release(walk.names[k])
@@ -113,7 +114,7 @@ def test_a_walk_that_goes_on_writes_the_same(begin, written):
     expected = walked(begin())
     walk = begin()
     done = {name: t for found in expected[:written] for name, t in found.items()}
-    walk.source.quantized = served(done)
+    walk.source.quantized = served(walk.source, done)
     for k in range(written):
         walk.replay(walk.names[k], k)
     for k in range(written, 4):

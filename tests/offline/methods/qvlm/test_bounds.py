@@ -16,7 +16,7 @@ from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Hyperparameters, clip_groups, clipping, learn_bounds
-from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
+from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, states, widened
 from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint_table
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
 from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
@@ -55,7 +55,7 @@ def names(source) -> list[str]:
 def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
     (stream, *_) = capture(source, source.family.layers, data[0][:1], CPU)
     full = states(source, stream, CPU)
-    ranges = ranges_of([full])
+    ranges = widened([], full)
     moved = replace(stream, hidden=stream.hidden + 0.05 * torch.randn_like(stream.hidden))
     found = effect_of(source, moved, full[-1], ranges, 4, CPU)
 
@@ -148,7 +148,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_whole_objective(source, data):
     encoder, decoder = ((places[k] - full[k]).norm() / full[k].norm() for k in (0, -1))
     by_error = torch.autograd.grad(decoder, places[:-1], retain_graph=True)
     norms = torch.stack([gradient.norm() for gradient in by_error])
-    ranges = ranges_of([full])
+    ranges = widened([], full)
     entropy = sum(
         share * conditional_entropy(joint_table(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
         for k, share in enumerate(norms / norms.sum())
@@ -226,7 +226,7 @@ def test_a_batch_without_a_picture_teaches_nothing(source, data):
     silent = [torch.full_like(label, -100) for label in labels]
     for untaught in (([blank], [torch.zeros(1, 3)]), (batches, silent)):
         with pytest.raises(QuantizeError, match="both a picture and an answer"):
-            learn_bounds(source, *untaught, {}, CPU)
+            learn_bounds(source, *untaught, {}, CPU, Hyperparameters())
     own = {"a": Clipped([torch.ones(1).requires_grad_()], torch.empty)}
     assert (
         learn_bounds(source, [blank, batches[0]], [torch.zeros(1, 3), labels[0]], own, CPU, Hyperparameters(epochs=0))

@@ -8,8 +8,8 @@ import torch
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import MINMAX, MSE
+from vlmq_vllm.offline.methods.qvlm.blocks import search
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
-from vlmq_vllm.offline.methods.qvlm.search import search
 
 
 def multiplied(factors: list[list[float]]):
