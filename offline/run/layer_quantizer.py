@@ -153,6 +153,7 @@ class LayerQuantizer:
         found = scale(
             layer.module,
             layer.index,
+            self.source.family,
             stages,
             streams,
             token_weights,

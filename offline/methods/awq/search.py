@@ -28,6 +28,7 @@ from vlmq_vllm.offline.methods.awq.losses import Trial, candidate_losses
 from vlmq_vllm.offline.methods.awq.scalable import Scalable, find_scalable
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import GridSearch
+from vlmq_vllm.offline.model.families import Family
 from vlmq_vllm.offline.model.groups import Group
 from vlmq_vllm.offline.model.hooks import InputRounding
 from vlmq_vllm.offline.model.layers import linear_of, linears_of, set_parameter
@@ -66,6 +67,7 @@ class Scaling:
         self,
         layer: torch.nn.Module,
         index: int,
+        family: Family,
         stages: list[list[Group]],
         streams: list[Stream],
         token_weights: Mapping[str, list[torch.Tensor]],
@@ -90,10 +92,8 @@ class Scaling:
         changed: Changed = {}
         for stage in stages:
             ratios |= dict.fromkeys(linear for group in stage for linear in group)
-            found = self.ranks.first(find_scalable(layer, index, stage, probe) if probe else None) or []
-            found = [scalable for scalable in found if _all_quantised(scalable, formats)]
-            means = zip(found, self._means(layer, index, found, streams), strict=True)
-            reached = [(scalable, mean) for scalable, mean in means if mean is not None]
+            found = [one for one in find_scalable(layer, stage, family) if _all_quantised(one, formats)]
+            reached = self._means(layer, index, found, streams)
             if not reached:
                 continue
             trials = []
@@ -118,8 +118,8 @@ class Scaling:
 
     def _means(
         self, layer: torch.nn.Module, index: int, found: list[Scalable], streams: list[Stream]
-    ) -> list[torch.Tensor | None]:
-        """Mean |x| [R] float32 over all ranks' tokens of what each group reads; None where no token arrives."""
+    ) -> list[tuple[Scalable, torch.Tensor]]:
+        """Those groups that tokens reach, with the mean |x| [R] float32 over all ranks' tokens of what each reads."""
         sums = {}
         for scalable in found:
             linear = linear_of(layer, scalable.linears[0])
@@ -136,7 +136,8 @@ class Scaling:
             added = self.ranks.add(total).cpu()  # where index_add has an order
             mean = added.new_zeros(scalable.channels).index_add(0, scalable.channel, added[:-1] / added[-1])
             mean = (mean / torch.bincount(scalable.channel)).float().to(total.device)
-            means.append(mean if added[-1] > 0 else None)
+            if added[-1] > 0:
+                means.append((scalable, mean))
         return means
 
     def _check(self, layer: torch.nn.Module, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:

@@ -56,13 +56,8 @@ def _by_end(family: Family, linears: list[str]) -> dict[str, list[str]]:
     """The linears by the block whose output they are judged by, "attention" or "layer"."""
     ends: dict[str, list[str]] = {}
     for name in linears:
-        ends.setdefault("attention" if in_attention(family, name) else "layer", []).append(name)
+        ends.setdefault("attention" if family.in_attention(name) else "layer", []).append(name)
     return ends
-
-
-def in_attention(family: Family, name: str) -> bool:
-    """Whether the linear belongs to the attention module of a decoder layer."""
-    return name.startswith(family.attention + ".")
 
 
 def _ends(

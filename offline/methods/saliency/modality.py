@@ -19,7 +19,6 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.token_kinds import ANSWER, IGNORED, VISION, count_labels
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.answer_loss import backward
-from vlmq_vllm.offline.methods.saliency.gradient import in_attention
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.families import Family
@@ -77,7 +76,7 @@ def _both(labels: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
 
 def _modules(source: Source) -> list[str]:
     """The modules of a decoder layer whose outputs are those of o_proj and of down_proj, or of all experts together."""
-    names = [name for name in linears_of(source.layers()[0]) if not in_attention(source.family, name)]
+    names = [name for name in linears_of(source.layers()[0]) if not source.family.in_attention(name)]
     return [source.family.attention, names[0].partition(".")[0]]
 
 
@@ -113,7 +112,7 @@ class ModalityWeights:
         All linears of the attention have the same list, and so have all others.
         """
         lists = {part: self._weights(ratio, quantized) for part, ratio in self.ratios[index].items()}
-        part_of = {n: "attention" if in_attention(self.family, n) else "mlp" for n in linears_of(layer)}
+        part_of = {n: "attention" if self.family.in_attention(n) else "mlp" for n in linears_of(layer)}
         weights = {linear: lists[part] for linear, part in part_of.items() if not is_expert(linear)}
         return weights, {linear: "modality" if linear in weights else "equal" for linear in part_of}
 

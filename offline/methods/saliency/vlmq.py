@@ -4,7 +4,7 @@ import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.concentration import pooled_mean, pooled_median
-from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, in_attention, token_weights
+from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, token_weights
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.families import Family
@@ -20,7 +20,7 @@ def weighted_linears(family: Family, linears: list[str], scope: str) -> list[str
 
     Never an expert's: which tokens it sees changes when the attention before it is quantised.
     """
-    return [n for n in linears if in_attention(family, n) or (scope == "all" and not is_expert(n))]
+    return [n for n in linears if family.in_attention(n) or (scope == "all" and not is_expert(n))]
 
 
 class VLMQWeights:
