@@ -45,6 +45,7 @@ class Layer:
         return f"{self.name}.{inner}"
 
 
+@dataclass
 class LayerQuantizer:
     """Quantises layers in turn, with the streams before the next one; without streams weights are rounded as they come.
 
@@ -53,22 +54,18 @@ class LayerQuantizer:
     the settings say that layers are not calibrated in sequence.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        settings: Settings,
-        formats: dict[str, WeightFormat],
-        device: torch.device,
-        ranks: Ranks,
-        quantized: list[Stream],
-        full: list[Stream],
-        weigh: TokenWeigher | None = None,
-        scale: Scaling | None = None,
-    ) -> None:
-        self.source, self.settings, self.formats, self.device, self.ranks = source, settings, formats, device, ranks
-        self.quantized, self.full = quantized, full
-        self.weigh, self.scale = weigh, scale
-        self.solver = solver_of(settings)
+    source: Source
+    settings: Settings
+    formats: dict[str, WeightFormat]
+    device: torch.device
+    ranks: Ranks
+    quantized: list[Stream]
+    full: list[Stream]
+    weigh: TokenWeigher | None = None
+    scale: Scaling | None = None
+
+    def __post_init__(self) -> None:
+        self.solver = solver_of(self.settings)
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from vlmq_vllm.offline.methods.saliency.integrated_gradients import distance, input_of
+from vlmq_vllm.offline.methods.saliency.qig import distance, input_of
 from vlmq_vllm.offline.model.layers import weights_of
 
 

@@ -10,7 +10,7 @@ a run was stopped is searched once more from its beginning: the search is determ
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -34,6 +34,7 @@ from vlmq_vllm.offline.model.streams import Stream
 ENTROPY_BITS = 4  # the grid on which D is measured; the paper's lower width of activations
 
 
+@dataclass
 class BlockQuantizer:
     """The streams before a stack whose layers have the in-memory names `names`, in order.
 
@@ -41,25 +42,23 @@ class BlockQuantizer:
     depth 1); choices: what was searched, by the number of a block's first layer.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        names: Sequence[str],
-        format_of: FormatOf,
-        device: torch.device,
-        ranks: Ranks,
-        quantized: list[Stream],
-        full: list[Stream],
-        grid: GridSearch = MSE,
-        depth: int = DEPTH,
-        threshold: float | None = None,
-    ) -> None:
-        self.source, self.names, self.format_of, self.device, self.ranks = source, names, format_of, device, ranks
-        self.quantized, self.full, self.grid = quantized, full, grid
-        self.entropies = [0.0] * (len(names) - 1)
-        if depth > 1:
-            self.entropies = measure_entropies(source, names, full, ENTROPY_BITS, ranks, device)
-        self.blocks = find_blocks(self.entropies, depth, threshold)
+    source: Source
+    names: Sequence[str]
+    format_of: FormatOf
+    device: torch.device
+    ranks: Ranks
+    quantized: list[Stream]
+    full: list[Stream]
+    grid: GridSearch = MSE
+    depth: int = DEPTH
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        self.entropies = [0.0] * (len(self.names) - 1)
+        if self.depth > 1:
+            given = self.source, self.names, self.full, ENTROPY_BITS, self.ranks, self.device
+            self.entropies = measure_entropies(*given)
+        self.blocks = find_blocks(self.entropies, self.depth, self.threshold)
         self.choices: dict[int, BlockChoice] = {}
         self.passed = 0  # layers that the streams have passed
         self.results: dict[int, tuple[Tensors, list[Row]]] = {}

@@ -44,7 +44,9 @@ def modality_ratios(
     QuantizeError where no sample has both vision and answer tokens, or where answer tokens have no gradient.
     """
     ranks = ranks or Ranks(device)
-    both = [_both(label, kind) for label, kind in zip(labels, kinds, strict=True)]
+    both = [  # [B] each, whether a sample has vision tokens and labels
+        (kind == VISION).any(1) & (label[:, 1:] != IGNORED).any(1) for label, kind in zip(labels, kinds, strict=True)
+    ]
     labels = [label.where(rows[:, None], IGNORED) for label, rows in zip(labels, both, strict=True)]
     masks = [
         torch.stack([(kind == wanted) & rows[:, None] for wanted in (VISION, ANSWER)]).flatten(1).to(device)
@@ -67,11 +69,6 @@ def modality_ratios(
     vision, answer = (ranks.add(sums) / counts).unbind(-1)
     floored = [_floored(part.tolist()) for part in (vision / answer).unbind(1)]
     return [dict(zip(PARTS, ratios, strict=True)) for ratios in zip(*floored, strict=True)]
-
-
-def _both(labels: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """Whether each sample [B] has vision tokens and labels."""
-    return (kinds == VISION).any(1) & (labels[:, 1:] != IGNORED).any(1)
 
 
 def _modules(source: Source) -> list[str]:

@@ -17,7 +17,7 @@ from vlmq_vllm.offline.data.inputs import model_inputs
 from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.methods.gptq.moments import Moments
 from vlmq_vllm.offline.methods.gptq.solve import Solver, solve
-from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, token_weights
+from vlmq_vllm.offline.methods.saliency.vlmq import gradient_norms, token_weights
 from vlmq_vllm.offline.model import capture
 from vlmq_vllm.offline.model.families import FAMILIES
 from vlmq_vllm.offline.model.source import Source

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from coarse_rounding import completeness
-from vlmq_vllm.offline.methods.saliency.integrated_gradients import input_of, integrated_gradients
-from vlmq_vllm.offline.methods.saliency.qig import token_weights
+from vlmq_vllm.offline.methods.saliency.qig import input_of, integrated_gradients, token_weights
 from vlmq_vllm.offline.model.layers import holding, weights_of
 
 

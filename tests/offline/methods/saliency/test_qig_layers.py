@@ -12,8 +12,7 @@ from coarse_rounding import coarse, coarse_tokens, completeness
 from family_samples import CPU, make_samples, streams_of
 from vlmq_vllm.activations import round_tokens
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.saliency.integrated_gradients import input_of, integrated_gradients
-from vlmq_vllm.offline.methods.saliency.qig import QIGWeights, token_weights
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights, input_of, integrated_gradients, token_weights
 from vlmq_vllm.offline.model.groups import find_stages, inspected
 from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
 from vlmq_vllm.offline.model.layers import holding, linears_of, weights_of

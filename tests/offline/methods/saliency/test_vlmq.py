@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, Qwen2VLRotaryEmbedding
 
-from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, token_weights
+from vlmq_vllm.offline.methods.saliency.vlmq import gradient_norms, token_weights
 from vlmq_vllm.offline.model.families import FAMILIES
 from vlmq_vllm.offline.model.layers import holding, linears_of
 from vlmq_vllm.offline.model.streams import Stream
