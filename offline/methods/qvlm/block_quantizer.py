@@ -18,7 +18,6 @@ from vlmq_vllm.format import QuantizedWeight
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
 from vlmq_vllm.offline.methods.qvlm.blocks import (
-    DEPTH,
     BlockChoice,
     Hidden,
     find_blocks,
@@ -38,8 +37,8 @@ ENTROPY_BITS = 4  # the grid on which D is measured; the paper's lower width of 
 class BlockQuantizer:
     """The streams before a stack whose layers have the in-memory names `names`, in order.
 
-    quantized, full: U and F, one pair per batch. blocks: the partition; entropies: D in nats it rests on (none for
-    depth 1); choices: what was searched, by the number of a block's first layer.
+    quantized, full: U and F, one pair per batch. threshold: as in `find_blocks`. blocks: the partition; choices: what
+    was searched, by the number of a block's first layer.
     """
 
     source: Source
@@ -50,15 +49,11 @@ class BlockQuantizer:
     quantized: list[Stream]
     full: list[Stream]
     grid: GridSearch = MSE
-    depth: int = DEPTH
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        self.entropies = [0.0] * (len(self.names) - 1)
-        if self.depth > 1:
-            given = self.source, self.names, self.full, ENTROPY_BITS, self.ranks, self.device
-            self.entropies = measure_entropies(*given)
-        self.blocks = find_blocks(self.entropies, self.depth, self.threshold)
+        given = self.source, self.names, self.full, ENTROPY_BITS, self.ranks, self.device
+        self.blocks = find_blocks(measure_entropies(*given), threshold=self.threshold)
         self.choices: dict[int, BlockChoice] = {}
         self.passed = 0  # layers that the streams have passed
         self.results: dict[int, tuple[Tensors, list[Row]]] = {}

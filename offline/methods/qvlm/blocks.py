@@ -26,9 +26,9 @@ that it is never above that of greedy, and for a block of one layer the two are 
 
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 
@@ -40,7 +40,6 @@ from vlmq_vllm.offline.model.streams import Stream
 DEPTH = 3  # layers of a block at most
 SWEEPS = 3  # over the layers of a block; later ones change next to nothing
 Hidden = list[torch.Tensor]  # hidden states, one tensor per batch
-State = TypeVar("State")
 
 
 class SearchedLayer(Protocol):
@@ -100,18 +99,47 @@ def measure_entropies(
 def search_block(
     layers: Sequence[SearchedLayer], start: Hidden, candidates: int, ranks: Ranks, device: torch.device
 ) -> BlockChoice:
-    """The candidates of a block's layers, for its input `start` from the quantised layers before it. The full-precision
-    streams move past the block."""
+    """Choose for a block's layers among `candidates` each, by number; of equal ones the first. start: the block's input
+    from the quantised layers before it. The full-precision streams move past the block."""
     targets = [layer.full_outputs() for layer in layers]
+    states, chosen, least = [start], [], 0.0
+    for layer, target in zip(layers, targets, strict=True):
+        tried = []
+        for c in range(candidates):
+            layer.hold(c)
+            state = layer.run(states[-1])
+            tried.append(mean_square(state, target, ranks, device))
+            if tried.index(min(tried)) == c:
+                best, choice = state, c
+        states.append(best)
+        chosen.append(choice)
+        least = min(tried)
+    greedy, greedy_error = tuple(chosen), least
+    for _ in range(SWEEPS if len(layers) > 1 else 0):
+        before = least
+        for k in range(len(layers)):
+            old = chosen[k]
+            for c in range(candidates):
+                if c == old:
+                    continue
+                trial = [*chosen[:k], c, *chosen[k + 1 :]]
+                end = deque(_outputs(layers, trial, k, states[k]), maxlen=1)[0]
+                found = mean_square(end, targets[-1], ranks, device)
+                if found < least:
+                    least, chosen = found, trial
+            if chosen[k] != old:
+                states[k + 1 :] = _outputs(layers, chosen, k, states[k])
+        if least == before:
+            break
+    return BlockChoice(tuple(chosen), least, greedy, greedy_error)
 
-    def step(k: int, candidate: int, state: Hidden) -> Hidden:
-        layers[k].hold(candidate)
-        return layers[k].run(state)
 
-    def error(k: int, state: Hidden) -> float:
-        return mean_square(state, targets[k], ranks, device)
-
-    return search(len(layers), candidates, start, step, error)
+def _outputs(layers: Sequence[SearchedLayer], choices: list[int], first: int, state: Hidden) -> Iterator[Hidden]:
+    """The outputs of layers `first` and later, for the input `state` of the first."""
+    for layer, choice in zip(layers[first:], choices[first:], strict=True):
+        layer.hold(choice)
+        state = layer.run(state)
+        yield state
 
 
 def mean_square(state: Hidden, targets: Hidden, ranks: Ranks, device: torch.device) -> float:
@@ -121,52 +149,3 @@ def mean_square(state: Hidden, targets: Hidden, ranks: Ranks, device: torch.devi
         sums += torch.stack([(found - wanted).square().sum().double(), sums.new_tensor(float(wanted.numel()))])
     total, count = ranks.add(sums).tolist()
     return total / max(count, 1.0)
-
-
-def search(
-    depth: int,
-    candidates: int,
-    start: State,
-    step: Callable[[int, int, State], State],
-    error: Callable[[int, State], float],
-) -> BlockChoice:
-    """Choose for a block of `depth` layers among `candidates` each; of equal ones the first.
-
-    step(k, c, state): the output of the block's layer k with candidate c for the input `state`, which it leaves as it
-    is. error(k, state): how far an output of layer k is from what it should be.
-    """
-    states, chosen, least = [start], [], 0.0
-    for k in range(depth):
-        tried = []
-        for c in range(candidates):
-            state = step(k, c, states[k])
-            tried.append(error(k, state))
-            if tried.index(min(tried)) == c:
-                best, choice = state, c
-        states.append(best)
-        chosen.append(choice)
-        least = min(tried)
-    greedy, greedy_error = tuple(chosen), least
-    for _ in range(SWEEPS if depth > 1 else 0):
-        before = least
-        for k in range(depth):
-            old = chosen[k]
-            for c in range(candidates):
-                if c == old:
-                    continue
-                trial = [*chosen[:k], c, *chosen[k + 1 :]]
-                found = error(depth - 1, deque(_outputs(trial, k, states[k], step), maxlen=1)[0])
-                if found < least:
-                    least, chosen = found, trial
-            if chosen[k] != old:
-                states[k + 1 :] = _outputs(chosen, k, states[k], step)
-        if least == before:
-            break
-    return BlockChoice(tuple(chosen), least, greedy, greedy_error)
-
-
-def _outputs(choices: list[int], first: int, state: State, step: Callable[[int, int, State], State]) -> Iterator[State]:
-    """The outputs of layers `first` and later, for the input `state` of the first."""
-    for k in range(first, len(choices)):
-        state = step(k, choices[k], state)
-        yield state

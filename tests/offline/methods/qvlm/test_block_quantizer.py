@@ -33,13 +33,11 @@ def streams(demo_model, calibration):
 def begin(demo_model, streams):
     """A walk at its beginning, of a source of its own; with a threshold of 0 every run of neighbours is a block."""
 
-    def start(depth=3, threshold=0.0, formats=lambda name: FORMAT, **options) -> BlockQuantizer:
+    def start(threshold=0.0, formats=lambda name: FORMAT) -> BlockQuantizer:
         source = Source(demo_model)
         names = [f"{source.family.layers}.{i}" for i in range(len(source.layers()))]
         both = [[replace(stream) for stream in streams] for _ in range(2)]
-        return BlockQuantizer(
-            source, names, formats, CPU, Ranks(CPU), *both, depth=depth, threshold=threshold, **options
-        )
+        return BlockQuantizer(source, names, formats, CPU, Ranks(CPU), *both, threshold=threshold)
 
     return start
 
@@ -83,7 +81,7 @@ def error_after(walk: BlockQuantizer, streams, tensors, last: int) -> float:
 
 
 def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_written(begin, streams):
-    walk = begin(depth=3)
+    walk = begin()
     assert [(block.start, block.stop) for block in walk.blocks] == [(0, 3), (3, 4)]
     tensors = {name: t for found in walked(walk) for name, t in found.items()}
     assert len([name for name in tensors if name.endswith("weight_packed")]) == 4 * LINEARS
@@ -95,13 +93,13 @@ def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_wri
 
 
 def test_blocks_of_one_layer_are_greedy(begin):
-    walk = begin(depth=1)
-    assert walk.entropies == [0.0] * 3 and list(map(len, walk.blocks)) == [1] * 4
+    walk = begin(threshold=float("inf"))
+    assert list(map(len, walk.blocks)) == [1] * 4
     walked(walk)
     assert all(
         choice.joint == choice.greedy and choice.error == choice.greedy_error for choice in walk.choices.values()
     )
-    wide = begin(depth=3)
+    wide = begin()
     walked(wide)
     # greedy inside a block is what blocks of one layer do
     assert wide.choices[0].greedy == tuple(walk.choices[k].joint[0] for k in range(3))
@@ -130,7 +128,7 @@ def test_linears_without_a_format_stay_as_they_are(begin):
     def formats(name):
         return None if "down_proj" in name else eight if "q_proj" in name else FORMAT
 
-    walk = begin(depth=2, formats=formats)
+    walk = begin(formats=formats)
     tensors, rows = walk.layer(walk.names[0], 0)
     assert len(rows) == LINEARS - 1 and not any("down_proj" in name for name in tensors)
     (packed,) = [name for name in tensors if "q_proj" in name and name.endswith("packed")]
