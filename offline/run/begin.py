@@ -1,7 +1,6 @@
 """Chooses what quantises the decoder, tower or connector, and gives it activations, token weights and scaling."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -12,12 +11,11 @@ from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of
 from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockQuantizer
-from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
+from vlmq_vllm.offline.methods.qvlm.tower import learn_tower
 from vlmq_vllm.offline.methods.saliency.modality import ModalityWeights, modality_ratios
 from vlmq_vllm.offline.methods.saliency.qig import QIGWeights
 from vlmq_vllm.offline.methods.saliency.vlmq import VLMQWeights
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher
-from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import InputRounding
 from vlmq_vllm.offline.model.source import Source
@@ -25,21 +23,6 @@ from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import Unit
 from vlmq_vllm.offline.run.layer_quantizer import LayerQuantizer
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
-
-
-class Quantizer(Protocol):
-    """Quantises a stack of layers one after the other, with the activations that reach them."""
-
-    def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
-        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows.
-
-        last: nothing comes after it, so that activations need not move on.
-        """
-        ...
-
-    def replay(self, name: str, index: int) -> None:
-        """Move activations past a layer that has been quantised before."""
-        ...
 
 
 @dataclass
@@ -53,14 +36,15 @@ class Quantizers:
     ranks: Ranks
     samples: Samples
 
-    def begin(self, component: str, units: list[Unit], moved: bool) -> Quantizer:
+    def begin(self, component: str, units: list[Unit], moved: bool) -> LayerQuantizer | BlockQuantizer:
         """The quantiser of units that run one after the other. moved: what comes before them has been quantised."""
         stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}
         shared = self.source, self.settings, self.formats, self.device, self.ranks
         jointly = self.source, [unit.module for unit in units], self.formats.get, self.device, self.ranks
         grid, joint = grid_of(self.settings), self.settings.row.joint
         if joint and component == "vision":  # Q-VLM learns the tower's bounds and searches the decoder's
-            return TowerQuantizer(*jointly, self.samples.batches, self.samples.labels, grid)
+            learnt = learn_tower(*jointly, self.samples.batches, self.samples.labels, grid)
+            return LayerQuantizer(*shared, [], [], learnt=learnt)
         if joint and component == "connector":  # rounded to nearest
             return LayerQuantizer(*shared, [], [])
         quantized, full = self._streams(component, stack.get(component, units[0].module), moved)

@@ -6,7 +6,7 @@ summed after the stages before it have been replaced, unless a method does not c
 are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -50,7 +50,8 @@ class LayerQuantizer:
     """Quantises layers in turn, with the streams before the next one; without streams weights are rounded as they come.
 
     formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`methods/saliency/`).
-    scale: folds channel scales into a layer (`methods/awq/`). `quantized` moves on after the quantised layers, unless
+    scale: folds channel scales into a layer (`methods/awq/`). learnt: rounds a weight, by its linear's in-memory name,
+    where how to round was learnt beforehand (`methods/qvlm/`). `quantized` moves on after the quantised layers, unless
     the settings say that layers are not calibrated in sequence.
     """
 
@@ -63,13 +64,17 @@ class LayerQuantizer:
     full: list[Stream]
     weigh: TokenWeigher | None = None
     scale: Scaling | None = None
+    learnt: Callable[[str, torch.Tensor], QuantizedWeight] | None = None
 
     def __post_init__(self) -> None:
         self.solver = solver_of(self.settings)
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
-        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows."""
+        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows.
+
+        last: nothing comes after it, so that the streams need not move on.
+        """
         layer = self.layer_of(self.source.materialise(name, self.device), name, index)
         token_weights, tokens = self._weighed(layer)
         effective = {linear: effective_tokens(found, self.ranks) for linear, found in token_weights.items()}
@@ -202,5 +207,7 @@ class LayerQuantizer:
 
     def _nearest(self, layer: Layer, linear: str) -> QuantizedWeight:
         """A linear's weight rounded to nearest."""
-        weight, format = linear_of(layer.module, linear).weight, self.formats[layer.full(linear)]
-        return round_to_nearest(weight, format, self._dtype(layer, linear), grid_of(self.settings))
+        weight, name = linear_of(layer.module, linear).weight, layer.full(linear)
+        if self.learnt:
+            return self.learnt(name, weight)
+        return round_to_nearest(weight, self.formats[name], self._dtype(layer, linear), grid_of(self.settings))

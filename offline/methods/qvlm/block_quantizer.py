@@ -24,13 +24,14 @@ from vlmq_vllm.offline.methods.qvlm.blocks import (
     measure_entropies,
     search_block,
 )
-from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, FormatOf, Tensors, files_and_rows, ranges_in
+from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, FormatOf, ranges_in
 from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 
 ENTROPY_BITS = 4  # the grid on which D is measured; the paper's lower width of activations
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -132,7 +133,13 @@ class _SearchedLayer:
 
     def result(self, factor: float) -> tuple[Tensors, list[Row]]:
         """Tensors by their names in the files, and report rows."""
-        return files_and_rows(self.owner.source, self.name, self._on_ranges(factor))
+        tensors: Tensors = {}
+        rows = []
+        for linear, weight in self._on_ranges(factor).items():
+            module = self.owner.source.module_in_files(f"{self.name}.{linear}")
+            tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
+            rows.append(Row(module, None, None, 0, "equal", None))
+        return tensors, rows
 
     def _on_ranges(self, factor: float) -> dict[str, QuantizedWeight]:
         return {linear: ranges.rounded(self.originals[linear], factor) for linear, ranges in self.ranges.items()}

@@ -15,7 +15,6 @@ import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch, find_grid, on_grid
-from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
 
@@ -25,7 +24,6 @@ from vlmq_vllm.offline.model.source import Source
 FACTORS = (1.0, 0.9, 0.95, 1.05, 1.1, 1.2, 1.35)
 
 FormatOf = Callable[[str], WeightFormat | None]  # of a linear by its in-memory name; None where it stays as it is
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,3 @@ def ranges_in(
         if (format := format_of(full)) is not None:
             found[linear] = find_ranges(weight, format, source.stored_dtype(f"{full}.weight"), search)
     return found
-
-
-def files_and_rows(source: Source, name: str, weights: dict[str, QuantizedWeight]) -> tuple[Tensors, list[Row]]:
-    """Tensors by their names in the files, and report rows, of a layer's rounded weights by their linears."""
-    tensors: Tensors = {}
-    rows = []
-    for linear, weight in weights.items():
-        module = source.module_in_files(f"{name}.{linear}")
-        tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
-        rows.append(Row(module, None, None, 0, "equal", None))
-    return tensors, rows

@@ -19,7 +19,7 @@ from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Hyperparameters, clip
 from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, states, widened
 from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint_table
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
-from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
+from vlmq_vllm.offline.methods.qvlm.tower import learn_tower
 from vlmq_vllm.offline.methods.saliency import answer_loss
 from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import removing
@@ -234,21 +234,16 @@ def test_a_batch_without_a_picture_teaches_nothing(source, data):
     )
 
 
-def test_a_towers_walk_writes_what_was_learnt(source, data):
-    walk = TowerQuantizer(
-        source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
-    )
-    again = TowerQuantizer(
-        source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
-    )
-    for index, name in enumerate(names(source)):
-        tensors, rows = walk.layer(name, index)
-        other, _ = again.layer(name, index)
-        assert len(rows) == 4 and len(tensors) == 16
-        assert all(torch.equal(tensors[part], other[part]) for part in tensors)
-    module = source.module_in_files(f"{names(source)[3]}.mlp.fc2")
-    weight = source.parameter(f"{names(source)[3]}.mlp.fc2.weight").float()
-    plain = round_to_nearest(weight, FORMAT, torch.bfloat16).scale
-    assert not torch.equal(tensors[f"{module}.weight_scale"], plain)
-    # a rate of 0.005 and two batches move a factor by about 0.01 at most; bfloat16 adds 2^-8
-    torch.testing.assert_close(tensors[f"{module}.weight_scale"], plain, rtol=0.02, atol=0)
+def test_a_tower_is_rounded_as_was_learnt(source, data):
+    given = source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data
+    first, again = (learn_tower(*given, hyper=Hyperparameters(epochs=1)) for _ in range(2))
+    for name in names(source):
+        block = source.materialise(name, CPU)
+        for linear, weight in weights_of(block).items():
+            found, other = (rounded(f"{name}.{linear}", weight) for rounded in (first, again))
+            assert torch.equal(found.codes, other.codes) and torch.equal(found.scale, other.scale)
+            plain = round_to_nearest(weight, FORMAT, torch.bfloat16).scale
+            assert not torch.equal(found.scale, plain)
+            # a rate of 0.005 and two batches move a factor by about 0.01 at most; bfloat16 adds 2^-8
+            torch.testing.assert_close(found.scale, plain, rtol=0.02, atol=0)
+        source.release(name)
