@@ -27,6 +27,8 @@ BYTES = 1 << 30  # of inputs and outputs of inspected modules that are kept at o
 ERRORS = {"mae": torch.Tensor.abs, "mse": torch.Tensor.square}
 ErrorOf = Callable[[torch.Tensor], torch.Tensor]  # of every element, [.., d] to [.., d]
 WeightRounding = Callable[[str, torch.Tensor], torch.Tensor]  # by linear, a weight [O, I] as it will be served
+Call = tuple[tuple, dict, torch.Tensor]  # what a module was called with, and its output [.., d] float32
+Chunk = list[tuple[int, dict[str, Call]]]  # the number of a batch, and calls by module
 Under = Callable[[Scalable, torch.Tensor], AbstractContextManager]  # a group with scales [R], for a while
 
 
@@ -42,24 +44,6 @@ class Trial:
     def module(self) -> str:
         """The module that the group is inspected by."""
         return inspected(self.scalable.linears)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What a module was called with, and its output [.., d] float32."""
-
-    args: tuple
-    kwargs: dict
-    out: torch.Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Of the tensors."""
-        made = [part for part in (*self.args, *self.kwargs.values(), self.out) if isinstance(part, torch.Tensor)]
-        return sum(part.nbytes for part in made)
-
-
-Chunk = list[tuple[int, dict[str, _Call]]]  # the number of a batch, and calls by module
 
 
 @torch.no_grad()
@@ -90,10 +74,10 @@ def _tried(layer: torch.nn.Module, trial: Trial, chunk: Chunk, under: Under, err
     """One trial's row of `candidate_losses` for a chunk, [candidates + 1] float64."""
     module, kept = layer.get_submodule(trial.module), []
     for i, calls in chunk:
-        call = calls[trial.module]
-        ones = call.out.new_ones(call.out.shape[:-1].numel())
+        *_, out = call = calls[trial.module]
+        ones = out.new_ones(out.shape[:-1].numel())
         kept.append((call, trial.token_weights[i] if trial.token_weights else ones))
-    zero = torch.zeros((), dtype=torch.float64, device=kept[0][0].out.device)
+    zero = torch.zeros((), dtype=torch.float64, device=out.device)
     sums = []
     for scales in trial.candidates:
         with under(trial.scalable, scales):
@@ -101,9 +85,10 @@ def _tried(layer: torch.nn.Module, trial: Trial, chunk: Chunk, under: Under, err
     return torch.stack([*sums, sum((lam.sum(dtype=torch.float64) for _, lam in kept), start=zero)])
 
 
-def _error(module: torch.nn.Module, call: _Call, lam: torch.Tensor, error_of: ErrorOf) -> torch.Tensor:
+def _error(module: torch.nn.Module, call: Call, lam: torch.Tensor, error_of: ErrorOf) -> torch.Tensor:
     """The sum of lambda err over a call's N tokens, a float64 scalar. lam: lambda [N]."""
-    errors = error_of(hidden_of(module(*call.args, **call.kwargs)) - call.out).flatten(0, -2).mean(-1)
+    args, kwargs, out = call
+    errors = error_of(hidden_of(module(*args, **kwargs)) - out).flatten(0, -2).mean(-1)
     return (errors * lam).sum(dtype=torch.float64)
 
 
@@ -112,10 +97,11 @@ def _chunks(layer: torch.nn.Module, index: int, streams: list[Stream], modules: 
     chunk: Chunk = []
     size = 0
     for i, stream in enumerate(streams):
-        with noting(layer, modules, _Call) as calls:
+        with noting(layer, modules, lambda *call: call) as calls:
             stream.call(layer, index)
         chunk.append((i, calls))
-        size += sum(call.bytes for call in calls.values())
+        kept = (part for args, kwargs, out in calls.values() for part in (*args, *kwargs.values(), out))
+        size += sum(part.nbytes for part in kept if isinstance(part, torch.Tensor))
         if size >= BYTES or i + 1 == len(streams):
             yield chunk
             chunk.clear()  # the caller still holds the list

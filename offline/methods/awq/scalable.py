@@ -39,11 +39,6 @@ class Scalable:
     channel: torch.Tensor
     offset: float | None
 
-    @property
-    def channels(self) -> int:
-        """R."""
-        return int(self.channel.max()) + 1
-
 
 @torch.no_grad()
 def find_scalable(layer: torch.nn.Module, stage: list[Group], family: Family) -> list[Scalable]:

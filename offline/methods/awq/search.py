@@ -133,18 +133,15 @@ class Scaling:
             stream.inputs_of(layer, index, sums, visit)
         means = []
         for scalable, total in zip(found, sums.values(), strict=True):
-            added = self.ranks.add(total).cpu()  # where index_add has an order
-            mean = added.new_zeros(scalable.channels).index_add(0, scalable.channel, added[:-1] / added[-1])
-            mean = (mean / torch.bincount(scalable.channel)).float().to(total.device)
+            added = self.ranks.add(total).cpu()  # where bincount has an order
+            mean = torch.bincount(scalable.channel, added[:-1] / added[-1]) / torch.bincount(scalable.channel)
             if added[-1] > 0:
-                means.append((scalable, mean))
+                means.append((scalable, mean.float().to(total.device)))
         return means
 
     def _check(self, layer: torch.nn.Module, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
         """The layer's output [B, T, d] on the probe must be what it was before; all ranks raise if one of them must."""
-        error = 0.0
-        if probe is not None and before is not None:
-            error = moved(probe.hidden, before, probe.call(layer, index))
+        error = 0.0 if probe is None or before is None else moved(probe.hidden, before, probe.call(layer, index))
         if self.ranks.any(not error < PARITY):
             raise QuantizeError(
                 f"scaling layer {index} moved its output by {error:.1e} of what it adds to a token ({PARITY:.0e} at "
