@@ -4,7 +4,6 @@ Scales are rounded to the dtype in which they will be stored before anything is 
 solver sees is what is served.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,12 +56,11 @@ def find_grid(
     importance = importance if search.importance else None
     blocks = importance is not None and importance.ndim == 3
     rows = max(1, (BLOCKS_CHUNK if blocks else CHUNK) // weight.shape[1])
-    parts = weight.split(rows)
-    allowed: Sequence[torch.Tensor | None] = [None] * len(parts) if clipped is None else clipped.split(rows)
-    found = [
-        _grid_of_rows(part, format, dtype, search, importance, shrinks)
-        for part, shrinks in zip(parts, allowed, strict=True)
-    ]
+    found = []
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        shrinks = None if clipped is None else clipped[part]
+        found.append(_grid_of_rows(weight[part], format, dtype, search, importance, shrinks))
     scale = torch.cat([scale for scale, _ in found])
     return scale, None if format.symmetric else torch.cat([zero for _, zero in found])
 
