@@ -120,19 +120,14 @@ class VLMQWeights:
         else:
             norms = [gradient_norms(layer, index, self.family, f, q, linears) for f, q in pairs]
         means = self._means(norms, linears)
-        silent = [linear for linear in linears if means[linear] is None]
+        silent = [linear for linear in linears if linear not in means]
         found = {linear: "no signal" if linear in silent else "saliency" for linear in linears}
         if silent and options.saliency_fallback == "rtn":
             for stream, known in zip(quantized, norms, strict=True):
                 known |= gradient_norms(layer, index, self.family, stream, stream, silent, rounding)
             means |= self._means(norms, silent)
-            found |= {linear: "saliency of rounding" for linear in silent if means[linear] is not None}
-        weights = {
-            linear: self._token_weights([g[linear] for g in norms], mean)
-            for linear, mean in means.items()
-            if mean is not None
-        }
-        return weights, found
+            found |= {linear: "saliency of rounding" for linear in silent if linear in means}
+        return {linear: self._token_weights([g[linear] for g in norms], means[linear]) for linear in means}, found
 
     def _token_weights(self, norms: list[torch.Tensor], mean: float) -> list[torch.Tensor]:
         """Of one linear, from g [N] by batch, with mean 1; bounds are multiples of the median of the positive g."""
@@ -143,10 +138,7 @@ class VLMQWeights:
         scale = 1 / pooled_mean(weights, self.ranks)
         return [weight * scale for weight in weights]
 
-    def _means(self, norms: Norms, linears: list[str]) -> dict[str, float | None]:
-        """Mean of g over all ranks' tokens; None where all are zero or some are not finite."""
-        means: dict[str, float | None] = {}
-        for linear in linears:
-            mean = pooled_mean([g[linear] for g in norms], self.ranks)
-            means[linear] = mean if 0 < mean < float("inf") else None
-        return means
+    def _means(self, norms: Norms, linears: list[str]) -> dict[str, float]:
+        """Mean of g over all ranks' tokens, of linears where not all are zero and all are finite."""
+        means = {linear: pooled_mean([g[linear] for g in norms], self.ranks) for linear in linears}
+        return {linear: mean for linear, mean in means.items() if 0 < mean < float("inf")}
