@@ -105,10 +105,6 @@ class Source:
         """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
         return torch.float16 if self.headers[self.places[name].tensor].dtype == "F16" else torch.bfloat16
 
-    def restored(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A value for parameter `name` in the dtype that it has in the files."""
-        return value.to(DTYPES[self.headers[self.places[name].tensor].dtype])
-
     def module_in_files(self, name: str) -> str:
         """Name in the files of the linear whose in-memory name is `name`."""
         return self.places[f"{name}.weight"].module

@@ -24,7 +24,7 @@ from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
 from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
 from vlmq_vllm.offline.model.layers import holding, linear_of, linears_of, put, with_parameters
-from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.source import DTYPES, Source
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -164,8 +164,8 @@ class LayerQuantizer:
         )
         tensors = {}
         for inner, value in found.changed.items():
-            full = layer.full(inner)
-            tensors[self.source.places[full].tensor] = self.source.restored(full, value)
+            tensor = self.source.places[layer.full(inner)].tensor
+            tensors[tensor] = value.to(DTYPES[self.source.headers[tensor].dtype])
         return found.ratios, tensors
 
     def solve(self, layer: Layer, stage: list[Group], token_weights: Weights) -> Iterator[tuple[str, Solution]]:
