@@ -84,7 +84,7 @@ def learnt(
     losses = learn_bounds(source, *data, clipped, CPU, hyper)
     for name, own in clipped.items():
         tower.weights[name], tower.rounders[name] = own.weight().detach(), own.inputs
-    return [asdict(loss) for loss in losses]
+    return [loss._asdict() for loss in losses]
 
 
 def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, hyper: Hyperparameters) -> dict:
@@ -100,8 +100,7 @@ def measure(judge: Judge, pool: Path, bits: int, name: str, seed: int, hyper: Hy
     if name.endswith(", vision"):
         losses = learnt(source, blocks, bits, tower, (batches, labels), hyper)
     full = capture(source, family.layers, batches, CPU)
-    by_file = {source.module_in_files(linear): weight for linear, weight in tower.weights.items()}
-    source.quantized = by_file.get
+    source.quantized = {f"{linear}.weight": weight for linear, weight in tower.weights.items()}.get
     with removing(rounding(source.model, tower.rounders)):
         quantized = capture(source, family.layers, batches, CPU, quantized=True)
     decoder = search_stack(source, layers, bits, False, quantized, full, CPU, **how)

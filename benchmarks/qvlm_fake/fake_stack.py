@@ -25,8 +25,14 @@ from benchmarks.qvlm_fake.fake import (
 )
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH, Hidden, find_blocks, measure_entropies, search_block
-from vlmq_vllm.offline.methods.qvlm.search import BlockChoice
+from vlmq_vllm.offline.methods.qvlm.blocks import (
+    DEPTH,
+    BlockChoice,
+    Hidden,
+    find_blocks,
+    measure_entropies,
+    search_block,
+)
 from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source

@@ -4,7 +4,6 @@ Scales are rounded to the dtype in which they will be stored before anything is 
 solver sees is what is served.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,19 +56,18 @@ def find_grid(
     importance = importance if search.importance else None
     blocks = importance is not None and importance.ndim == 3
     rows = max(1, (BLOCKS_CHUNK if blocks else CHUNK) // weight.shape[1])
-    parts = weight.split(rows)
-    allowed: Sequence[torch.Tensor | None] = [None] * len(parts) if clipped is None else clipped.split(rows)
-    found = [
-        _grid_of_rows(part, format, dtype, search, importance, shrinks)
-        for part, shrinks in zip(parts, allowed, strict=True)
-    ]
+    found = []
+    for first in range(0, len(weight), rows):
+        part = slice(first, first + rows)
+        shrinks = None if clipped is None else clipped[part]
+        found.append(_grid_of_rows(weight[part], format, dtype, search, importance, shrinks))
     scale = torch.cat([scale for scale, _ in found])
     return scale, None if format.symmetric else torch.cat([zero for _, zero in found])
 
 
 def blocks_of(h: torch.Tensor, format: WeightFormat) -> torch.Tensor:
     """The diagonal blocks [G, w, w] of H [I, I], one for every group; a last group that is shorter ends in zeros."""
-    width = _width(format, len(h))
+    width = min(format.width(len(h)), len(h))
     if width == len(h):
         return h[None]
     blocks = h.new_zeros(format.groups(len(h)), width, width)
@@ -94,11 +92,6 @@ def on_grid(
     return QuantizedWeight(format, codes, scale, zero)
 
 
-def _width(format: WeightFormat, columns: int) -> int:
-    """Columns of a group."""
-    return min(format.width(columns), columns)
-
-
 def _grid_of_rows(
     weight: torch.Tensor,
     format: WeightFormat,
@@ -108,9 +101,10 @@ def _grid_of_rows(
     clipped: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`find_grid` for a few rows, with a zero point [O, G] uint8 for symmetric weights as well."""
-    groups, width = format.groups(weight.shape[1]), _width(format, weight.shape[1])
+    columns = weight.shape[1]
+    groups, width = format.groups(columns), min(format.width(columns), columns)
     # the zeros that fill up the last group lie on every grid: they change neither range nor error
-    padding = (0, groups * width - weight.shape[1])
+    padding = (0, groups * width - columns)
     grouped = torch.nn.functional.pad(weight, padding).unflatten(1, (groups, width))
     if importance is not None and importance.ndim == 1:
         importance = torch.nn.functional.pad(importance, padding).unflatten(0, (groups, width))

@@ -1,6 +1,6 @@
 """A solved weight with what is said of it: its way between processes, and its row in the report of a run."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,14 +78,3 @@ class Row:
     base: str | None
     scaling: float | None = None
     effective_tokens: float | None = None
-
-
-def files_and_rows(weights: Iterable[tuple[str, QuantizedWeight]]) -> tuple[dict[str, torch.Tensor], list[Row]]:
-    """Tensors by their names in the files, and report rows, of weights (by their linears' names in the files) that were
-    rounded on grids found without a solver."""
-    tensors: dict[str, torch.Tensor] = {}
-    rows = []
-    for module, weight in weights:
-        tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
-        rows.append(Row(module, None, None, 0, "equal", None))
-    return tensors, rows

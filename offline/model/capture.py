@@ -6,15 +6,15 @@ their arguments and answer with zeros, so that whatever reaches the next one is 
 `check_replay` proves on one batch that layer after layer on these inputs is what the real forward gives.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
+from vlmq_vllm.offline.model.hooks import removing, replacing, rounding_inputs
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stop, Stream, hidden_of
 
@@ -114,21 +114,9 @@ def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stre
 
     at_decoder = stack == source.family.layers
     handles = [] if at_decoder else [source.layers()[0].register_forward_pre_hook(stop)]
-    with suppress(Stop), removing(handles), _replaced({layer: stub(i, layer) for i, layer in enumerate(layers)}):
+    with suppress(Stop), removing(handles), replacing({layer: stub(i, layer) for i, layer in enumerate(layers)}):
         source.model(**_to(batch, device), use_cache=False)
     return found[0] if found else None
-
-
-@contextmanager
-def _replaced(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
-    """Other forward functions for these modules."""
-    for module, forward in forwards.items():
-        module.forward = forward
-    try:
-        yield
-    finally:
-        for module in forwards:
-            del module.forward
 
 
 def _to(batch: dict, device: torch.device) -> dict:

@@ -42,12 +42,6 @@ def is_expert(linear: str) -> bool:
     return re.search(r"\.\d+\.(gate|up|down)_proj$", linear) is not None
 
 
-def is_fused(module: nn.Module) -> bool:
-    """Whether `module` is one of transformers' fused expert modules."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return set(parameters) == {"gate_up_proj", "down_proj"} and all(p.ndim == 3 for p in parameters.values())
-
-
 def unfuse(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Put `Experts` in the place of every fused module of `model` (on meta); their names with (experts, inner size).
 
@@ -55,7 +49,8 @@ def unfuse(model: nn.Module) -> dict[str, tuple[int, int]]:
     """
     found = {}
     for name, module in list(model.named_modules()):
-        if is_fused(module):
+        own = dict(module.named_parameters(recurse=False))
+        if set(own) == {"gate_up_proj", "down_proj"} and all(parameter.ndim == 3 for parameter in own.values()):
             count, hidden, inner = module.down_proj.shape
             with torch.device("meta"):
                 experts = Experts(Expert(hidden, inner, module.act_fn) for _ in range(count))

@@ -28,6 +28,10 @@ class Family:
     attention: str = "self_attn"
     attention_end: str = "post_attention_layernorm"
 
+    def in_attention(self, linear: str) -> bool:
+        """Whether a linear, by its name in a decoder layer, belongs to the attention module."""
+        return linear.startswith(f"{self.attention}.")
+
 
 QWEN2 = Family(
     layers="model.language_model.layers",

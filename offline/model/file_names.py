@@ -32,19 +32,18 @@ class StoredParameter:
         """The parameter from an open safetensors file; of a fused tensor only its part."""
         if self.expert is None:
             return file.get_tensor(self.tensor)
-        fused = file.get_slice(self.tensor)
-        rows = slice(self.start, self.stop)
-        if self.transposed:
-            return fused[self.expert, :, rows].squeeze(0).T.contiguous()
-        return fused[self.expert, rows].squeeze(0)
+        value = file.get_slice(self.tensor)[self._part].squeeze(0)
+        return value.T.contiguous() if self.transposed else value
 
     def put(self, fused: torch.Tensor, value: torch.Tensor) -> None:
         """Write the parameter to its part of a fused tensor."""
+        fused[self._part] = value.T if self.transposed else value
+
+    @property
+    def _part(self) -> tuple:
+        """The index of the parameter in the fused tensor."""
         rows = slice(self.start, self.stop)
-        if self.transposed:
-            fused[self.expert, :, rows] = value.T
-        else:
-            fused[self.expert, rows] = value
+        return (self.expert, slice(None), rows) if self.transposed else (self.expert, rows)
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
         """The parameter's shape by that of the stored tensor."""

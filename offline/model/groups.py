@@ -11,9 +11,8 @@ from itertools import groupby, takewhile
 
 import torch
 
-from vlmq_vllm.offline.model.hooks import removing
 from vlmq_vllm.offline.model.layers import linears_of
-from vlmq_vllm.offline.model.streams import Stream
+from vlmq_vllm.offline.model.streams import Stream, noting
 
 Group = tuple[str, ...]
 
@@ -21,19 +20,14 @@ Group = tuple[str, ...]
 @torch.no_grad()
 def find_stages(layer: torch.nn.Module, index: int, stream: Stream) -> list[list[Group]]:
     """The stages of layer `index` in the order in which they run. Raises RuntimeError for a linear that does not."""
-    order: list[tuple[str, torch.Tensor]] = []
     names = linears_of(layer)
-    handles = [
-        layer.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: order.append((name, args[0])))
-        for name in names
-    ]
-    with removing(handles):
+    with noting(layer, names, lambda args, kwargs, out: args[0]) as inputs:
         replace(stream, rounded=frozenset()).call(layer, index)  # rounding would make a tensor of each reader's own
-    if idle := set(names) - {name for name, _ in order}:
+    if idle := set(names) - inputs.keys():
         raise RuntimeError(f"{sorted(idle)[0]} takes no part in the forward pass of its layer")
     stages: dict[tuple[str, ...], list[Group]] = {}
-    for _, run in groupby(order, key=lambda one: id(one[1])):  # readers of one tensor run one after the other
-        group = tuple(name for name, _ in run)
+    for _, run in groupby(inputs, key=lambda name: id(inputs[name])):  # readers of one tensor run one after the other
+        group = tuple(run)
         stages.setdefault(tuple(re.sub(r"\.\d+\.", ".*.", name) for name in group), []).append(group)
     return list(stages.values())
 

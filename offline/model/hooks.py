@@ -1,4 +1,4 @@
-"""Puts hooks on modules for a while, such as rounding a linear's inputs as they will be when the model is served."""
+"""Changes what modules do for a while, such as rounding a linear's inputs as they will be when the model is served."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,3 +32,15 @@ def removing(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replacing(forwards: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Other forward functions for these modules."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward

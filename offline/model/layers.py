@@ -28,11 +28,6 @@ def weights_of(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: linear.weight for name, linear in named_linears(layer).items()}
 
 
-def parameters_of(layer: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """All parameters of a layer by their names in it, as they are now."""
-    return dict(layer.named_parameters())
-
-
 def is_clipped(linear: str) -> bool:
     """Whether AWQ's search for clipped ranges is for this linear: not for q and k, whose outputs meet in a product, and
     with them not for a tower's fused `qkv`, as AWQ's code leaves out its `Wqkv`."""

@@ -32,9 +32,8 @@ RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memo
 class Source:
     """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row.
 
-    `quantized`: gives the dequantised weight that replaces a linear's (by its name in the files), or None. `written`:
-    gives the parameters of a module that has been quantised, by their names in it. Both are set once there is a
-    checkpoint in the making.
+    `quantized`: gives a parameter (by its in-memory name) as it has been written, a linear's weight dequantised, or
+    None; set once there is a checkpoint in the making.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,8 +44,7 @@ class Source:
         self.model = build_skeleton(folder)
         self.parsed: Any = self.model.config  # config.json as transformers reads it, defaults added
         self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
-        self.quantized: Callable[[str], torch.Tensor | None] = lambda module: None
-        self.written: Callable[[str], dict[str, torch.Tensor]] = lambda module: {}
+        self.quantized: Callable[[str], torch.Tensor | None] = lambda name: None
         self.rotation: Rotation | None = None
         self.tied: dict[str, str] = {}  # tensors that a rotation adds -> those in the files that they are made from
         self.parameters_of: dict[str, list[str]] = {}  # of each tensor in the files, once there is a rotation
@@ -107,25 +105,16 @@ class Source:
         """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
         return torch.float16 if self.headers[self.places[name].tensor].dtype == "F16" else torch.bfloat16
 
-    def restored(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """A value for parameter `name` in the dtype that it has in the files."""
-        return value.to(DTYPES[self.headers[self.places[name].tensor].dtype])
-
     def module_in_files(self, name: str) -> str:
         """Name in the files of the linear whose in-memory name is `name`."""
         return self.places[f"{name}.weight"].module
 
     def materialise(
-        self,
-        name: str,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        quantized: bool = False,
-        without: str = "",
+        self, name: str, device: torch.device, quantized: bool = False, without: str = ""
     ) -> torch.nn.Module:
-        """Load the weights of module `name` (in-memory name) as frozen parameters of `dtype`.
+        """Load the weights of module `name` (in-memory name) as frozen parameters, float32.
 
-        quantized: take the linears that have been quantised already in their dequantised form.
+        quantized: take what has been quantised already as it has been written.
         without: the name of a module inside it that is left out.
         """
         module = self.model.get_submodule(name)
@@ -133,14 +122,22 @@ class Source:
             full = f"{name}.{inner}"
             if without and full.startswith(without + "."):
                 continue
-            replaced = self.quantized(self.places[full].module) if quantized and inner.endswith("weight") else None
+            replaced = self.quantized(full) if quantized else None
             value = self.parameter(full) if replaced is None else replaced
             if not torch.isfinite(value).all():
                 found = self.places[full].tensor
                 raise QuantizeError(f"{found} holds NaN or infinity; a model with such weights cannot be quantised")
-            set_parameter(module, inner, value.to(device, dtype))
+            set_parameter(module, inner, value.to(device, torch.float32))
         move_buffers(module, device)
         return module
+
+    @contextmanager
+    def loaded(self, name: str, device: torch.device, quantized: bool = False) -> Iterator[torch.nn.Module]:
+        """Module `name` with its weights, for a while; as `materialise` gives it."""
+        try:
+            yield self.materialise(name, device, quantized=quantized)
+        finally:
+            self.release(name)
 
     def release(self, name: str) -> None:
         """Drop the weights of module `name` again."""

@@ -3,13 +3,18 @@
 What every layer is called with was caught from the model's own forward pass (`capture.py`).
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
+
+Call = tuple[tuple, dict]  # args and kwargs of a module
+Note = TypeVar("Note")
 
 
 class Stop(Exception):
@@ -26,7 +31,7 @@ class Stream:
     """
 
     hidden: torch.Tensor
-    calls: list[tuple[tuple, dict]]
+    calls: list[Call]
     terms: dict[int, torch.Tensor] = field(default_factory=dict)
     rounded: frozenset[torch.nn.Module] = frozenset()
 
@@ -60,19 +65,42 @@ class Stream:
         with suppress(Stop), removing(handles):
             self.call(layer, index)
 
-    def until(self, layer: torch.nn.Module, index: int, name: str) -> torch.Tensor:
-        """The input of the layer's module `name`; the layer runs no further. Gradients flow."""
-        caught: list[torch.Tensor] = []
+    def call_of(self, layer: torch.nn.Module, index: int, name: str) -> Call:
+        """With what the layer calls its module `name`; the layer runs no further. Gradients flow.
 
-        def hook(module: torch.nn.Module, inputs: tuple) -> None:
-            caught.append(inputs[0])
+        Positions and masks are the model's own. A linear's input is as it comes: not rounded, even where the stream
+        rounds those of other linears.
+        """
+        caught: list[Call] = []
+        asked = layer.get_submodule(name)
+
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            caught.append((args, kwargs))
             raise Stop
 
-        with suppress(Stop), removing([layer.get_submodule(name).register_forward_pre_hook(hook)]):
-            self.call(layer, index)
+        with suppress(Stop), removing([asked.register_forward_pre_hook(hook, with_kwargs=True)]):
+            replace(self, rounded=self.rounded - {asked}).call(layer, index)
         return caught[0]
 
 
 def hidden_of(out: torch.Tensor | tuple) -> torch.Tensor:
     """The hidden states among what a layer returns."""
     return out[0] if isinstance(out, tuple) else out
+
+
+@contextmanager
+def noting(
+    layer: torch.nn.Module, names: Iterable[str], note: Callable[[tuple, dict, torch.Tensor], Note]
+) -> Iterator[dict[str, Note]]:
+    """While it runs, note(args, kwargs, output) of each of the layer's modules `names`, in the order in which they end;
+    of one that runs twice the latter."""
+    notes: dict[str, Note] = {}
+
+    def hooked(name: str) -> RemovableHandle:
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict, out: torch.Tensor | tuple) -> None:
+            notes[name] = note(args, kwargs, hidden_of(out))
+
+        return layer.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+
+    with removing([hooked(name) for name in names]):
+        yield notes

@@ -71,12 +71,17 @@ def find_targets(source: Source, settings: Settings, units: list[Unit]) -> list[
     _check_overrides(source, settings)
     targets = []
     for unit in units:
-        for name, linear in _named_linears(source, unit).items():
+        for name, linear in _linears_in(source, unit.module).items():
             module = source.module_in_files(name)
             format = settings.format_for(unit.component, module)
             if format is not None:
                 rows, columns = linear.weight.shape
-                _check_served(source, settings, unit, name, (rows, columns), format)
+                reason = why_unserved(name, (rows, columns), source.config)
+                if reason and not settings.force:
+                    raise RefusedError(
+                        f"{name} {[rows, columns]} cannot be served at {format.bits} bits: {reason}; "
+                        f"use --{unit.component}-bits {KEPT}, or --force to write it all the same"
+                    )
                 targets.append(Target(name, module, unit.component, rows, columns, format))
     if settings.modules and not targets:
         raise RefusedError(f"nothing is left to quantise: the overrides (modules) leave every linear at {KEPT} bits")
@@ -148,20 +153,17 @@ def _blocks_used(config: dict, count: int) -> int:
     return max(layer if layer >= 0 else count + 1 + layer for layer in layers)
 
 
-def _connectors(source: Source, root: str) -> Iterator[str]:
-    """The modules that are called one by one: those of a list, or the module itself."""
+def _called(source: Source, root: str) -> list[str]:
+    """A connector's modules that are called one by one: those of a list, or the module itself."""
     module = source.model.get_submodule(root)
-    if isinstance(module, torch.nn.ModuleList):
-        yield from (f"{root}.{i}" for i in range(len(module)))
-    else:
-        yield root
+    return [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]
 
 
 def _modules(source: Source, component: str) -> list[str]:
     """In-memory names of a component's modules that are quantised one after the other."""
     family = source.family
     if component == "connector":
-        return [name for root in family.connectors for name in _connectors(source, root)]
+        return [name for root in family.connectors for name in _called(source, root)]
     stack = {"vision": family.blocks, "language": family.layers}[component]
     count = len(source.stack(stack))
     count = min(count, _blocks_used(source.config, count)) if component == "vision" else count
@@ -170,8 +172,8 @@ def _modules(source: Source, component: str) -> list[str]:
 
 def _names(source: Source, component: str) -> list[str]:
     """Names in the files of a component's linears."""
-    units = [Unit("", component, module, 0) for module in _modules(source, component)]
-    return [source.module_in_files(name) for unit in units for name in _named_linears(source, unit)]
+    modules = _modules(source, component)
+    return [source.module_in_files(name) for module in modules for name in _linears_in(source, module)]
 
 
 def _check_overrides(source: Source, settings: Settings) -> None:
@@ -186,9 +188,10 @@ def _check_overrides(source: Source, settings: Settings) -> None:
                 )
 
 
-def _named_linears(source: Source, unit: Unit) -> dict[str, torch.nn.Linear]:
-    linears = named_linears(source.model.get_submodule(unit.module))
-    return {f"{unit.module}.{name}": linear for name, linear in linears.items()}
+def _linears_in(source: Source, module: str) -> dict[str, torch.nn.Linear]:
+    """The linears of a module, all by in-memory names."""
+    linears = named_linears(source.model.get_submodule(module))
+    return {f"{module}.{name}": linear for name, linear in linears.items()}
 
 
 def _check_experts(source: Source, settings: Settings, targets: list[Target]) -> None:
@@ -211,15 +214,3 @@ def _check_experts(source: Source, settings: Settings, targets: list[Target]) ->
                 f"modules: {experts} would have several formats for {'down' if down else 'gate and up'}; all experts "
                 "of a layer are served in one, give a pattern that names them all"
             )
-
-
-def _check_served(
-    source: Source, settings: Settings, unit: Unit, name: str, shape: tuple[int, int], format: WeightFormat
-) -> None:
-    reason = why_unserved(name, shape, source.config)
-    if reason and not settings.force:
-        option = f"--{unit.component}-bits {KEPT}"
-        raise RefusedError(
-            f"{name} {list(shape)} cannot be served at {format.bits} bits: {reason}; "
-            f"use {option}, or --force to write it all the same"
-        )

@@ -1,8 +1,6 @@
 """Chooses what quantises the decoder, tower or connector, and gives it activations, token weights and scaling."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -13,12 +11,11 @@ from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of
 from vlmq_vllm.offline.methods.qvlm.block_quantizer import BlockQuantizer
-from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
+from vlmq_vllm.offline.methods.qvlm.tower import learn_tower
 from vlmq_vllm.offline.methods.saliency.modality import ModalityWeights, modality_ratios
 from vlmq_vllm.offline.methods.saliency.qig import QIGWeights
 from vlmq_vllm.offline.methods.saliency.vlmq import VLMQWeights
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher
-from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import InputRounding
 from vlmq_vllm.offline.model.source import Source
@@ -26,21 +23,6 @@ from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.model.targets import Unit
 from vlmq_vllm.offline.run.layer_quantizer import LayerQuantizer
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
-
-
-class Quantizer(Protocol):
-    """Quantises a stack of layers one after the other, with the activations that reach them."""
-
-    def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
-        """Quantise layer `index` (in-memory name `name`): tensors by their names in the files, and report rows.
-
-        last: nothing comes after it, so that activations need not move on.
-        """
-        ...
-
-    def replay(self, name: str, index: int) -> None:
-        """Move activations past a layer that has been quantised before."""
-        ...
 
 
 @dataclass
@@ -54,35 +36,26 @@ class Quantizers:
     ranks: Ranks
     samples: Samples
 
-    def begin(self, component: str, stack: str, units: list[Unit], moved: bool) -> Quantizer:
-        """The quantiser of `stack`, whose modules are `units`. moved: what comes before it has been quantised."""
-        if self.settings.row.joint:
-            return self._jointly(component, stack, [unit.module for unit in units], moved)
-        quantized, full = self._streams(component, stack, moved)
+    def begin(self, component: str, units: list[Unit], moved: bool) -> LayerQuantizer | BlockQuantizer:
+        """The quantiser of units that run one after the other. moved: what comes before them has been quantised."""
+        stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}
+        shared = self.source, self.settings, self.formats, self.device, self.ranks
+        jointly = self.source, [unit.module for unit in units], self.formats.get, self.device, self.ranks
+        grid, joint = grid_of(self.settings), self.settings.row.joint
+        if joint and component == "vision":  # Q-VLM learns the tower's bounds and searches the decoder's
+            learnt = learn_tower(*jointly, self.samples.batches, self.samples.labels, grid)
+            return LayerQuantizer(*shared, [], [], learnt=learnt)
+        if joint and component == "connector":  # rounded to nearest
+            return LayerQuantizer(*shared, [], [])
+        quantized, full = self._streams(component, stack.get(component, units[0].module), moved)
+        if joint:
+            return BlockQuantizer(*jointly, quantized, full, grid)
         weigh = scale = None
         if component == "language" and quantized:
-            weigh, scale = self._weigher(full or quantized), self._scaling()
-        return self._by_layer(quantized, full, weigh, scale)
-
-    def _by_layer(
-        self,
-        quantized: list[Stream],
-        full: list[Stream],
-        weigh: TokenWeigher | None = None,
-        scale: Scaling | None = None,
-    ) -> Quantizer:
-        return LayerQuantizer(
-            self.source, self.settings, self.formats, self.device, self.ranks, quantized, full, weigh, scale
-        )
-
-    def _jointly(self, component: str, stack: str, names: list[str], moved: bool) -> Quantizer:
-        """Q-VLM's: the tower's bounds are learnt, the decoder's searched; a connector is rounded to nearest."""
-        shared = self.source, names, self.formats.get, self.device, self.ranks
-        if component == "vision":
-            return TowerQuantizer(*shared, self.samples.batches, self.samples.labels, grid_of(self.settings))
-        if component == "connector":
-            return self._by_layer([], [])
-        return BlockQuantizer(*shared, *self._streams(component, stack, moved), grid_of(self.settings))
+            weigh = self._weigher(full or quantized)
+            if self.settings.row.scales_channels:
+                scale = Scaling(grid, self.ranks, self.settings.scale_loss, self._rounded_inputs())
+        return LayerQuantizer(*shared, quantized, full, weigh, scale)
 
     def _streams(self, component: str, stack: str, moved: bool) -> tuple[list[Stream], list[Stream]]:
         """U after all that has been quantised before the stack, and where a method needs it F after originals."""
@@ -104,26 +77,17 @@ class Quantizers:
 
     def _weigher(self, streams: list[Stream]) -> TokenWeigher | None:
         """What weighs the decoder's tokens. streams: before its first layer."""
-        begin: dict[str, Callable[[list[Stream]], TokenWeigher | None]] = {
-            "none": lambda streams: None,
-            "vlmq": lambda streams: VLMQWeights(self.source.family, self.settings, self.ranks),
-            "qig": lambda streams: QIGWeights(self.ranks, self._rounded_inputs()),
-            "modality": self._by_modality,
-        }
-        return begin[self.settings.saliency](streams)
-
-    def _by_modality(self, streams: list[Stream]) -> TokenWeigher:
-        source, labels, kinds = self.source, self.samples.labels, self.samples.kinds
-        streams = [replace(stream, rounded=frozenset()) for stream in streams]
-        ratios = modality_ratios(source, streams, labels, kinds, self.device, self.ranks)
-        return ModalityWeights(source.family, ratios, kinds)
-
-    def _scaling(self) -> Scaling | None:
-        """What scales the decoder's channels."""
-        options = self.settings
-        if not options.row.scales_channels:
-            return None
-        return Scaling(grid_of(options), self.ranks, options.scale_loss, self._rounded_inputs())
+        source, samples = self.source, self.samples
+        match self.settings.saliency:
+            case "vlmq":
+                return VLMQWeights(source.family, self.settings, self.ranks)
+            case "qig":
+                return QIGWeights(self.ranks, self._rounded_inputs())
+            case "modality":
+                streams = [replace(stream, rounded=frozenset()) for stream in streams]
+                ratios = modality_ratios(source, streams, samples.labels, samples.kinds, self.device, self.ranks)
+                return ModalityWeights(source.family, ratios, samples.kinds)
+        return None
 
     def _rounded_inputs(self) -> InputRounding | None:
         """What 8-bit activations do to what a linear reads."""

@@ -6,7 +6,7 @@ summed after the stages before it have been replaced, unless a method does not c
 are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -23,16 +23,8 @@ from vlmq_vllm.offline.methods.saliency.concentration import effective_tokens
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
 from vlmq_vllm.offline.methods.solution import Row, Solution
 from vlmq_vllm.offline.model.groups import Group, find_stages
-from vlmq_vllm.offline.model.layers import (
-    holding,
-    linear_of,
-    linears_of,
-    parameters_of,
-    put,
-    set_parameter,
-    with_parameters,
-)
-from vlmq_vllm.offline.model.source import Source
+from vlmq_vllm.offline.model.layers import holding, linear_of, linears_of, put, with_parameters
+from vlmq_vllm.offline.model.source import DTYPES, Source
 from vlmq_vllm.offline.model.streams import Stream
 from vlmq_vllm.offline.settings.quantize import Settings
 
@@ -53,30 +45,29 @@ class Layer:
         return f"{self.name}.{inner}"
 
 
+@dataclass
 class LayerQuantizer:
     """Quantises layers in turn, with the streams before the next one; without streams weights are rounded as they come.
 
     formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`methods/saliency/`).
-    scale: folds channel scales into a layer (`methods/awq/`). `quantized` moves on after the quantised layers, unless
+    scale: folds channel scales into a layer (`methods/awq/`). learnt: rounds a weight, by its linear's in-memory name,
+    where how to round was learnt beforehand (`methods/qvlm/`). `quantized` moves on after the quantised layers, unless
     the settings say that layers are not calibrated in sequence.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        settings: Settings,
-        formats: dict[str, WeightFormat],
-        device: torch.device,
-        ranks: Ranks,
-        quantized: list[Stream],
-        full: list[Stream],
-        weigh: TokenWeigher | None = None,
-        scale: Scaling | None = None,
-    ) -> None:
-        self.source, self.settings, self.formats, self.device, self.ranks = source, settings, formats, device, ranks
-        self.quantized, self.full = quantized, full
-        self.weigh, self.scale = weigh, scale
-        self.solver = solver_of(settings)
+    source: Source
+    settings: Settings
+    formats: dict[str, WeightFormat]
+    device: torch.device
+    ranks: Ranks
+    quantized: list[Stream]
+    full: list[Stream]
+    weigh: TokenWeigher | None = None
+    scale: Scaling | None = None
+    learnt: Callable[[str, torch.Tensor], QuantizedWeight] | None = None
+
+    def __post_init__(self) -> None:
+        self.solver = solver_of(self.settings)
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[dict[str, torch.Tensor], list[Row]]:
@@ -84,7 +75,7 @@ class LayerQuantizer:
 
         last: nothing comes after it, so that the streams need not move on.
         """
-        layer = self.load(name, index)
+        layer = self.layer_of(self.source.materialise(name, self.device), name, index)
         token_weights, tokens = self._weighed(layer)
         effective = {linear: effective_tokens(found, self.ranks) for linear, found in token_weights.items()}
         stages = self.stages(layer)
@@ -111,20 +102,15 @@ class LayerQuantizer:
     def replay(self, name: str, index: int) -> None:
         """Move both streams past a layer that has been quantised before."""
         if self.quantized:
-            layer = self.load(name, index)
-            for inner, value in self.source.written(name).items():
-                set_parameter(layer.module, inner, value.to(self.device, torch.float32))
+            layer = self.layer_of(self.source.materialise(name, self.device), name, index)
+            self.source.materialise(name, self.device, quantized=True)
             self._advance(layer)
             self.source.release(name)
 
-    def load(self, name: str, index: int) -> Layer:
-        """Layer `index` (in-memory name `name`) with its weights, in float32."""
-        return self.layer_of(self.source.materialise(name, self.device), name, index)
-
     def layer_of(self, module: torch.nn.Module, name: str, index: int) -> Layer:
-        """A layer that has been loaded."""
+        """Layer `index` (in-memory name `name`) that has been loaded with its full-precision weights."""
         linears = [linear for linear in linears_of(module) if f"{name}.{linear}" in self.formats]
-        return Layer(module, index, name, parameters_of(module), linears)
+        return Layer(module, index, name, dict(module.named_parameters()), linears)
 
     def _weighed(self, layer: Layer) -> tuple[Weights, dict[str, str]]:
         """Token weights of the layer's linears, and what the report says of them; nothing where all tokens count
@@ -169,6 +155,7 @@ class LayerQuantizer:
         found = scale(
             layer.module,
             layer.index,
+            self.source.family,
             stages,
             streams,
             token_weights,
@@ -177,21 +164,24 @@ class LayerQuantizer:
         )
         tensors = {}
         for inner, value in found.changed.items():
-            full = layer.full(inner)
-            tensors[self.source.places[full].tensor] = self.source.restored(full, value)
+            tensor = self.source.places[layer.full(inner)].tensor
+            tensors[tensor] = value.to(DTYPES[self.source.headers[tensor].dtype])
         return found.ratios, tensors
 
     def solve(self, layer: Layer, stage: list[Group], token_weights: Weights) -> Iterator[tuple[str, Solution]]:
         """Solve a stage and put the results in their places, rounded as they will be served."""
-        if not self.settings.row.solves:
-            for (linear,) in stage:
-                yield self._placed(layer, linear, Solution(self._nearest(layer, linear), None, None, 0))
-            return
-        problems = self.problems(layer, stage, token_weights)
-        solutions = solve_all(problems, layer.module, self.solver, self.ranks)
-        for problem, solution in zip(problems, solutions, strict=True):
-            for linear, part in zip(problem.linears, solution.split(problem.rows), strict=True):
-                yield self._placed(layer, linear, part)
+        found: dict[str, Solution] = {}
+        if self.settings.row.solves:
+            problems = self.problems(layer, stage, token_weights)
+            solutions = solve_all(problems, layer.module, self.solver, self.ranks)
+            for problem, solution in zip(problems, solutions, strict=True):
+                found |= dict(zip(problem.linears, solution.split(problem.rows), strict=True))
+        else:
+            found = {linear: Solution(self._nearest(layer, linear), None, None, 0) for (linear,) in stage}
+        for linear, solution in found.items():
+            if self.settings.sequential:
+                put(layer.module, linear, solution.weight.served())
+            yield linear, solution
 
     def problems(self, layer: Layer, stage: list[Group], token_weights: Weights) -> list[Problem]:
         """The problems of a stage, with the Hessians of their inputs."""
@@ -211,16 +201,13 @@ class LayerQuantizer:
         """The two streams send different tokens to an expert: there is no residual between them."""
         return self.settings.base if len(stage) == 1 and self.settings.residual else "gptq"
 
-    def _placed(self, layer: Layer, linear: str, solution: Solution) -> tuple[str, Solution]:
-        if self.settings.sequential:
-            put(layer.module, linear, solution.weight.served())
-        return linear, solution
-
     def _dtype(self, layer: Layer, linear: str) -> torch.dtype:
         """Of the weight in the source, which the scales get."""
         return self.source.stored_dtype(f"{layer.full(linear)}.weight")
 
     def _nearest(self, layer: Layer, linear: str) -> QuantizedWeight:
         """A linear's weight rounded to nearest."""
-        weight, format = linear_of(layer.module, linear).weight, self.formats[layer.full(linear)]
-        return round_to_nearest(weight, format, self._dtype(layer, linear), grid_of(self.settings))
+        weight, name = linear_of(layer.module, linear).weight, layer.full(linear)
+        if self.learnt:
+            return self.learnt(name, weight)
+        return round_to_nearest(weight, self.formats[name], self._dtype(layer, linear), grid_of(self.settings))

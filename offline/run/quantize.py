@@ -6,7 +6,7 @@ move past them by running the layers again, which costs a forward pass instead o
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,8 +26,8 @@ from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.capture import check_replay
 from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.model.targets import ORDER, Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
-from vlmq_vllm.offline.run.begin import Quantizer, Quantizers
-from vlmq_vllm.offline.run.resume import identity, reader, unit_reader
+from vlmq_vllm.offline.run.begin import Quantizers
+from vlmq_vllm.offline.run.resume import identity, reader
 from vlmq_vllm.offline.settings.quantize import Settings
 
 log = logging.getLogger(__name__)
@@ -103,48 +103,35 @@ class _Run:
         """Everything that all processes do; only the one with a writer writes."""
         if all(parts.done(unit.key) for unit in self.units):
             return
-        self.source.quantized = reader(parts, self.targets, self.units)
-        self.source.written = unit_reader(parts, self.source, self.units, self.source.quantized)
-        self._check_replay()
-        for component in ORDER:
-            units = [unit for unit in self.units if unit.component == component]
-            if not all(parts.done(unit.key) for unit in units):
-                for quantizer, unit in self._quantizers(component, units):
-                    last = component == "connector" or unit.module == units[-1].module
-                    self._unit(unit, quantizer, parts, writer, last)
-                    del quantizer  # its streams go before the next one's are caught
-
-    def _check_replay(self) -> None:
+        self.source.quantized = reader(parts, self.source, self.targets, self.units)
         if self.samples.probe is not None:
             check_replay(self.source, self.samples.probe, self.device)
+        for component in ORDER:
+            units = [unit for unit in self.units if unit.component == component]
+            alone = [[replace(unit, index=0)] for unit in units]  # connectors: every one gets its inputs from the tower
+            for stack in alone if component == "connector" else [units]:
+                if not all(parts.done(unit.key) for unit in stack):
+                    self._stack(component, stack, parts, writer)
 
-    def _quantizers(self, component: str, units: list[Unit]) -> Iterator[tuple[Quantizer, Unit]]:
-        """Each unit of a component with what quantises it, and its streams before it."""
+    def _stack(self, component: str, units: list[Unit], parts: Parts, writer: Writer | None) -> None:
+        """Quantise units that run one after the other."""
         moved = component != "vision" and any(unit.component != "language" for unit in self.units)
-        if component == "connector":  # not a stack: every one gets its inputs from the tower
-            for unit in units:
-                yield self.quantizers.begin(component, unit.module, [unit], moved), replace(unit, index=0)
-            return
-        stack = {"vision": self.source.family.blocks, "language": self.source.family.layers}[component]
-        quantizer = self.quantizers.begin(component, stack, units, moved)
+        quantizer = self.quantizers.begin(component, units, moved)
         if component == "language":
             self.samples.batches = []
         for unit in self.progress.track(units, f"quantising {component}"):
-            yield quantizer, unit
-
-    def _unit(self, unit: Unit, quantizer: Quantizer, parts: Parts, writer: Writer | None, last: bool) -> None:
-        if parts.done(unit.key):
-            quantizer.replay(unit.module, unit.index)
-            return
-        if self.ranks.any(self.stop()):
-            raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
-        tensors, rows = quantizer.layer(unit.module, unit.index, last)
-        if writer:
-            kept = {name: self.source.read(name) for name in self.kept[unit.key]}
-            writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
-        self.ranks.wait()
-        self.progress.say(_told(unit.module, rows))
-        _warn(rows, self.settings, self.columns)
+            if parts.done(unit.key):
+                quantizer.replay(unit.module, unit.index)
+                continue
+            if self.ranks.any(self.stop()):
+                raise StoppedError(f"stopped before {unit.module}; add --resume to the same command to go on")
+            tensors, rows = quantizer.layer(unit.module, unit.index, unit is units[-1])
+            if writer:
+                kept = {name: self.source.read(name) for name in self.kept[unit.key]}
+                writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
+            self.ranks.wait()
+            self.progress.say(_told(unit.module, rows))
+            _warn(rows, self.settings, self.columns)
 
     def _header(self) -> dict:
         """The quantization_config of config.json."""

@@ -39,41 +39,24 @@ def identity(
     }
 
 
-def reader(parts: Parts, targets: list[Target], units: list[Unit]) -> Callable[[str], torch.Tensor | None]:
-    """The weight that a linear (by its name in the files) has been given, as it is served; None before that."""
+def reader(
+    parts: Parts, source: Source, targets: list[Target], units: list[Unit]
+) -> Callable[[str], torch.Tensor | None]:
+    """A parameter (by its in-memory name) as it has been written, a linear's weight as it is served; None before."""
     keys = {unit.module: unit.key for unit in units}
-    owner = {t.module: next(keys[m] for m in parents_of(t.name) if m in keys) for t in targets}
     formats = {target.module: target.format for target in targets}
 
-    def read(module: str) -> torch.Tensor | None:
-        if module not in owner or not parts.done(owner[module]):
+    def read(name: str) -> torch.Tensor | None:
+        key = next((keys[module] for module in parents_of(name) if module in keys), None)
+        if key is None or not parts.done(key):
             return None
-        with safe_open(parts.file(owner[module]), "pt") as file:
-            names = set(file.keys())
-            found = {part: file.get_tensor(name) for part in PARTS if (name := f"{module}.{part}") in names}
-        weight = QuantizedWeight.from_tensors(formats[module], found)
+        place = source.places[name]
+        with safe_open(parts.file(key), "pt") as file:
+            there = set(file.keys())
+            found = {part: file.get_tensor(n) for part in PARTS if (n := f"{place.module}.{part}") in there}
+            if not found:
+                return file.get_tensor(place.tensor) if place.expert is None and place.tensor in there else None
+        weight = QuantizedWeight.from_tensors(formats[place.module], found)
         return weight.dequantize(weight.scale.dtype)
 
     return read
-
-
-def unit_reader(
-    parts: Parts, source: Source, units: list[Unit], read: Callable[[str], torch.Tensor | None]
-) -> Callable[[str], dict[str, torch.Tensor]]:
-    """The parameters of a unit (by its in-memory name) as they have been written; `read` gives those of linears."""
-    keys = {unit.module: unit.key for unit in units}
-
-    def written(name: str) -> dict[str, torch.Tensor]:
-        found = {}
-        with safe_open(parts.file(keys[name]), "pt") as file:
-            kept = set(file.keys())
-            for inner, _ in source.model.get_submodule(name).named_parameters():
-                place = source.places[f"{name}.{inner}"]
-                weight = read(place.module) if inner.endswith("weight") else None
-                if weight is not None:
-                    found[inner] = weight
-                elif place.expert is None and place.tensor in kept:
-                    found[inner] = file.get_tensor(place.tensor)
-        return found
-
-    return written

@@ -1,5 +1,7 @@
 """Small layers without attention whose channels can be scaled, and `Scaling` as the tests of it call it."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -7,6 +9,7 @@ from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.grid import MINMAX
+from vlmq_vllm.offline.model.families import FAMILIES
 from vlmq_vllm.offline.model.groups import find_stages
 from vlmq_vllm.offline.model.streams import Stream
 
@@ -14,6 +17,7 @@ CPU = torch.device("cpu")
 FORMAT = WeightFormat(3, 32, False)
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+FAMILY = replace(FAMILIES["llava"], attention_end="norm")  # of Block below
 
 
 def all_three_bits(linear):
@@ -24,9 +28,10 @@ def bfloat16(name):
     return torch.bfloat16
 
 
-def scale(layer, index, streams, weights=None, format_of=all_three_bits, dtype_of=bfloat16, **options):
+def scale(layer, index, streams, weights=None, format_of=all_three_bits, dtype_of=bfloat16, family=FAMILY, **options):
     scaling = Scaling(options.pop("grid", MINMAX), Ranks(CPU), **options)
-    return scaling(layer, index, find_stages(layer, index, streams[0]), streams, weights or {}, format_of, dtype_of)
+    stages = find_stages(layer, index, streams[0])
+    return scaling(layer, index, family, stages, streams, weights or {}, format_of, dtype_of)
 
 
 class Scaled(nn.Module):

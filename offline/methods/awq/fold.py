@@ -91,8 +91,7 @@ def _exact(
     """The scales [R] float32 next to `scales` under which nothing is lost, and what is then stored, [R] float32 with
     values that `dtype` holds: new_scales * (new_stored + offset) is `stored` + offset but for one float32 rounding.
 
-    stored: [R] float32, a norm's weight (with its offset) or a bias. A channel that cannot be divided so, as where it
-    or its quotient is zero, keeps its value and gets the scale 1.
+    stored: [R] float32, a norm's weight (with its offset) or a bias.
     """
     divided = ((stored + offset) / scales - offset).to(dtype).float()
     found = (stored + offset) / (divided + offset)

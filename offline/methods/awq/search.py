@@ -24,9 +24,11 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.fold import PARITY, Changed, DtypeOf, effective, fold, moved
-from vlmq_vllm.offline.methods.awq.losses import LinearRounding, Trial, candidate_losses
+from vlmq_vllm.offline.methods.awq.losses import Trial, candidate_losses
 from vlmq_vllm.offline.methods.awq.scalable import Scalable, find_scalable
+from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import GridSearch
+from vlmq_vllm.offline.model.families import Family
 from vlmq_vllm.offline.model.groups import Group
 from vlmq_vllm.offline.model.hooks import InputRounding
 from vlmq_vllm.offline.model.layers import linear_of, linears_of, set_parameter
@@ -47,6 +49,7 @@ class Scaled:
     changed: dict[str, torch.Tensor]
 
 
+@dataclass(frozen=True)
 class Scaling:
     """What the search needs besides a layer and its streams.
 
@@ -54,20 +57,17 @@ class Scaling:
     linear reads, [.., I] to [.., I], or None.
     """
 
-    def __init__(
-        self,
-        search: GridSearch,
-        ranks: Ranks,
-        loss: str = "mae",
-        inputs: InputRounding | None = None,
-    ) -> None:
-        self.search, self.ranks, self.loss, self.inputs = search, ranks, loss, inputs
+    search: GridSearch
+    ranks: Ranks
+    loss: str = "mae"
+    inputs: InputRounding | None = None
 
     @torch.no_grad()
     def __call__(
         self,
         layer: torch.nn.Module,
         index: int,
+        family: Family,
         stages: list[list[Group]],
         streams: list[Stream],
         token_weights: Mapping[str, list[torch.Tensor]],
@@ -82,58 +82,44 @@ class Scaling:
         where folding moves the layer's output.
         """
         formats = {linear: format for linear in linears_of(layer) if (format := format_of(linear)) is not None}
-        rounding = LinearRounding(
-            self.search, formats.__getitem__, lambda linear: dtype_of(f"{linear}.weight"), self.inputs
-        )
+
+        def rounded(linear: str, weight: torch.Tensor) -> torch.Tensor:
+            return round_to_nearest(weight, formats[linear], dtype_of(f"{linear}.weight"), self.search).served()
+
         probe = min(streams, key=lambda stream: stream.hidden.numel(), default=None)
         before = probe.call(layer, index) if probe else None
         ratios: dict[str, float | None] = {}
         changed: Changed = {}
         for stage in stages:
             ratios |= dict.fromkeys(linear for group in stage for linear in group)
-            found = self.ranks.first(find_scalable(layer, index, stage, probe) if probe else None) or []
-            found = [scalable for scalable in found if _all_quantised(scalable, formats)]
-            trials, folds = self._trials(layer, index, found, streams, token_weights, dtype_of)
-            if not trials:
+            found = [one for one in find_scalable(layer, stage, family) if _all_quantised(one, formats)]
+            reached = self._means(layer, index, found, streams)
+            if not reached:
                 continue
-            sums = self.ranks.add(candidate_losses(layer, index, streams, trials, rounding, self.loss))
-            for trial, divided, (*losses, total) in zip(trials, folds, sums.tolist(), strict=True):
+            trials = []
+            for scalable, mean in reached:
+                candidates = [effective(layer, scalable, scales_of(mean, ratio), dtype_of)[0] for ratio in RATIOS]
+                own = next((token_weights[name] for name in scalable.linears if name in token_weights), None)
+                trials.append(Trial(scalable, candidates, own))
+            losses_of = candidate_losses(layer, index, streams, trials, rounded, self.inputs, self.loss)
+            for (scalable, mean), (*losses, total) in zip(reached, self.ranks.add(losses_of).tolist(), strict=True):
                 if total > 0:
-                    best = _least(losses)
-                    ratios |= dict.fromkeys(trial.scalable.linears, RATIOS[best])
-                    if best:
-                        fold(layer, trial.scalable, trial.candidates[best], divided[best])
-                        changed |= divided[best]
+                    ratio = RATIOS[_least(losses)]
+                    ratios |= dict.fromkeys(scalable.linears, ratio)
+                    if ratio:
+                        scales, divided = effective(layer, scalable, scales_of(mean, ratio), dtype_of)
+                        fold(layer, scalable, scales, divided)
+                        changed |= divided
         self._check(layer, index, probe, before)
         stored = {name: value.to(dtype_of(name)) for name, value in changed.items()}
         for name, value in stored.items():  # a norm's bias is rounded only here
             set_parameter(layer, name, value.float())
         return Scaled(ratios, stored)
 
-    def _trials(
-        self,
-        layer: torch.nn.Module,
-        index: int,
-        found: list[Scalable],
-        streams: list[Stream],
-        token_weights: Mapping[str, list[torch.Tensor]],
-        dtype_of: DtypeOf,
-    ) -> tuple[list[Trial], list[list[Changed]]]:
-        """Those groups of `found` that tokens reach: a trial with scales [R] for every exponent of RATIOS, and for
-        every trial and exponent the parameters that folding would change. token_weights: as in `__call__`."""
-        trials, folds = [], []
-        for scalable, mean in zip(found, self._means(layer, index, found, streams), strict=True):
-            if mean is not None:
-                pairs = [effective(layer, scalable, scales_of(mean, ratio), dtype_of) for ratio in RATIOS]
-                own = next((token_weights[name] for name in scalable.linears if name in token_weights), None)
-                trials.append(Trial(scalable, [scales for scales, _ in pairs], own))
-                folds.append([changed for _, changed in pairs])
-        return trials, folds
-
     def _means(
         self, layer: torch.nn.Module, index: int, found: list[Scalable], streams: list[Stream]
-    ) -> list[torch.Tensor | None]:
-        """Mean |x| [R] float32 over all ranks' tokens of what each group reads; None where no token arrives."""
+    ) -> list[tuple[Scalable, torch.Tensor]]:
+        """Those groups that tokens reach, with the mean |x| [R] float32 over all ranks' tokens of what each reads."""
         sums = {}
         for scalable in found:
             linear = linear_of(layer, scalable.linears[0])
@@ -147,17 +133,15 @@ class Scaling:
             stream.inputs_of(layer, index, sums, visit)
         means = []
         for scalable, total in zip(found, sums.values(), strict=True):
-            added = self.ranks.add(total).cpu()  # where index_add has an order
-            mean = added.new_zeros(scalable.channels).index_add(0, scalable.channel, added[:-1] / added[-1])
-            mean = (mean / torch.bincount(scalable.channel)).float().to(total.device)
-            means.append(mean if added[-1] > 0 else None)
+            added = self.ranks.add(total).cpu()  # where bincount has an order
+            mean = torch.bincount(scalable.channel, added[:-1] / added[-1]) / torch.bincount(scalable.channel)
+            if added[-1] > 0:
+                means.append((scalable, mean.float().to(total.device)))
         return means
 
     def _check(self, layer: torch.nn.Module, index: int, probe: Stream | None, before: torch.Tensor | None) -> None:
         """The layer's output [B, T, d] on the probe must be what it was before; all ranks raise if one of them must."""
-        error = 0.0
-        if probe is not None and before is not None:
-            error = moved(probe.hidden, before, probe.call(layer, index))
+        error = 0.0 if probe is None or before is None else moved(probe.hidden, before, probe.call(layer, index))
         if self.ranks.any(not error < PARITY):
             raise QuantizeError(
                 f"scaling layer {index} moved its output by {error:.1e} of what it adds to a token ({PARITY:.0e} at "

@@ -1,75 +1,67 @@
 """Quantises a stack of layers with Q-VLM, block by block (2410.08119).
 
-The layers are split into blocks by the entropy of their full-precision activations (`entropy.py`, `blocks.py`). In a
-block every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors are searched
-together (`search.py`) for a small error after the block's last layer. Weights are rounded to nearest.
-
-What the paper leaves open: a "layer" is a layer of the decoder (or a block of the tower), the error that greedy looks
-at is that at the same place for one layer, D is measured once, before anything is quantised.
+In a block (`blocks.py`) every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors
+are searched together for a small error after the block's last layer. Weights are rounded to nearest. What the paper
+leaves open: a "layer" is a layer of the decoder, and D is measured once, before anything is quantised.
 
 In memory at a time: a block's layers in float32 and once more with rounded weights, and hidden states of the whole
 data after each of them. The streams only ever stand between blocks. A block of which some layers were written before
 a run was stopped is searched once more from its beginning: the search is deterministic and comes to the same.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
-from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.format import QuantizedWeight
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch
-from vlmq_vllm.offline.methods.qvlm.blocks import DEPTH, Hidden, find_blocks, measure_entropies, search_block
-from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, Ranges, find_ranges
-from vlmq_vllm.offline.methods.qvlm.search import BlockChoice
-from vlmq_vllm.offline.methods.solution import Row, files_and_rows
+from vlmq_vllm.offline.methods.qvlm.blocks import (
+    BlockChoice,
+    Hidden,
+    find_blocks,
+    measure_entropies,
+    search_block,
+)
+from vlmq_vllm.offline.methods.qvlm.ranges import FACTORS, FormatOf, ranges_in
+from vlmq_vllm.offline.methods.solution import Row
 from vlmq_vllm.offline.model.layers import put, weights_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 
 ENTROPY_BITS = 4  # the grid on which D is measured; the paper's lower width of activations
-
 Tensors = dict[str, torch.Tensor]
 
 
+@dataclass
 class BlockQuantizer:
     """The streams before a stack whose layers have the in-memory names `names`, in order.
 
-    format_of: the format of a linear by its in-memory name, None where it stays as it is. quantized, full: U and F,
-    one pair per batch. blocks: the partition; entropies: D in nats it rests on (none for depth 1); choices: what
+    quantized, full: U and F, one pair per batch. threshold: as in `find_blocks`. blocks: the partition; choices: what
     was searched, by the number of a block's first layer.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        names: Sequence[str],
-        format_of: Callable[[str], WeightFormat | None],
-        device: torch.device,
-        ranks: Ranks,
-        quantized: list[Stream],
-        full: list[Stream],
-        grid: GridSearch = MSE,
-        depth: int = DEPTH,
-        threshold: float | None = None,
-    ) -> None:
-        self.source, self.names, self.format_of, self.device, self.ranks = source, names, format_of, device, ranks
-        self.quantized, self.full, self.grid = quantized, full, grid
-        self.entropies = [0.0] * (len(names) - 1)
-        if depth > 1:
-            self.entropies = measure_entropies(source, names, full, ENTROPY_BITS, ranks, device)
-        self.blocks = find_blocks(self.entropies, depth, threshold)
+    source: Source
+    names: Sequence[str]
+    format_of: FormatOf
+    device: torch.device
+    ranks: Ranks
+    quantized: list[Stream]
+    full: list[Stream]
+    grid: GridSearch = MSE
+    threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.source, self.names, self.full, ENTROPY_BITS, self.ranks, self.device
+        self.blocks = find_blocks(measure_entropies(*given), threshold=self.threshold)
         self.choices: dict[int, BlockChoice] = {}
         self.passed = 0  # layers that the streams have passed
         self.results: dict[int, tuple[Tensors, list[Row]]] = {}
 
     @torch.no_grad()
     def layer(self, name: str, index: int, last: bool = False) -> tuple[Tensors, list[Row]]:
-        """Layer `index`, quantised with its whole block: tensors by their names in the files, and report rows.
-
-        last: nothing comes after it, so that the streams need not move on.
-        """
+        """Layer `index`, quantised with its whole block: tensors by their names in the files, and report rows."""
         if index >= self.passed:
             block = self._block(index)
             self._solve(block, index, last or block.stop == len(self.names))
@@ -83,25 +75,14 @@ class BlockQuantizer:
         if index < block.stop - 1 or self.passed >= block.stop:
             return
         for k in block:
-            layer = self.source.materialise(self.names[k], self.device)
-            for stream in self.full:
-                stream.hidden = stream.run(layer, k)
-            for linear in self._formats(layer, k):
-                found = self.source.quantized(self.source.module_in_files(f"{self.names[k]}.{linear}"))
-                assert found is not None, "a layer that is passed again has been written"
-                put(layer, linear, found.to(self.device, torch.float32))
-            for stream in self.quantized:
-                stream.hidden = stream.run(layer, k)
-            self.source.release(self.names[k])
+            for streams, quantized in ((self.full, False), (self.quantized, True)):
+                with self.source.loaded(self.names[k], self.device, quantized) as layer:
+                    for stream in streams:
+                        stream.hidden = stream.run(layer, k)
         self.passed = block.stop
 
     def _block(self, index: int) -> range:
         return next(block for block in self.blocks if index in block)
-
-    def _formats(self, layer: torch.nn.Module, index: int) -> dict[str, WeightFormat]:
-        """The linears of layer `index` that are quantised."""
-        found = {linear: self.format_of(f"{self.names[index]}.{linear}") for linear in weights_of(layer)}
-        return {linear: format for linear, format in found.items() if format is not None}
 
     def _solve(self, block: range, first: int, last: bool) -> None:
         """Search a block and keep the results of its layers from `first` on, as those before it have been written; the
@@ -129,8 +110,8 @@ class _SearchedLayer:
         self.owner, self.index, self.name = owner, index, owner.names[index]
         self.module = owner.source.materialise(self.name, owner.device)
         self.originals = weights_of(self.module)
+        self.ranges = ranges_in(owner.source, self.name, self.module, owner.format_of, owner.grid)
         self.held: int | None = None
-        self.ranges: dict[str, Ranges] = {}
 
     def full_outputs(self) -> Hidden:
         """The full-precision layer's output, per batch; the full-precision streams move past it."""
@@ -152,13 +133,13 @@ class _SearchedLayer:
 
     def result(self, factor: float) -> tuple[Tensors, list[Row]]:
         """Tensors by their names in the files, and report rows."""
-        names = self.owner.source.module_in_files
-        return files_and_rows((names(f"{self.name}.{n}"), weight) for n, weight in self._on_ranges(factor).items())
+        tensors: Tensors = {}
+        rows = []
+        for linear, weight in self._on_ranges(factor).items():
+            module = self.owner.source.module_in_files(f"{self.name}.{linear}")
+            tensors |= {f"{module}.{part}": tensor for part, tensor in weight.tensors().items()}
+            rows.append(Row(module, None, None, 0, "equal", None))
+        return tensors, rows
 
     def _on_ranges(self, factor: float) -> dict[str, QuantizedWeight]:
-        if not self.ranges:
-            source, grid = self.owner.source, self.owner.grid
-            for linear, format in self.owner._formats(self.module, self.index).items():
-                dtype = source.stored_dtype(f"{self.name}.{linear}.weight")
-                self.ranges[linear] = find_ranges(self.originals[linear], format, dtype, grid)
         return {linear: ranges.rounded(self.originals[linear], factor) for linear, ranges in self.ranges.items()}

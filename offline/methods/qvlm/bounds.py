@@ -14,15 +14,16 @@ the ranges that are varied: those of every group of weights. One step per batch,
 paper: 8 pairs of 64, 10 epochs). Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
 
 What it costs: every step reads the whole decoder from its files five times (twice for L_reg, three times for L_ent and
-E), and L_ent's ranges take once more per batch; each time a batch passes through it, there or back. That is 5 epochs
-+ 1 readings per batch, and only samples of equal length share a batch: with 10 epochs 8 batches cost 408 readings, but
-128 samples of unequal lengths 6528. This is for small decoders, or for few samples.
+E), and L_ent's ranges take once more per batch. Only samples of equal length share a batch: with 10 epochs 8 batches
+cost 408 readings, but 128 samples of unequal lengths 6528. This is for small decoders, or for few samples.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -30,20 +31,17 @@ from torch.nn import functional as F
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.inputs import has_vision
 from vlmq_vllm.offline.data.token_kinds import count_labels
-from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
+from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, states, widened
 from vlmq_vllm.offline.methods.qvlm.entropy import Range
 from vlmq_vllm.offline.methods.qvlm.ranges import Ranges
 from vlmq_vllm.offline.methods.saliency import answer_loss
 from vlmq_vllm.offline.model.capture import catch
+from vlmq_vllm.offline.model.hooks import replacing
 from vlmq_vllm.offline.model.layers import linear_of
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 
 LEAST = 0.05  # of a factor; at 0 a range would be empty
-UNTAUGHT = (
-    "no calibration sample has both a picture and an answer, which the vision encoder's bounds are learnt from; "
-    "add such samples"
-)
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,8 @@ class Hyperparameters:
     bits: int = 4
 
 
-DEFAULT = Hyperparameters()
-
-
-@dataclass(frozen=True)
-class Loss:
-    """L and its terms, means over the batches of an epoch."""
+class Loss(NamedTuple):
+    """L and its terms, of a batch or means over the batches of an epoch."""
 
     total: float
     answer: float
@@ -100,17 +94,10 @@ def clip_groups(weight: torch.Tensor, ranges: Ranges) -> Clipped:
     return Clipped([factor], rounded)
 
 
-@contextmanager
-def clipping(model: torch.nn.Module, clipped: dict[str, Clipped]) -> Iterator[None]:
+def clipping(model: torch.nn.Module, clipped: dict[str, Clipped]) -> AbstractContextManager:
     """The model with these linears rounded for a while, differentiably."""
-    linears = [model.get_submodule(name) for name in clipped]
-    for linear, (name, own) in zip(linears, clipped.items(), strict=True):
-        linear.forward = partial(own.output, bias=linear_of(model, name).bias)
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
+    linears = {name: linear_of(model, name) for name in clipped}
+    return replacing({linear: partial(clipped[name].output, bias=linear.bias) for name, linear in linears.items()})
 
 
 def teaches(batch: dict, label: torch.Tensor) -> bool:
@@ -124,7 +111,7 @@ def learn_bounds(
     labels: list[torch.Tensor],
     clipped: dict[str, Clipped],
     device: torch.device,
-    hyper: Hyperparameters = DEFAULT,
+    hyper: Hyperparameters,
 ) -> list[Loss]:
     """Learn the factors of `clipped` (by in-memory name), in place; the losses of each epoch.
 
@@ -133,13 +120,21 @@ def learn_bounds(
     """
     pairs = [pair for pair in zip(batches, labels, strict=True) if teaches(*pair)]
     if not pairs:
-        raise QuantizeError(UNTAUGHT)
+        raise QuantizeError(
+            "no calibration sample has both a picture and an answer, which the vision encoder's bounds are learnt "
+            "from; add such samples"
+        )
     factors = [factor for own in clipped.values() for factor in own.factors]
     adam = torch.optim.Adam(factors, hyper.rate)
     history = []
     with source.before_decoder(device):
         ends: list[tuple[torch.Tensor, torch.Tensor]] = []
-        ranges = ranges_of(_full(source, [batch for batch, _ in pairs], device, ends))
+        ranges: list[Range] = []
+        for batch, _ in pairs:
+            with torch.no_grad():
+                found = states(source, _before_decoder(source, batch, device), device)
+            ends.append((found[0], found[-1]))
+            ranges = widened(ranges, found)
         for _ in range(hyper.epochs):
             losses = []
             for (batch, label), aims in zip(pairs, ends, strict=True):
@@ -150,7 +145,7 @@ def learn_bounds(
                 adam.step()
                 for factor in factors:
                     factor.data.clamp_(min=LEAST)
-            history.append(_mean(losses))
+            history.append(Loss(*map(fmean, zip(*losses, strict=True))))
     return history
 
 
@@ -159,17 +154,6 @@ def _before_decoder(source: Source, batch: dict, device: torch.device) -> Stream
     stream = catch(source, source.family.layers, batch, device)
     assert stream is not None, "every batch reaches the decoder"
     return stream
-
-
-@torch.no_grad()
-def _full(
-    source: Source, batches: list[dict], device: torch.device, ends: list[tuple[torch.Tensor, torch.Tensor]]
-) -> Iterator[list[torch.Tensor]]:
-    """The full-precision states of each batch; the first and the last of them go to `ends`."""
-    for batch in batches:
-        found = states(source, _before_decoder(source, batch, device), device)
-        ends.append((found[0], found[-1]))
-        yield found
 
 
 def _descend(
@@ -195,8 +179,3 @@ def _descend(
     value, error = encoder.item(), effect.error
     total = reg + hyper.entropy * effect.entropy + hyper.error * (value + hyper.eta * error)
     return Loss(total, reg, effect.entropy, value, error)
-
-
-def _mean(losses: list[Loss]) -> Loss:
-    table = [asdict(loss) for loss in losses]
-    return Loss(**{name: sum(row[name] for row in table) / len(table) for name in table[0]})

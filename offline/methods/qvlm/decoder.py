@@ -13,16 +13,14 @@ paper leaves open, and one sign:
 * the Jacobian's norms are taken at the rounded states, where E has a gradient, and count as constants; only their
   ratios are kept, and errors are relative, so that the hyperparameters do not depend on the model's scale;
 * the decoder is not rounded yet when the encoder's bounds are found.
-
-One layer's weights are in memory at a time: once on the way forward, twice on the way back.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from vlmq_vllm.offline.methods.qvlm.entropy import Range, channel_ranges, conditional_entropy, joint_table, sampled
+from vlmq_vllm.offline.model import passes
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stream
 
@@ -42,25 +40,14 @@ class Effect:
 @torch.no_grad()
 def states(source: Source, stream: Stream, device: torch.device) -> list[torch.Tensor]:
     """x^0 to x^n [B, T, d] of a stream before the decoder, which stays as it is."""
-    found = [stream.hidden.detach()]
-    for index in range(len(source.layers())):
-        name = f"{source.family.layers}.{index}"
-        layer = source.materialise(name, device)
-        found.append(replace(stream, hidden=found[-1]).run(layer, index))
-        source.release(name)
-    return found
+    return [x.to(device) for (x,) in passes.forward(source, [stream], device)]
 
 
-def ranges_of(batches: Iterable[list[torch.Tensor]]) -> list[Range]:
-    """The range of every channel at each place between layers, over the states of several batches, one at a time."""
-    found: list[Range] = []
-    for place in batches:
-        own = [channel_ranges([x]) for x in place]
-        found = [
-            (torch.minimum(low, least), torch.maximum(high, most))
-            for (low, high), (least, most) in zip(found or own, own, strict=True)
-        ]
-    return found
+def widened(ranges: list[Range], found: list[torch.Tensor]) -> list[Range]:
+    """`ranges` of every channel at each place between layers, [] for none yet, together with those of these states."""
+    own = [channel_ranges([x]) for x in found]
+    pairs = zip(ranges or own, own, strict=True)
+    return [(torch.minimum(low, least), torch.maximum(high, most)) for (low, high), (least, most) in pairs]
 
 
 def effect_of(
@@ -101,13 +88,7 @@ def _back(
     source: Source, stream: Stream, found: list[torch.Tensor], own: list[torch.Tensor], device: torch.device
 ) -> list[torch.Tensor]:
     """The gradients at every x^k of a loss whose own gradients at each of them, through no layer, are `own`."""
-    gradients = list(own)
-    for index in reversed(range(len(found) - 1)):
-        name = f"{source.family.layers}.{index}"
-        layer = source.materialise(name, device)
-        hidden = found[index].detach().requires_grad_()
-        with torch.enable_grad():
-            out = replace(stream, hidden=hidden).run(layer, index)
-        gradients[index] = own[index] + torch.autograd.grad(out, hidden, gradients[index + 1])[0]
-        source.release(name)
+    gradients, here = list(own), own[-1:]
+    for index, _, _ in passes.backward(source, [stream], [[x] for x in found[:-1]], here, device):
+        gradients[index] = here[0] = own[index] + here[0]
     return gradients

@@ -11,8 +11,7 @@ which gives for matching elements of two consecutive layers a joint distribution
 What the paper leaves open, and one contradiction:
 
 * the paper calls D the dependency between the layers, but a conditional entropy is the opposite: 0 where x^(k+1)
-  follows from x^(k), and large, up to log M, where knowing x^(k) tells nothing. D is as printed, and so is the rule
-  that joins layers whose D is large (`blocks.py`); only the name is not taken over;
+  follows from x^(k), and large, up to log M, where knowing x^(k) tells nothing. Only the name is not taken over;
 * the unit of x: here one grid step, so that Delta is 1; in any other unit the softness would depend on the scale;
 * the grid: M points over the range of the element's channel, as its language model's activations are quantised;
 * the joint distribution: given the values, the two assignments are independent; all channels share one table;

@@ -3,22 +3,20 @@
     L = - 1/n sum over answer tokens t of log p(id_t | tokens before t)        in nats, over all samples
 
 Logits are those of the final norm and lm_head (the input embeddings where the two are tied), soft-capped where
-config.json has a final_logit_softcapping. The way forward keeps the input of every layer in the host's memory; the way
-back loads the layers once more from the last to the first and runs each again with gradients. Batches go there and back
-in chunks whose kept inputs stay below a limit; a chunk costs two readings of the decoder's weights.
+config.json has a final_logit_softcapping. Batches go there and back in chunks whose kept inputs stay below a limit; a
+chunk costs two readings of the decoder's weights.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.token_kinds import IGNORED, count_labels
-from vlmq_vllm.offline.model.hooks import removing
+from vlmq_vllm.offline.model import passes
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.streams import Stream, hidden_of
+from vlmq_vllm.offline.model.streams import Stream
 
 LIMIT = 4 << 30  # bytes of layers' inputs in the host's memory
 ROWS = 512  # tokens whose logits are in memory at once
@@ -33,7 +31,7 @@ def backward(
     labels: list[torch.Tensor],
     device: torch.device,
     linears: Sequence[str] = (),
-    visit: Visit | None = None,
+    visit: Visit = lambda layer, name, stream, gradient: None,
     total: int | None = None,
     limit: int = LIMIT,
 ) -> tuple[float, list[torch.Tensor]]:
@@ -51,11 +49,11 @@ def backward(
     gradients = [torch.zeros_like(stream.hidden) for stream in streams]
     for numbers in _chunks(source, streams, labels, limit):
         chunk = [streams[i] for i in numbers]
-        kept = _forward(source, chunk, device)
+        kept = passes.forward(source, chunk, device)
         part, found = _head(source, kept.pop(), [labels[i] for i in numbers], device, total)
         loss += part
-        for index, name, i, gradient in _back(source, chunk, kept, found, device, linears if visit else ()):
-            if visit:
+        for index, i, inner in passes.backward(source, chunk, kept, found, device, linears):
+            for name, gradient in inner.items():
                 visit(index, name, numbers[i], gradient)
         for i, gradient in zip(numbers, found, strict=True):
             gradients[i] = gradient.to(streams[i].hidden)
@@ -79,42 +77,23 @@ def _chunks(source: Source, streams: list[Stream], labels: list[torch.Tensor], l
         yield chunk
 
 
-def _at(stream: Stream, hidden: torch.Tensor, device: torch.device) -> Stream:
-    """The stream with other hidden states, cut off from where they come from."""
-    return replace(stream, hidden=hidden.detach().to(device))
-
-
-def _forward(source: Source, streams: list[Stream], device: torch.device) -> list[list[torch.Tensor]]:
-    """By layer and stream the layers' inputs, and after them the last one's outputs."""
-    kept = [[stream.hidden.cpu() for stream in streams]]
-    for index in range(len(source.layers())):
-        name = f"{source.family.layers}.{index}"
-        layer = source.materialise(name, device)
-        pairs = zip(streams, kept[-1], strict=True)
-        kept.append([_at(stream, hidden, device).run(layer, index).cpu() for stream, hidden in pairs])
-        source.release(name)
-    return kept
-
-
 def _head(
     source: Source, outputs: list[torch.Tensor], labels: list[torch.Tensor], device: torch.device, total: int
 ) -> tuple[float, list[torch.Tensor]]:
     """The streams' share of L, and its gradients at the last layer's outputs [B, T, d]."""
-    name = f"{source.family.layers.rpartition('.')[0]}.norm"
-    norm = source.materialise(name, device)
     tied = "lm_head.weight" not in source.places
     weight = source.parameter(f"{source.family.embed}.weight" if tied else "lm_head.weight").to(device, torch.float32)
     cap = getattr(source.parsed.get_text_config(), "final_logit_softcapping", None)
     loss, gradients = 0.0, []
-    for hidden, ids in zip(outputs, labels, strict=True):
-        hidden, targets = hidden.detach().to(device).requires_grad_(), ids[:, 1:].to(device)
-        wanted = targets != IGNORED
-        with torch.enable_grad():
-            rows = norm(hidden)[:, :-1][wanted]
-        part, gradient = _cross_entropy(rows.detach(), targets[wanted], weight, cap)
-        loss += part / total
-        gradients.append(torch.autograd.grad(rows, hidden, gradient / total)[0])
-    source.release(name)
+    with source.loaded(f"{source.family.layers.rpartition('.')[0]}.norm", device) as norm:
+        for hidden, ids in zip(outputs, labels, strict=True):
+            hidden, targets = hidden.detach().to(device).requires_grad_(), ids[:, 1:].to(device)
+            wanted = targets != IGNORED
+            with torch.enable_grad():
+                rows = norm(hidden)[:, :-1][wanted]
+            part, gradient = _cross_entropy(rows.detach(), targets[wanted], weight, cap)
+            loss += part / total
+            gradients.append(torch.autograd.grad(rows, hidden, gradient / total)[0])
     return loss, gradients
 
 
@@ -132,40 +111,3 @@ def _cross_entropy(
         gradients += torch.autograd.grad(value, part)
         loss += float(value)
     return loss, torch.cat(gradients)
-
-
-def _back(
-    source: Source,
-    streams: list[Stream],
-    kept: list[list[torch.Tensor]],
-    gradients: list[torch.Tensor],
-    device: torch.device,
-    names: Sequence[str],
-) -> Iterator[tuple[int, str, int, torch.Tensor]]:
-    """From the last layer to the first: `gradients`, at the outputs, become those at the inputs; `kept` is used up.
-
-    Gives layer's number, name, stream's number and gradient [B T, O] at the output of each of `names`.
-    """
-    while kept:
-        inputs, index = kept.pop(), len(kept)
-        name = f"{source.family.layers}.{index}"
-        layer = source.materialise(name, device)
-        outputs: dict[str, torch.Tensor] = {}
-        handles = [
-            layer.get_submodule(inner).register_forward_hook(
-                lambda m, args, out, inner=inner, outputs=outputs: outputs.update({inner: hidden_of(out)})
-            )
-            for inner in names
-        ]
-        with removing(handles):
-            for i, stream in enumerate(streams):
-                here = _at(stream, inputs[i], device)
-                here.hidden.requires_grad_()
-                with torch.enable_grad():
-                    out = here.run(layer, index)
-                wanted = [here.hidden, *(outputs[inner] for inner in names)]
-                found = torch.autograd.grad(out, wanted, gradients[i], materialize_grads=True)
-                gradients[i] = found[0]
-                for inner, gradient in zip(names, found[1:], strict=True):
-                    yield index, inner, i, gradient.flatten(0, -2)
-        source.release(name)

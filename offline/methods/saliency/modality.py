@@ -19,7 +19,6 @@ from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.token_kinds import ANSWER, IGNORED, VISION, count_labels
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.answer_loss import backward
-from vlmq_vllm.offline.methods.saliency.gradient import in_attention
 from vlmq_vllm.offline.methods.saliency.weigher import Rounded, Weights
 from vlmq_vllm.offline.model.experts import is_expert
 from vlmq_vllm.offline.model.families import Family
@@ -45,7 +44,9 @@ def modality_ratios(
     QuantizeError where no sample has both vision and answer tokens, or where answer tokens have no gradient.
     """
     ranks = ranks or Ranks(device)
-    both = [_both(label, kind) for label, kind in zip(labels, kinds, strict=True)]
+    both = [  # [B] each, whether a sample has vision tokens and labels
+        (kind == VISION).any(1) & (label[:, 1:] != IGNORED).any(1) for label, kind in zip(labels, kinds, strict=True)
+    ]
     labels = [label.where(rows[:, None], IGNORED) for label, rows in zip(labels, both, strict=True)]
     masks = [
         torch.stack([(kind == wanted) & rows[:, None] for wanted in (VISION, ANSWER)]).flatten(1).to(device)
@@ -70,14 +71,9 @@ def modality_ratios(
     return [dict(zip(PARTS, ratios, strict=True)) for ratios in zip(*floored, strict=True)]
 
 
-def _both(labels: torch.Tensor, kinds: torch.Tensor) -> torch.Tensor:
-    """Whether each sample [B] has vision tokens and labels."""
-    return (kinds == VISION).any(1) & (labels[:, 1:] != IGNORED).any(1)
-
-
 def _modules(source: Source) -> list[str]:
     """The modules of a decoder layer whose outputs are those of o_proj and of down_proj, or of all experts together."""
-    names = [name for name in linears_of(source.layers()[0]) if not in_attention(source.family, name)]
+    names = [name for name in linears_of(source.layers()[0]) if not source.family.in_attention(name)]
     return [source.family.attention, names[0].partition(".")[0]]
 
 
@@ -113,13 +109,9 @@ class ModalityWeights:
         All linears of the attention have the same list, and so have all others.
         """
         lists = {part: self._weights(ratio, quantized) for part, ratio in self.ratios[index].items()}
-        weights: Weights = {}
-        notes: dict[str, str] = {}
-        for linear in linears_of(layer):
-            notes[linear] = "equal" if is_expert(linear) else "modality"
-            if not is_expert(linear):
-                weights[linear] = lists["attention" if in_attention(self.family, linear) else "mlp"]
-        return weights, notes
+        part_of = {n: "attention" if self.family.in_attention(n) else "mlp" for n in linears_of(layer)}
+        weights = {linear: lists[part] for linear, part in part_of.items() if not is_expert(linear)}
+        return weights, {linear: "modality" if linear in weights else "equal" for linear in part_of}
 
     def _weights(self, ratio: float, streams: list[Stream]) -> list[torch.Tensor]:
         found = []

@@ -193,6 +193,7 @@ def test_scales_are_those_of_a_search_with_these_options(options, run):
         Scaling(MINMAX, Ranks(CPU), **given)(
             made.source.materialise(made.name(0), CPU),
             0,
+            made.source.family,
             STAGES,
             streams,
             own,

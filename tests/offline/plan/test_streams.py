@@ -63,11 +63,10 @@ def test_streams_hold_what_is_predicted(family, options):
     formats = {target.name: target.format for target in find_targets(source, settings, units)}
     walks = Quantizers(source, settings, formats, CPU, Ranks(CPU), Samples(batches=[inputs] * BATCHES))
     moved = any(unit.component != "language" for unit in units)
-    stacks = {"vision": source.family.blocks, "language": source.family.layers}
     for component in ORDER:
         own = [unit for unit in units if unit.component == component]
         if own and (component == "language" or settings.method != "qvlm"):
-            walk = walks.begin(component, stacks.get(component, own[0].module), own, moved and component != "vision")
+            walk = walks.begin(component, own, moved and component != "vision")
             compare(walk, own[0].module, component, predicted(source, settings, component, inputs), inputs)
 
 

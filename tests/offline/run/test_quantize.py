@@ -17,7 +17,7 @@ from vlmq_vllm.offline.data.inputs import model_inputs
 from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.methods.gptq.moments import Moments
 from vlmq_vllm.offline.methods.gptq.solve import Solver, solve
-from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, token_weights
+from vlmq_vllm.offline.methods.saliency.vlmq import gradient_norms, token_weights
 from vlmq_vllm.offline.model import capture
 from vlmq_vllm.offline.model.families import FAMILIES
 from vlmq_vllm.offline.model.source import Source
@@ -135,7 +135,7 @@ def test_replay_that_differs_from_the_models_forward_stops_before_work(demo_mode
 def test_weights_are_in_memory_only_while_they_are_needed(demo_model):
     source = Source(demo_model)
     name = "model.language_model.layers.1"
-    layer = source.materialise(name, torch.device("cpu"), torch.float32)
+    layer = source.materialise(name, torch.device("cpu"))
     assert not layer.mlp.up_proj.weight.is_meta and not layer.mlp.up_proj.weight.requires_grad
     source.release(name)
     assert all(parameter.is_meta for parameter in source.model.parameters())

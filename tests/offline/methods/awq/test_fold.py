@@ -10,6 +10,7 @@ from torch import nn
 
 from family_models import FAMILIES, build
 from scaled_blocks import CPU, FORMAT, GATE_UP, QKV, Block, Scaled, bfloat16, scale, streams_of
+from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.batches import batched
 from vlmq_vllm.offline.data.inputs import load_processor, model_inputs
 from vlmq_vllm.offline.data.read import read_chats
@@ -75,15 +76,18 @@ def in_front_of(source: Source, streams: list[Stream], index: int) -> tuple[nn.M
 @torch.no_grad()
 def test_families_fold_without_a_change_of_function(name, index, models):
     """Every group of the table, by random scales of 1/4 to 4; the layer's outputs stay, all its weights move."""
-    layer, streams = in_front_of(*models(name), index)
+    source, streams = models(name)
+    layer, streams = in_front_of(source, streams, index)
     stages = find_stages(layer, index, streams[0])
     before = [stream.call(layer, index) for stream in streams]
     weights, values = weights_of(layer), {name: p.clone() for name, p in layer.named_parameters()}
-    found = [scalable for stage in stages for scalable in find_scalable(layer, index, stage, streams[0])]
+    found = [scalable for stage in stages for scalable in find_scalable(layer, stage, source.family)]
     assert {one.linears: (one.source, one.offset) for one in found} == TABLE.get(name, (DENSE, DENSE))[index]
     named = {}
     for scalable in found:
-        scales, changed = effective(layer, scalable, 4 ** (2 * torch.rand(scalable.channels) - 1), bfloat16)
+        scales, changed = effective(
+            layer, scalable, 4 ** (2 * torch.rand(len(scalable.channel.unique())) - 1), bfloat16
+        )
         fold(layer, scalable, scales, changed)
         named |= changed
     for stream, expected in zip(streams, before, strict=True):
@@ -106,7 +110,7 @@ def test_a_scaled_layer_keeps_its_function_and_tells_what_changed(name, models):
     layer, streams = in_front_of(*models(name), 1)
     with torch.no_grad():
         before = [stream.call(layer, 1) for stream in streams]
-    found = scale(layer, 1, streams)
+    found = scale(layer, 1, streams, family=models(name)[0].family)
     with torch.no_grad():
         for stream, expected in zip(streams, before, strict=True):
             assert (stream.call(layer, 1) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -141,7 +145,7 @@ def test_attention_is_judged_as_a_whole(name, models):
                 part = layer.self_attn(norm(stream.hidden), *args, **kwargs)[0]
             error, tokens = error + float((part - full).abs().mean(-1).double().sum()), tokens + full[..., 0].numel()
         losses.append(error / tokens)
-    found = scale(layer, 1, streams).ratios
+    found = scale(layer, 1, streams, family=models(name)[0].family).ratios
     assert [found[linear] for linear in QKV] == [RATIOS[losses.index(min(losses))]] * 3
     first, second = sorted(losses)[:2]
     assert second > first * (1 + 1e-6)  # what float32 sums may move
@@ -156,7 +160,7 @@ def test_columns_that_share_a_value_head_share_their_scale(models):
             stream.inputs_of(layer, 0, ["self_attn.o_proj"], lambda name, x: heads.append(x.abs()))
     mean = torch.cat(heads).mean(0).view(2, 2, 32).mean(1).flatten()
     weight = layer.self_attn.o_proj.weight
-    ratio = scale(layer, 0, streams).ratios["self_attn.o_proj"]
+    ratio = scale(layer, 0, streams, family=models("llava")[0].family).ratios["self_attn.o_proj"]
     scales = (layer.self_attn.o_proj.weight.abs().sum(0) / weight.abs().sum(0)).view(2, 2, 32)
     assert ratio > 0
     torch.testing.assert_close(scales[:, 0], scales[:, 1])
@@ -220,18 +224,30 @@ class Squared(Block):
         return self.mlp.down_proj(self.mlp.gate_proj(x).tanh() + self.mlp.up_proj(x).square())
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [(Block, ["norm", "mlp.up_proj"]), (Shared, ["mlp.up_proj"]), (Squared, ["norm"])],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-def test_only_what_nobody_else_reads_is_scaled(kind, expected):
-    layer, streams = kind(75, 40, Scaled(75, 0.0)), streams_of((2, 11))
-    stages = find_stages(layer, 0, streams[0])
-    assert [one.source for stage in stages for one in find_scalable(layer, 0, stage, streams[0])] == expected
+@pytest.mark.parametrize("kind", [Shared, Squared])
+def test_layers_that_are_joined_in_another_way_are_refused(kind):
+    with pytest.raises(QuantizeError, match="scaling layer 0 moved its output .* please report it"):
+        scale(kind(75, 40, Scaled(75, 0.0)), 0, streams_of((2, 11)))
+
+
+class Squashed(Scaled):
+    """No norm whose output goes with its weight."""
+
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def test_norms_of_another_kind_are_left_alone():
+    layer, streams = Block(75, 40, Squashed(75, 0.0)), streams_of((2, 11))
     ratios = scale(layer, 0, streams).ratios
-    assert all((ratios[linear] is None) == ("norm" not in expected) for linear in GATE_UP)
-    assert (ratios["mlp.down_proj"] is None) == ("mlp.up_proj" not in expected)
+    assert ratios["mlp.gate_proj"] is ratios["mlp.up_proj"] is None and ratios["mlp.down_proj"] is not None
+
+
+@pytest.mark.parametrize("stage", [[("self_attn.q_proj", "self_attn.v_proj")], [("mlp.gate_proj",)]])
+def test_a_norm_that_a_kept_linear_reads_too_is_left_alone(stage, models):
+    source, _ = models("llava")
+    layer = source.materialise(f"{source.family.layers}.0", CPU)
+    assert find_scalable(layer, stage, source.family) == []
 
 
 def test_groups_with_a_linear_that_is_kept_are_left_alone():

@@ -75,11 +75,9 @@ def streams(sink: float) -> list[Stream]:
 
 @pytest.mark.parametrize("sink", [0.0, 1e5, 1e7])
 def test_a_fold_that_moves_the_output_is_refused(sink, monkeypatch):
-    """As if the probe had been wrong about which channel is read where; at the mildest exponent that there is."""
+    """As if names were wrong about which channel is read where; at the mildest exponent that there is."""
     wrong = Scalable("mlp.up_proj", ("mlp.down_proj",), torch.arange(40).roll(1), None)
-    monkeypatch.setattr(
-        search, "find_scalable", lambda layer, index, stage, stream: [wrong] if len(stage[0]) == 1 else []
-    )
+    monkeypatch.setattr(search, "find_scalable", lambda layer, stage, family: [wrong] if len(stage[0]) == 1 else [])
     monkeypatch.setattr(search, "RATIOS", (0.0, 0.05))
     monkeypatch.setattr(search, "candidate_losses", lambda *args: torch.tensor([[2.0, 1.0, 22.0]]))
     with pytest.raises(QuantizeError, match="scaling layer 0 moved its output .* please report it"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from scaled_blocks import FORMAT, GATE_UP, Block, Scaled, all_three_bits, bfloat16, scale, streams_of
+from scaled_blocks import FORMAT, GATE_UP, Block, Scaled, scale, streams_of
 from vlmq_vllm.offline.methods.awq import losses
-from vlmq_vllm.offline.methods.awq.losses import LinearRounding, Trial, candidate_losses
+from vlmq_vllm.offline.methods.awq.losses import Trial, candidate_losses
 from vlmq_vllm.offline.methods.awq.scalable import Scalable
 from vlmq_vllm.offline.methods.awq.search import RATIOS, scales_of
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
@@ -114,7 +114,7 @@ def trial(layer, streams, weights=None, count=4):
 
 
 def losses_of(layer, streams, trials, loss="mae", inputs=None):
-    return candidate_losses(layer, 0, streams, trials, LinearRounding(MINMAX, all_three_bits, bfloat16, inputs), loss)
+    return candidate_losses(layer, 0, streams, trials, lambda name, weight: rounded(weight, 1, MINMAX), inputs, loss)
 
 
 @pytest.mark.parametrize("loss", ["mae", "mse"])

@@ -33,13 +33,11 @@ def streams(demo_model, calibration):
 def begin(demo_model, streams):
     """A walk at its beginning, of a source of its own; with a threshold of 0 every run of neighbours is a block."""
 
-    def start(depth=3, threshold=0.0, formats=lambda name: FORMAT, **options) -> BlockQuantizer:
+    def start(threshold=0.0, formats=lambda name: FORMAT) -> BlockQuantizer:
         source = Source(demo_model)
         names = [f"{source.family.layers}.{i}" for i in range(len(source.layers()))]
         both = [[replace(stream) for stream in streams] for _ in range(2)]
-        return BlockQuantizer(
-            source, names, formats, CPU, Ranks(CPU), *both, depth=depth, threshold=threshold, **options
-        )
+        return BlockQuantizer(source, names, formats, CPU, Ranks(CPU), *both, threshold=threshold)
 
     return start
 
@@ -50,10 +48,11 @@ def walked(walk: BlockQuantizer) -> list[dict[str, torch.Tensor]]:
     return [walk.layer(name, i, i == last)[0] for i, name in enumerate(walk.names)]
 
 
-def served(tensors: dict[str, torch.Tensor], format=FORMAT):
+def served(source, tensors: dict[str, torch.Tensor], format=FORMAT):
     """What `source.quantized` gives once these tensors are in the files."""
 
-    def read(module: str) -> torch.Tensor | None:
+    def read(name: str) -> torch.Tensor | None:
+        module = source.places[name].module
         found = {part: tensors[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in tensors}
         if not found:
             return None
@@ -66,14 +65,14 @@ def served(tensors: dict[str, torch.Tensor], format=FORMAT):
 @torch.no_grad()
 def error_after(walk: BlockQuantizer, streams, tensors, last: int) -> float:
     """Mean squared error after layer `last` with the written weights, run anew from the streams."""
-    source, read = walk.source, served(tensors)
+    source, read = walk.source, served(walk.source, tensors)
     quantized, full = [[replace(stream) for stream in streams] for _ in range(2)]
     for k in range(last + 1):
         layer = source.materialise(walk.names[k], CPU)
         for stream in full:
             stream.hidden = stream.run(layer, k)
         for linear in weights_of(layer):
-            put(layer, linear, read(source.module_in_files(f"{walk.names[k]}.{linear}")).float())
+            put(layer, linear, read(f"{walk.names[k]}.{linear}.weight").float())
         for stream in quantized:
             stream.hidden = stream.run(layer, k)
         source.release(walk.names[k])
@@ -82,7 +81,7 @@ def error_after(walk: BlockQuantizer, streams, tensors, last: int) -> float:
 
 
 def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_written(begin, streams):
-    walk = begin(depth=3)
+    walk = begin()
     assert [(block.start, block.stop) for block in walk.blocks] == [(0, 3), (3, 4)]
     tensors = {name: t for found in walked(walk) for name, t in found.items()}
     assert len([name for name in tensors if name.endswith("weight_packed")]) == 4 * LINEARS
@@ -94,13 +93,13 @@ def test_joint_search_is_better_than_greedy_and_its_error_is_that_of_what_is_wri
 
 
 def test_blocks_of_one_layer_are_greedy(begin):
-    walk = begin(depth=1)
-    assert walk.entropies == [0.0] * 3 and list(map(len, walk.blocks)) == [1] * 4
+    walk = begin(threshold=float("inf"))
+    assert list(map(len, walk.blocks)) == [1] * 4
     walked(walk)
     assert all(
         choice.joint == choice.greedy and choice.error == choice.greedy_error for choice in walk.choices.values()
     )
-    wide = begin(depth=3)
+    wide = begin()
     walked(wide)
     # greedy inside a block is what blocks of one layer do
     assert wide.choices[0].greedy == tuple(walk.choices[k].joint[0] for k in range(3))
@@ -113,7 +112,7 @@ def test_a_walk_that_goes_on_writes_the_same(begin, written):
     expected = walked(begin())
     walk = begin()
     done = {name: t for found in expected[:written] for name, t in found.items()}
-    walk.source.quantized = served(done)
+    walk.source.quantized = served(walk.source, done)
     for k in range(written):
         walk.replay(walk.names[k], k)
     for k in range(written, 4):
@@ -129,7 +128,7 @@ def test_linears_without_a_format_stay_as_they_are(begin):
     def formats(name):
         return None if "down_proj" in name else eight if "q_proj" in name else FORMAT
 
-    walk = begin(depth=2, formats=formats)
+    walk = begin(formats=formats)
     tensors, rows = walk.layer(walk.names[0], 0)
     assert len(rows) == LINEARS - 1 and not any("down_proj" in name for name in tensors)
     (packed,) = [name for name in tensors if "q_proj" in name and name.endswith("packed")]

@@ -16,10 +16,10 @@ from vlmq_vllm.offline.data.read import read_chats
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.qvlm.bounds import Clipped, Hyperparameters, clip_groups, clipping, learn_bounds
-from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, ranges_of, states
+from vlmq_vllm.offline.methods.qvlm.decoder import effect_of, states, widened
 from vlmq_vllm.offline.methods.qvlm.entropy import conditional_entropy, joint_table
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
-from vlmq_vllm.offline.methods.qvlm.tower_quantizer import TowerQuantizer
+from vlmq_vllm.offline.methods.qvlm.tower import learn_tower
 from vlmq_vllm.offline.methods.saliency import answer_loss
 from vlmq_vllm.offline.model.capture import capture
 from vlmq_vllm.offline.model.hooks import removing
@@ -55,7 +55,7 @@ def names(source) -> list[str]:
 def test_gradients_through_streamed_layers_are_those_of_the_whole(source, data):
     (stream, *_) = capture(source, source.family.layers, data[0][:1], CPU)
     full = states(source, stream, CPU)
-    ranges = ranges_of([full])
+    ranges = widened([], full)
     moved = replace(stream, hidden=stream.hidden + 0.05 * torch.randn_like(stream.hidden))
     found = effect_of(source, moved, full[-1], ranges, 4, CPU)
 
@@ -148,7 +148,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_whole_objective(source, data):
     encoder, decoder = ((places[k] - full[k]).norm() / full[k].norm() for k in (0, -1))
     by_error = torch.autograd.grad(decoder, places[:-1], retain_graph=True)
     norms = torch.stack([gradient.norm() for gradient in by_error])
-    ranges = ranges_of([full])
+    ranges = widened([], full)
     entropy = sum(
         share * conditional_entropy(joint_table(*(x.flatten(0, 1) for x in places[k : k + 2]), *ranges[k : k + 2], 16))
         for k, share in enumerate(norms / norms.sum())
@@ -226,7 +226,7 @@ def test_a_batch_without_a_picture_teaches_nothing(source, data):
     silent = [torch.full_like(label, -100) for label in labels]
     for untaught in (([blank], [torch.zeros(1, 3)]), (batches, silent)):
         with pytest.raises(QuantizeError, match="both a picture and an answer"):
-            learn_bounds(source, *untaught, {}, CPU)
+            learn_bounds(source, *untaught, {}, CPU, Hyperparameters())
     own = {"a": Clipped([torch.ones(1).requires_grad_()], torch.empty)}
     assert (
         learn_bounds(source, [blank, batches[0]], [torch.zeros(1, 3), labels[0]], own, CPU, Hyperparameters(epochs=0))
@@ -234,21 +234,16 @@ def test_a_batch_without_a_picture_teaches_nothing(source, data):
     )
 
 
-def test_a_towers_walk_writes_what_was_learnt(source, data):
-    walk = TowerQuantizer(
-        source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
-    )
-    again = TowerQuantizer(
-        source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data, hyper=Hyperparameters(epochs=1)
-    )
-    for index, name in enumerate(names(source)):
-        tensors, rows = walk.layer(name, index)
-        other, _ = again.layer(name, index)
-        assert len(rows) == 4 and len(tensors) == 16
-        assert all(torch.equal(tensors[part], other[part]) for part in tensors)
-    module = source.module_in_files(f"{names(source)[3]}.mlp.fc2")
-    weight = source.parameter(f"{names(source)[3]}.mlp.fc2.weight").float()
-    plain = round_to_nearest(weight, FORMAT, torch.bfloat16).scale
-    assert not torch.equal(tensors[f"{module}.weight_scale"], plain)
-    # a rate of 0.005 and two batches move a factor by about 0.01 at most; bfloat16 adds 2^-8
-    torch.testing.assert_close(tensors[f"{module}.weight_scale"], plain, rtol=0.02, atol=0)
+def test_a_tower_is_rounded_as_was_learnt(source, data):
+    given = source, names(source), lambda name: FORMAT, CPU, Ranks(CPU), *data
+    first, again = (learn_tower(*given, hyper=Hyperparameters(epochs=1)) for _ in range(2))
+    for name in names(source):
+        block = source.materialise(name, CPU)
+        for linear, weight in weights_of(block).items():
+            found, other = (rounded(f"{name}.{linear}", weight) for rounded in (first, again))
+            assert torch.equal(found.codes, other.codes) and torch.equal(found.scale, other.scale)
+            plain = round_to_nearest(weight, FORMAT, torch.bfloat16).scale
+            assert not torch.equal(found.scale, plain)
+            # a rate of 0.005 and two batches move a factor by about 0.01 at most; bfloat16 adds 2^-8
+            torch.testing.assert_close(found.scale, plain, rtol=0.02, atol=0)
+        source.release(name)

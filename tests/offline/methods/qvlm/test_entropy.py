@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.qvlm.blocks import find_blocks
 from vlmq_vllm.offline.methods.qvlm.entropy import (
@@ -161,8 +160,3 @@ def test_every_layer_is_in_one_block_of_at_most_the_depth(depth):
     found = find_blocks(torch.rand(31).tolist(), depth)
     assert [k for block in found for k in block] == list(range(32))
     assert max(map(len, found)) == depth
-
-
-def test_a_depth_of_none_is_refused():
-    with pytest.raises(QuantizeError, match="depth of at least 1"):
-        find_blocks([1.0], 0)

@@ -6,20 +6,44 @@ import pytest
 import torch
 
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.grid import MINMAX, MSE
+from vlmq_vllm.offline.methods.qvlm.blocks import mean_square, search_block
 from vlmq_vllm.offline.methods.qvlm.ranges import find_ranges
-from vlmq_vllm.offline.methods.qvlm.search import search
+
+CPU = torch.device("cpu")
+
+
+class Toy:
+    """A layer with a function for every candidate, and what is wanted after it."""
+
+    def __init__(self, functions, target):
+        self.functions, self.target, self.tried = functions, target, []
+
+    def full_outputs(self):
+        return [self.target]
+
+    def hold(self, candidate):
+        self.tried.append(candidate)
+
+    def run(self, state):
+        return [self.functions[self.tried[-1]](x) for x in state]
+
+
+def search(layers, start):
+    return search_block(layers, [start], len(layers[0].functions), Ranks(CPU), CPU)
 
 
 def multiplied(factors: list[list[float]]):
-    """Layers that multiply a number; what is wanted after each is 1. (step, error) as search asks for them."""
-    return (lambda k, c, state: state * factors[k][c]), (lambda k, state: (state - 1) ** 2)
+    """Layers that multiply a number, and what is put in; what is wanted after each is 1."""
+    one = torch.ones(1, dtype=torch.float64)
+    return [Toy([lambda x, f=factor: f * x for factor in own], one) for own in factors], one
 
 
 def test_joint_is_strictly_better_where_the_best_first_step_leads_astray():
     """1.2 is nearer to 1 than 0.7, but only 0.7 can be put right: 0.7 * 1.3 = 0.91, while 1.2 * 1.3 = 1.56."""
-    found = search(2, 2, 1.0, *multiplied([[1.2, 0.7], [1.3, 2.0]]))
+    found = search(*multiplied([[1.2, 0.7], [1.3, 2.0]]))
     assert found.greedy == (0, 0) and found.greedy_error == pytest.approx(0.56**2)
     assert found.joint == (1, 0) and found.error == pytest.approx(0.09**2)
 
@@ -31,21 +55,18 @@ def test_joint_lies_between_greedy_and_the_best_of_all(depth, candidates):
     for _ in range(20):
         weights = torch.randn(depth, candidates, 4, 4, dtype=torch.float64) / 2
         targets = torch.randn(depth, 3, 4, dtype=torch.float64)
-
-        def step(k, c, state, weights=weights):
-            return torch.tanh(state @ weights[k, c])
-
-        def error(k, state, targets=targets):
-            return float((state - targets[k]).square().mean())
-
+        layers = [
+            Toy([lambda x, w=w: torch.tanh(x @ w) for w in own], target)
+            for own, target in zip(weights, targets, strict=True)
+        ]
         start = torch.randn(3, 4, dtype=torch.float64)
-        found = search(depth, candidates, start, step, error)
+        found = search(layers, start)
         errors = {}
         for choice in itertools.product(range(candidates), repeat=depth):
             state = start
-            for k, c in enumerate(choice):
-                state = step(k, c, state)
-            errors[choice] = error(depth - 1, state)
+            for layer, c in zip(layers, choice, strict=True):
+                state = layer.functions[c](state)
+            errors[choice] = mean_square([state], [targets[-1]], Ranks(CPU), CPU)
         assert found.error == errors[found.joint] and found.greedy_error == errors[found.greedy]
         assert min(errors.values()) <= found.error <= found.greedy_error
         better += found.error < found.greedy_error
@@ -53,18 +74,13 @@ def test_joint_lies_between_greedy_and_the_best_of_all(depth, candidates):
 
 
 def test_a_block_of_one_layer_is_greedy_and_is_looked_at_once():
-    tried = []
-
-    def step(k, c, state):
-        tried.append(c)
-        return (state - c) ** 2
-
-    found = search(1, 4, 2.0, step, lambda k, state: state)
-    assert found.joint == found.greedy == (2,) and tried == [0, 1, 2, 3]
+    layer = Toy([lambda x, c=c: x - c for c in range(4)], torch.zeros(1))
+    found = search([layer], torch.full((1,), 2.0))
+    assert found.joint == found.greedy == (2,) and layer.tried == [0, 1, 2, 3]
 
 
 def test_of_equal_candidates_the_first_is_taken():
-    found = search(2, 3, 1.0, *multiplied([[1.1, 1.1, 1.1], [0.8, 0.8, 0.8]]))
+    found = search(*multiplied([[1.1, 1.1, 1.1], [0.8, 0.8, 0.8]]))
     assert found.joint == found.greedy == (0, 0)
 
 

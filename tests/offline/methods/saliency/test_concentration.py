@@ -7,7 +7,7 @@ import torch
 
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.saliency.concentration import effective_tokens, pooled_median
-from vlmq_vllm.offline.methods.saliency.gradient import token_weights
+from vlmq_vllm.offline.methods.saliency.vlmq import token_weights
 
 ALONE = Ranks(torch.device("cpu"))
 

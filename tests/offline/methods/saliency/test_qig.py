@@ -1,4 +1,4 @@
-"""Integrated gradients of small modules: closed forms, completeness, padding; token weights against numpy."""
+"""Integrated gradients of small modules: closed forms, completeness; token weights against numpy."""
 
 from contextlib import contextmanager
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vlmq_vllm.offline.methods.saliency.integrated_gradients import completeness, input_of, integrated_gradients
-from vlmq_vllm.offline.methods.saliency.qig import token_weights
+from coarse_rounding import completeness
+from vlmq_vllm.offline.methods.saliency.qig import input_of, integrated_gradients, token_weights
 from vlmq_vllm.offline.model.layers import holding, weights_of
 
 
@@ -90,37 +90,6 @@ def test_gradients_of_an_mlp_sum_up_to_the_difference(named, from_zero):
     assert float(found.double().sum()) - moved == pytest.approx(lacking[128], abs=1e-9)
 
 
-def test_padding_counts_neither_as_cause_nor_as_effect():
-    """Tokens that are not valid change no other token's gradient, whatever they hold, and weigh nothing."""
-    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True).requires_grad_(False)
-
-    class Causal(torch.nn.Module):
-        def forward(self, hidden_states):
-            mask = torch.nn.Transformer.generate_square_subsequent_mask(hidden_states.shape[1])
-            return attention(hidden_states, hidden_states, hidden_states, attn_mask=mask, need_weights=False)
-
-    module, rounded = Causal(), (4 * attention.in_proj_weight).round() / 4
-
-    @contextmanager
-    def switch():
-        before = attention.in_proj_weight
-        attention.in_proj_weight = torch.nn.Parameter(rounded, requires_grad=False)
-        yield
-        attention.in_proj_weight = before
-
-    valid = torch.tensor([1, 1, 1, 1, 1, 0, 0], dtype=torch.bool)
-    x = torch.randn(1, 7, 8)
-    short = integrated_gradients(module, switch, ((x[:, :5],), {}), None, 4)
-    for padding in (torch.zeros(2, 8), torch.full((2, 8), 30.0)):
-        x[0, 5:] = padding
-        found = integrated_gradients(module, switch, ((x,), {}), None, 4, valid)
-        torch.testing.assert_close(found[:5], short, rtol=1e-4, atol=1e-6)
-        assert (found[5:] == 0).all()
-        weights, _ = token_weights(found + 7 * ~valid[:, None], 1, valid)
-        torch.testing.assert_close(weights[:5], token_weights(short, 1)[0], rtol=1e-4, atol=1e-6)
-        assert (weights[5:] == 0).all()
-
-
 @pytest.mark.parametrize(("samples", "tokens"), [(1, 1), (1, 40), (3, 17)])
 @pytest.mark.parametrize("power", [-1, 0.01])  # heavy tails, and scores so alike that the lower bound binds too
 def test_weights_are_capped_by_numpys_quartiles(samples, tokens, power):
@@ -142,11 +111,9 @@ def test_samples_without_a_signal_count_alike():
     gradients = torch.ones(12, 2)
     gradients[:4] = 0
     gradients[5] = float("nan")
-    valid = torch.ones(12, dtype=torch.bool)
-    valid[3] = valid[7] = False
     gradients[9] = 3
-    weights, silent = token_weights(gradients, 3, valid)
+    weights, silent = token_weights(gradients, 3)
     assert silent.tolist() == [True, True, False]
-    torch.testing.assert_close(weights[:8], torch.tensor([1, 1, 1, 0] * 2) / 3)
+    torch.testing.assert_close(weights[:8], torch.full((8,), 0.25))
     capped = torch.tensor([1, 2.25, 1, 1])  # the quartiles of 1 3 1 1 are 1 and 1.5
     torch.testing.assert_close(weights[8:], capped / capped.sum())

@@ -8,17 +8,11 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from coarse_rounding import coarse, coarse_tokens
+from coarse_rounding import coarse, coarse_tokens, completeness
 from family_samples import CPU, make_samples, streams_of
 from vlmq_vllm.activations import round_tokens
 from vlmq_vllm.offline.machine.ranks import Ranks
-from vlmq_vllm.offline.methods.saliency.integrated_gradients import (
-    call_of,
-    completeness,
-    input_of,
-    integrated_gradients,
-)
-from vlmq_vllm.offline.methods.saliency.qig import QIGWeights, token_weights
+from vlmq_vllm.offline.methods.saliency.qig import QIGWeights, input_of, integrated_gradients, token_weights
 from vlmq_vllm.offline.model.groups import find_stages, inspected
 from vlmq_vllm.offline.model.hooks import removing, rounding_inputs
 from vlmq_vllm.offline.model.layers import holding, linears_of, weights_of
@@ -63,7 +57,7 @@ def test_gradients_of_a_layers_modules_sum_up_to_the_difference(name, module, op
     """
     layer, full, _ = opened(name)
     rounded = coarse(layer)
-    call = call_of(layer, 1, full[0], module)
+    call = full[0].call_of(layer, 1, module)
     switch = functools.partial(holding, layer, rounded)
     inner = layer.get_submodule(module)
     moved = completeness(inner, switch, call, torch.zeros(1))
@@ -90,7 +84,7 @@ def test_rows_for_columns_give_other_gradients(made, opened):
     time, rows, columns = seen[1]  # [1, T] each
     assert (rows - time)[0, 7:15].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert (columns - time)[0, 7:15].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
-    args, kwargs = call_of(layer, 1, full[1], "self_attn")
+    args, kwargs = full[1].call_of(layer, 1, "self_attn")
     switch = functools.partial(holding, layer, coarse(layer))
 
     def gradients(*positions):
@@ -138,7 +132,7 @@ def test_a_layers_groups_share_a_list_each(opened):
     for i, stream in enumerate(quantized):
         for group in groups:
             name = inspected(group)
-            call = call_of(layer, 1, stream, name)
+            call = stream.call_of(layer, 1, name)
             # down_proj's and o_proj's own error is linear along the path: all numbers of points agree
             steps = 3 if len(group) > 1 else 5
             inner, own = layer.get_submodule(name), functools.partial(holding, layer, rounded)
@@ -193,7 +187,7 @@ def test_activations_are_rounded_on_a_path_from_the_quantised_input(opened):
     down = layer.mlp.down_proj
     expected = []
     for f, q in zip(full, quantized, strict=True):
-        end, start = (input_of(call_of(layer, 1, stream, "mlp.down_proj")) for stream in (f, q))
+        end, start = (input_of(stream.call_of(layer, 1, "mlp.down_proj")) for stream in (f, q))
         total = torch.zeros_like(end)
         for a in (0.125, 0.375, 0.625, 0.875):
             z = start + a * (end - start)
@@ -220,10 +214,10 @@ def test_a_rounded_stream_gives_a_linears_input_as_it_comes(opened):
     up = []
     with rounding_inputs(linears), removing([layer.mlp.up_proj.register_forward_hook(lambda m, a, o: up.append(o))]):
         full[0].call(layer, 1)
-    found = input_of(call_of(layer, 1, stream, "mlp.down_proj"))
+    found = input_of(stream.call_of(layer, 1, "mlp.down_proj"))
     torch.testing.assert_close(found, seen[0] * up[0])
     assert not torch.equal(found, round_tokens(found))
-    assert torch.equal(input_of(call_of(layer, 1, stream, "mlp.up_proj")), input_of(call_of(layer, 1, stream, "mlp")))
+    assert torch.equal(input_of(stream.call_of(layer, 1, "mlp.up_proj")), input_of(stream.call_of(layer, 1, "mlp")))
 
 
 def test_linears_that_are_not_rounded_have_no_signal(opened):

@@ -131,7 +131,7 @@ def test_a_run_takes_32_midpoints(method, demo_model, calibration):
     units = find_units(source, settings)
     formats = {target.name: target.format for target in find_targets(source, settings, units)}
     stack = source.family.layers
-    walk = Quantizers(source, settings, formats, CPU, Ranks(CPU), samples).begin("language", stack, units, False)
+    walk = Quantizers(source, settings, formats, CPU, Ranks(CPU), samples).begin("language", units, False)
     layer = source.materialise(f"{stack}.0", CPU)
     rounded = {name: (weight * 64).round() / 64 for name, weight in weights_of(layer).items()}
     (stream,) = streams = capture(source, stack, samples.batches, CPU)

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer, Qwen2VLRotaryEmbedding
 
-from vlmq_vllm.offline.methods.saliency.gradient import gradient_norms, rounded_norms, token_weights
+from vlmq_vllm.offline.methods.saliency.vlmq import gradient_norms, token_weights
 from vlmq_vllm.offline.model.families import FAMILIES
 from vlmq_vllm.offline.model.layers import holding, linears_of
 from vlmq_vllm.offline.model.streams import Stream
@@ -135,7 +135,8 @@ def test_equal_streams_carry_no_signal_but_rounded_weights_do(layer):
     assert all((g == 0).all() for g in norms(layer, full, full, ATTENTION + MLP).values())
     rounded = {name: (8 * layer.get_submodule(name).weight).round() / 8 for name in linears_of(layer)}
     before = attend(layer, full)
-    found = rounded_norms(layer, 0, FAMILY, stream(layer, full), ATTENTION, lambda: holding(layer, rounded))
+    both = [stream(layer, full)] * 2
+    found = gradient_norms(layer, 0, FAMILY, *both, ATTENTION, lambda: holding(layer, rounded))
     torch.testing.assert_close(attend(layer, full), before)  # the weights are back
     with holding(layer, rounded):
         difference = attend(layer, full) - before
