@@ -27,7 +27,8 @@ RECIPE = "vlmq_recipe.yaml"
 LOG = ".progress"  # folder of what each unit adds to the report; gone when the checkpoint is finished
 IDENTITY = "identity.json"  # in it
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-OWN = ("config.json", INDEX, SUMS, REPORT, RECIPE)
+OTHERS = ("quantize_config.json", "quantization_config.json", "recipe.yaml")  # how another tool quantised the source
+NOT_COPIED = ("config.json", INDEX, SUMS, REPORT, RECIPE, *OTHERS)
 
 
 class Parts:
@@ -141,7 +142,7 @@ class Writer(Parts):
     def finish(self, source: Path, config: dict, report: dict, recipe: str | None = None) -> None:
         """Add what belongs to the model beside its weights, then give the folder its name."""
         for path in sorted(source.iterdir()):
-            if path.is_file() and path.suffix not in WEIGHTS and path.name not in OWN and path.name[0] != ".":
+            if path.is_file() and path.suffix not in WEIGHTS and path.name not in NOT_COPIED and path.name[0] != ".":
                 shutil.copyfile(path, self.folder / path.name)
         weight_map: dict[str, str] = {}
         total = 0

@@ -18,7 +18,7 @@ def export(folder: Quantized, out: Out, target: Format) -> None:
 
 
 def dequantize(folder: Quantized, out: Out) -> None:
-    """Write FOLDER's weights back to 16 bits, for software that does not know vlmq."""
+    """Write the weights of FOLDER, ours or one of GPTQModel, AutoRound or llm-compressor, back to 16 bits."""
     from vlmq_vllm.offline.checkpoint.dequantize import dequantize as write
 
     write(folder, out)

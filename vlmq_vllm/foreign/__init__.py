@@ -5,6 +5,7 @@ CheckpointError. The tensors decide what is quantised and how; ignore lists and 
 """
 
 from vlmq_vllm.checkpoint import QuantizationSpec
+from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.foreign.compressed_tensors import PackQuantizedSpec
 from vlmq_vllm.foreign.gptq import GPTQSpec
 
@@ -16,3 +17,11 @@ SPECS: dict[str, type[Spec]] = {
     "auto_round": GPTQSpec,
     "compressed-tensors": PackQuantizedSpec,
 }
+
+
+def spec_of(config: object) -> Spec:
+    """What a quantization_config says. Raises CheckpointError for that of a method which vlmq does not read."""
+    method = str(config.get("quant_method")).lower() if isinstance(config, dict) else None
+    if not isinstance(config, dict) or method not in SPECS:
+        raise CheckpointError(f"the model is quantised with {method!r}; vlmq reads {', '.join(SPECS)}")
+    return SPECS[method].from_dict(config)

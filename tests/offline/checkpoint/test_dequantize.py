@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from family_models import build
+from foreign_checkpoints import NAMES, REFUSED, expected, restore
 from mixed_formats import quantize_mixed
 from vlmq_vllm.checkpoint import read_modules
 from vlmq_vllm.errors import CheckpointError
@@ -140,4 +141,30 @@ def test_shapes_differ(packed, tmp_path):
     )
     save(packed, found | {f"{name}.{part}": tensor for part, tensor in narrow.tensors().items()})
     with pytest.raises(CheckpointError, match=r"experts.4.down_proj has another shape than"):
+        dequantize(packed, tmp_path / "twin")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in REFUSED])
+def test_other_tools_checkpoints_come_back_as_their_makers_read_them(name, tmp_path):
+    """Rounded once to the dtype of their scales; everything else stays."""
+    restore(name, tmp_path / "packed")
+    dequantize(tmp_path / "packed", tmp_path / "twin")
+    before, after = tensors(tmp_path / "packed"), tensors(tmp_path / "twin")
+    packed = {key.rpartition(".")[0] for key in before if key.endswith((".qweight", ".weight_packed"))}
+    weights = {module: after.pop(f"{module}.weight") for module in packed}
+    for module, weight in expected(name).items():
+        twin = weights[module]
+        rounding = {torch.float16: 2**-10, torch.bfloat16: 2**-7}[twin.dtype]
+        torch.testing.assert_close(twin, weight.to(twin.dtype), rtol=rounding, atol=0)
+    kept = {key for key in before if key.rpartition(".")[0] not in packed or key.endswith(".bias")}
+    assert after.keys() == kept and all(torch.equal(after[key], before[key]) for key in kept)
+    assert "quantization_config" not in json.loads((tmp_path / "twin/config.json").read_text())
+    assert not [*(tmp_path / "twin").glob("quant*_config.json"), *(tmp_path / "twin").glob("recipe.yaml")]
+
+
+def test_methods_that_nobody_reads_here_are_named(packed, tmp_path):
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="the model is quantised with 'fp8'; vlmq reads vlmq, gptq, "):
         dequantize(packed, tmp_path / "twin")
