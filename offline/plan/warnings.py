@@ -5,6 +5,7 @@ import json
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.plan.sizes import Load, expert_share, patches_per_token
 from vlmq_vllm.offline.plan.tensor_parallel import LinearKind
+from vlmq_vllm.offline.settings.methods import TOKEN_WEIGHTS
 from vlmq_vllm.offline.settings.quantize import Settings
 
 ENOUGH = 4  # tokens per column: fewer leave the Hessian poorly known, which is inverted to compensate
@@ -15,7 +16,7 @@ def find_warnings(source: Source, settings: Settings, load: Load, linears: list[
     found = [f"vLLM will not load {linear.pattern}: {linear.refused}" for linear in linears if linear.refused]
     found += _cut(linears)
     if settings.row.compensates:
-        found += _tokens(source, load, linears)
+        found += _tokens(source, settings, load, linears)
     if settings.row.calibrated:
         found += _pictures(source, settings)
     return found
@@ -38,17 +39,26 @@ def _cut(linears: list[LinearKind]) -> list[str]:
     return lines
 
 
-def _tokens(source: Source, load: Load, linears: list[LinearKind]) -> list[str]:
-    """Too few tokens for the widest weight, among experts for the mean expert."""
+def _tokens(source: Source, settings: Settings, load: Load, linears: list[LinearKind]) -> list[str]:
+    """Too few tokens for the widest weight, among experts for the mean expert, and too few that token weights leave."""
+    decoder = [linear for linear in linears if linear.component == "language"]
+    experts = [linear for linear in decoder if linear.layer == "FusedMoE"]
+    others = [linear for linear in decoder if linear.layer != "FusedMoE"]
+    share = TOKEN_WEIGHTS[settings.saliency].effective or 0
+    inside = f".{source.family.attention}."
+    weighted = [x for x in others if share and (settings.saliency_scope == "all" or inside in x.pattern)]
+    cases = (
+        ("the decoder sees at most {} calibration tokens", others, 1.0),
+        ("each expert sees at most {} calibration tokens", experts, expert_share(source)),
+        ("token weights leave the decoder about {} effective tokens", weighted, share),
+    )
     lines = []
-    for expert in (False, True):
-        widths = [x.columns for x in linears if (x.layer == "FusedMoE") is expert and x.component == "language"]
-        tokens = int(load.total * (expert_share(source) if expert else 1))
-        if widths and tokens < ENOUGH * max(widths):
-            whose = "each expert" if expert else "the decoder"
+    for what, found, part in cases:
+        tokens, columns = int(load.total * part), max((linear.columns for linear in found), default=0)
+        if tokens < ENOUGH * columns:
             lines.append(
-                f"{whose} sees at most {tokens} calibration tokens for weights of {max(widths)} columns; "
-                f"{ENOUGH * max(widths)} or more are better: raise --samples or --max-tokens"
+                f"{what.format(tokens)} for weights of {columns} columns; {ENOUGH * columns} or more are better: raise "
+                "--samples or --max-tokens"
             )
     return lines
 

@@ -65,14 +65,16 @@ class TokenWeights:
     """A row of TOKEN_WEIGHTS.
 
     help: what weighs tokens. paired: needs the full-precision stream beside the quantised one; paired_if_rounded: only
-    where activations are rounded. labelled: tokens of answers and of pictures must be told apart. options: settings
-    that nothing else reads.
+    where activations are rounded. labelled: tokens of answers and of pictures must be told apart. effective: the least
+    share of tokens that they leave effective in a layer, as measured on a real language model (NOTES.md); None: not
+    measured. options: settings that nothing else reads.
     """
 
     help: str
     paired: bool = False
     paired_if_rounded: bool = False
     labelled: bool = False
+    effective: float | None = None
     options: tuple[str, ...] = ()
 
 
@@ -110,6 +112,7 @@ TOKEN_WEIGHTS = {
     "vlmq": TokenWeights(
         "gradient of a local loss",
         paired=True,
+        effective=0.4,
         options=("saliency_power", "saliency_scope", "saliency_fallback", "saliency_floor", "saliency_cap"),
     ),
     "modality": TokenWeights("MBQ: vision against answer tokens", labelled=True),
