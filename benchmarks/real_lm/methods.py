@@ -28,7 +28,8 @@ from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 CHATS, POOL = 128, 256  # of a run; pictures that are drawn from
 GROUP_SIZE = 64
 QEP = {"method": "gptq", "base": "qep"}
-VLMQ = {"method": "vlmq", "base": "qep"}
+REFINED = {"refine": 2}
+VLMQ = {"method": "vlmq", "base": "qep", "refine": 0}
 PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
 METHODS = {
     "RTN": {"method": "rtn"},
@@ -36,6 +37,8 @@ METHODS = {
     "GPTQ": {"method": "gptq"},
     "GPTAQ": {"method": "gptq", "base": "gptaq"},
     "QEP": QEP,
+    "GPTQ, refined": {"method": "gptq"} | REFINED,
+    "QEP, refined": QEP | REFINED,
     "QEP, alpha 0.5": QEP | {"alpha": 0.5},
     "QEP, alpha 0.25": QEP | {"alpha": 0.25},
     "VLMQ on GPTAQ, as published": PUBLISHED,
@@ -43,6 +46,8 @@ METHODS = {
     "VLMQ on QEP, all, not cut": VLMQ | {"saliency_scope": "all", "saliency_cap": 0},
     "VLMQ on QEP, attention": VLMQ | {"saliency_scope": "attention"},
     "VLMQ on QEP, all": VLMQ | {"saliency_scope": "all"},
+    "VLMQ on QEP, attention, refined": VLMQ | {"saliency_scope": "attention"} | REFINED,
+    "VLMQ on QEP, all, refined": VLMQ | {"saliency_scope": "all"} | REFINED,
     "VLMQ on QEP, attention, g": VLMQ | {"saliency_scope": "attention", "saliency_power": 1},
     "VLMQ on QEP, all, g": VLMQ | {"saliency_scope": "all", "saliency_power": 1},
 }

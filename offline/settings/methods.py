@@ -95,7 +95,7 @@ METHODS = {
         COMPENSATED,
         ("none", "modality", "qig", "vlmq"),
         studied=True,
-        defaults={"base": "gptq"},
+        defaults={"base": "gptq", "refine": 0},
         options=COMPENSATION,
     ),
     "vlmq": Method("compensates, with token weights of its own", COMPENSATED, ("vlmq",), options=COMPENSATION),
