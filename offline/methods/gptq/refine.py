@@ -14,7 +14,7 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 LEAF = 32  # columns that are treated one by one between two matrix products
 CHUNK = {"cpu": 1 << 21}  # weights that are treated at once, so that temporaries stay in the cache
-LARGE_CHUNK = 1 << 25  # elsewhere, where every operation has its price
+LARGE_CHUNK = 1 << 24  # elsewhere, where every operation has its price
 RIDGE = 1e-4  # of the equations' diagonal, towards the scales as they were: codes of a group may all be zero
 
 
