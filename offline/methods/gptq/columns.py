@@ -103,21 +103,7 @@ class ColumnPass:
     def _columns_in_triton(self, start: int, stop: int) -> None:
         from vlmq_vllm.offline.methods.gptq.columns_kernel import round_columns  # here, so that a CPU needs no Triton
 
-        round_columns(
-            self.remainder,
-            self.owed,
-            self.values,
-            self.codes,
-            self.loss,
-            self.factor,
-            self.push,
-            self.scale,
-            self.zero,
-            self.group_of,
-            self.levels,
-            range(start, stop),
-            LEAF,
-        )
+        round_columns(self, range(start, stop), LEAF)
 
     def _columns_in_torch(self, start: int, stop: int) -> None:
         diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, start:stop, None]
