@@ -5,9 +5,10 @@ is a set of groups that are collected in one pass over the data: alone in a dens
 same group of every expert.
 """
 
+import os
 import re
 from dataclasses import replace
-from itertools import groupby, takewhile
+from itertools import groupby
 
 import torch
 
@@ -34,7 +35,4 @@ def find_stages(layer: torch.nn.Module, index: int, stream: Stream) -> list[list
 
 def inspected(group: Group) -> str:
     """The module by whose output a group is judged: the common parent of several linears, else the linear itself."""
-    if len(group) == 1:
-        return group[0]
-    parts = zip(*(linear.split(".") for linear in group), strict=False)
-    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts))
+    return ".".join(os.path.commonprefix([linear.split(".") for linear in group]))
