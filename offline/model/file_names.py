@@ -68,19 +68,19 @@ def find_stored_parameters(
     others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     empty = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
-    stored, places = {}, {}
+    stored, whole = {}, set()  # the file's name by the one in memory; which are not made of others by a rule
     for name in headers:
         renamed, converted = rename_source_key(name, renamings, others, model.base_model_prefix, empty)
+        stored[renamed] = name
         if converted is None:
-            places[renamed] = StoredParameter(name, name.removesuffix(".weight"))
-        else:
-            stored[renamed] = name
+            whole.add(renamed)
+    places = {}
     for name, (count, inner) in unfuse(model).items():
         for fused, parts in (
             ("gate_up_proj", (("gate_proj", 0, inner), ("up_proj", inner, 2 * inner))),
             ("down_proj", (("down_proj", 0, shapes[f"{name}.down_proj"][1]),)),
         ):
-            if (tensor := _fused(f"{name}.{fused}", stored, places)) is None:
+            if (tensor := stored.pop(f"{name}.{fused}", None)) is None:
                 continue
             transposed = headers[tensor].shape != shapes[f"{name}.{fused}"]
             prefix = tensor.removesuffix(f".{fused}")
@@ -89,12 +89,5 @@ def find_stored_parameters(
                     module = f"{prefix}.{expert}.{part}"
                     own = StoredParameter(tensor, module, expert, start, stop, transposed)
                     places[f"{name}.{expert}.{part}.weight"] = own
-    return places
-
-
-def _fused(name: str, stored: dict[str, str], places: dict[str, StoredParameter]) -> str | None:
-    """The file's name of a fused tensor, whether a rule converts it or it is stored as it is in memory."""
-    if name in stored:
-        return stored[name]
-    place = places.pop(name, None)
-    return place.tensor if place else None
+    plain = {name: tensor for name, tensor in stored.items() if name in whole}
+    return {name: StoredParameter(tensor, tensor.removesuffix(".weight")) for name, tensor in plain.items()} | places
