@@ -5,6 +5,7 @@ place.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -46,11 +47,8 @@ def count_kinds(chat: dict, ids: list[int], processor: Processor, vision: set[in
     plain = _plain(chat, processor)
     if plain is None:
         return {"vision": seen, "user": None, "answer": None, "special": None}
-    counts = {"user": 0, "answer": 0}
-    for token in plain:
-        if token.role:
-            counts["answer" if token.role == "assistant" else "user"] += 1
-    return {"vision": seen, **counts, "special": len(ids) - seen - sum(counts.values())}
+    texts = Counter(token.role == "assistant" for token in plain if token.role)
+    return {"vision": seen, "user": texts[False], "answer": texts[True], "special": len(ids) - seen - texts.total()}
 
 
 def token_kinds(chat: dict, ids: list[int], processor: Processor, vision: set[int]) -> torch.Tensor:
