@@ -17,7 +17,7 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
-from vlmq_vllm.offline.methods.gptq.problem import Problem, collect, find_problems, solve_all
+from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.saliency.concentration import effective_tokens
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
@@ -172,7 +172,16 @@ class LayerQuantizer:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         found: dict[str, Solution] = {}
         if self.settings.row.solves:
-            problems = self.problems(layer, stage, token_weights)
+            problems = find_problems(
+                layer.module,
+                stage,
+                token_weights,
+                self._base(stage),
+                lambda linear: self.formats[layer.full(linear)],
+                lambda linear: self._dtype(layer, linear),
+                self.device,
+            )
+            collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
             solutions = solve_all(problems, layer.module, self.solver, self.ranks)
             for problem, solution in zip(problems, solutions, strict=True):
                 found |= dict(zip(problem.linears, solution.split(problem.rows), strict=True))
@@ -182,20 +191,6 @@ class LayerQuantizer:
             if self.settings.sequential:
                 put(layer.module, linear, solution.weight.served())
             yield linear, solution
-
-    def problems(self, layer: Layer, stage: list[Group], token_weights: Weights) -> list[Problem]:
-        """The problems of a stage, with the Hessians of their inputs."""
-        problems = find_problems(
-            layer.module,
-            stage,
-            token_weights,
-            self._base(stage),
-            lambda linear: self.formats[layer.full(linear)],
-            lambda linear: self._dtype(layer, linear),
-            self.device,
-        )
-        collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
-        return problems
 
     def _base(self, stage: list[Group]) -> str:
         """The two streams send different tokens to an expert: there is no residual between them."""

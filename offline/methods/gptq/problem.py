@@ -39,13 +39,9 @@ class Problem:
         """What problems have in common that are solved together."""
         return sum(self.rows), len(self.moments.h), self.format, self.dtype
 
-    def stacked(self, layer: torch.nn.Module) -> torch.Tensor:
-        """The weights [O, I]."""
-        return _stacked(layer, self.linears)
-
 
 def _stacked(layer: torch.nn.Module, linears: Group) -> torch.Tensor:
-    """The linears' weights, one after the other along the rows."""
+    """The linears' weights [O, I], one after the other along the rows."""
     found = [linear_of(layer, linear).weight for linear in linears]
     return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -131,7 +127,7 @@ def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, r
 
 def _solve_together(problems: Sequence[Problem], layer: torch.nn.Module, solver: Solver) -> list[Solution]:
     """The solutions of problems of one shape."""
-    weights = stack([problem.stacked(layer) for problem in problems])
+    weights = stack([_stacked(layer, problem.linears) for problem in problems])
     means = [problem.moments.mean() for problem in problems]
     residuals = [residual for _, residual in means if residual is not None]
     residual = stack(residuals) if residuals else None
