@@ -29,16 +29,16 @@ def capture(
     device: torch.device,
     quantized: bool = False,
     rounded: frozenset[torch.nn.Module] = frozenset(),
-) -> list[Stream | None]:
-    """The streams of `batches` at the first layer of the ModuleList `stack` (or at a single module, a connector); None
-    for a batch that does not reach it.
+) -> list[Stream]:
+    """The streams of those `batches` that reach it at the first layer of the ModuleList `stack` (or at a single module,
+    a connector).
 
     quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
     Stream, on the way to the stack as well.
     """
     with source.before_decoder(device, quantized), rounding_inputs(rounded):
         found = [catch(source, stack, batch, device) for batch in batches]
-    return [stream and replace(stream, rounded=rounded) for stream in found]
+    return [replace(stream, rounded=rounded) for stream in found if stream]
 
 
 @torch.no_grad()
