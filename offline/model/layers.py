@@ -34,6 +34,12 @@ def is_clipped(linear: str) -> bool:
     return linear.rpartition(".")[2] not in ("q_proj", "k_proj", "qkv")
 
 
+def called(model: torch.nn.Module, root: str) -> list[str]:
+    """A connector's modules that are called one by one: those of the list `root`, or the module itself."""
+    module = model.get_submodule(root)
+    return [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]
+
+
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     """Give a linear another weight; the one that it had is not changed."""
     set_parameter(layer, f"{linear}.weight", weight)

@@ -23,6 +23,7 @@ import torch
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.model.families import Family
+from vlmq_vllm.offline.model.layers import called
 
 READING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate")  # gate: chooses experts
 WRITING = ("o_proj", "down_proj")
@@ -143,8 +144,8 @@ class Rotation:
 
     def _last_linears(self, model: torch.nn.Module, root: str, model_type: str) -> list[str]:
         """The linears that the connectors under `root` end in, by in-memory name."""
-        module, found = model.get_submodule(root), []
-        for part in [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]:
+        found = []
+        for part in called(model, root):
             inside = [(n, m) for n, m in model.get_submodule(part).named_modules() if list(m.parameters(recurse=False))]
             name, last = inside[-1]
             if not isinstance(last, torch.nn.Linear):

@@ -14,7 +14,7 @@ import torch
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.model.experts import is_expert
-from vlmq_vllm.offline.model.layers import named_linears
+from vlmq_vllm.offline.model.layers import called, named_linears
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.unserved import why_unserved
@@ -153,17 +153,11 @@ def _blocks_used(config: dict, count: int) -> int:
     return max(layer if layer >= 0 else count + 1 + layer for layer in layers)
 
 
-def _called(source: Source, root: str) -> list[str]:
-    """A connector's modules that are called one by one: those of a list, or the module itself."""
-    module = source.model.get_submodule(root)
-    return [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]
-
-
 def _modules(source: Source, component: str) -> list[str]:
     """In-memory names of a component's modules that are quantised one after the other."""
     family = source.family
     if component == "connector":
-        return [name for root in family.connectors for name in _called(source, root)]
+        return [name for root in family.connectors for name in called(source.model, root)]
     stack = {"vision": family.blocks, "language": family.layers}[component]
     count = len(source.stack(stack))
     count = min(count, _blocks_used(source.config, count)) if component == "vision" else count
