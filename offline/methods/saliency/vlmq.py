@@ -49,8 +49,11 @@ def gradient_norms(
     norms = {}
     with rounding(), noting(layer, linears, lambda args, kwargs, out: out) as outputs, torch.enable_grad():
         found = _ends(layer, index, family, start, linears)
-        for end, names in _by_end(family, linears).items():
-            loss = (found[end] - targets[end]).square().sum()
+        for end, target in targets.items():
+            names = [name for name in linears if family.in_attention(name) == (end == "attention")]
+            if not names:
+                continue
+            loss = (found[end] - target).square().sum()
             wanted = [outputs[name] for name in names]
             gradients = torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True)
             for name, gradient in zip(names, gradients, strict=True):
@@ -58,19 +61,11 @@ def gradient_norms(
     return norms
 
 
-def _by_end(family: Family, linears: list[str]) -> dict[str, list[str]]:
-    """The linears by the block whose output they are judged by, "attention" or "layer"."""
-    ends: dict[str, list[str]] = {}
-    for name in linears:
-        ends.setdefault("attention" if family.in_attention(name) else "layer", []).append(name)
-    return ends
-
-
 def _ends(
     layer: torch.nn.Module, index: int, family: Family, stream: Stream, linears: list[str]
 ) -> dict[str, torch.Tensor]:
-    """The outputs of the blocks that `linears` are judged by, [B, T, d] each, from one run of the layer."""
-    if set(_by_end(family, linears)) == {"attention"}:
+    """The outputs [B, T, d] of the attention block and, where any of `linears` lies outside it, of the whole layer."""
+    if all(map(family.in_attention, linears)):
         (end, *_), _ = stream.call_of(layer, index, family.attention_end)
         return {"attention": end}
     with noting(layer, [family.attention_end], lambda args, kwargs, out: args[0]) as inputs:
