@@ -34,9 +34,8 @@ ROWS = 1 << 14  # of embeddings and head that are in float32 at once
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
-    """A matrix [size, size] float64, uniform over all orthogonal ones (QR of a Gaussian, signs of R's diagonal)."""
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
+    """A matrix [size, size] float64, uniform over all orthogonal ones."""
+    return torch.nn.init.orthogonal_(torch.empty(size, size, dtype=torch.float64), generator=generator)
 
 
 class Rotation:
