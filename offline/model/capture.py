@@ -52,29 +52,26 @@ def check_replay(source: Source, batch: dict, device: torch.device) -> None:
         if stream is None:
             raise QuantizeError(f"a forward pass does not reach {source.family.layers}; please report it")
         layers = source.layers()
-        number = {layer: i for i, layer in enumerate(layers)}
 
-        def load(layer: torch.nn.Module, args: tuple) -> None:
-            name = f"{source.family.layers}.{number[layer]}"
-            source.materialise(name, device)
-            hidden = args[0] if args else None
-            if hidden is not None:
-                _compare(f"what reaches {name}", stream.hidden, hidden)
+        def checked(index: int, own: Callable) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                name = f"{source.family.layers}.{index}"
+                source.materialise(name, device)
+                if args:
+                    _compare(f"what reaches {name}", stream.hidden, args[0])
+                out = own(*args, **kwargs)
+                rest, caught = stream.calls[index]
+                replayed = hidden_of(own(stream.hidden, *rest, **caught))
+                stream.hidden = replayed + stream.terms.get(index, 0)
+                source.release(name)
+                _compare(name, replayed, hidden_of(out))
+                if index + 1 == len(layers):
+                    raise Stop
+                return out
 
-        def compare(layer: torch.nn.Module, args: tuple, out: torch.Tensor | tuple) -> None:
-            index = number[layer]
-            rest, kwargs = stream.calls[index]
-            replayed = hidden_of(layer.forward(stream.hidden, *rest, **kwargs))  # past the hooks, that is this one
-            stream.hidden = replayed + stream.terms.get(index, 0)
-            name = f"{source.family.layers}.{index}"
-            source.release(name)
-            _compare(name, replayed, hidden_of(out))
-            if layer is layers[-1]:
-                raise Stop
+            return forward
 
-        handles = [layer.register_forward_pre_hook(load) for layer in layers]
-        handles += [layer.register_forward_hook(compare) for layer in layers]
-        with suppress(Stop), removing(handles):
+        with suppress(Stop), replacing({layer: checked(i, layer.forward) for i, layer in enumerate(layers)}):
             source.model(**_to(batch, device), use_cache=False)
 
 
