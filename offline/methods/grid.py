@@ -17,17 +17,14 @@ BLOCKS_CHUNK = 1 << 22  # the same with blocks of H, which every slice reads: fe
 @dataclass(frozen=True)
 class GridSearch:
     """How scales are chosen: from a group's range (`steps` 0), or among `steps` + 1 ranges from 100 % shrunk evenly to
-    `least`, the one with the least sum_i w_i |error_i|^exponent; w is the diagonal of the
-    Hessian H where `importance` is set, else 1.
-
-    With the diagonal blocks of H as importance it is the one with the least error^T H_gg error, what the group's errors
-    do to the output. The exponent 2.4 is that of GPTQ's public code.
+    `least`, the one with the least sum_i w_i |error_i|^exponent; w is the diagonal of the Hessian H where `importance`
+    is set, else 1. With the diagonal blocks of H as importance it is the one with the least error^T H_gg error. The
+    exponent 2.4 is that of GPTQ's public code.
 
     CLIP with these blocks has the aim of AWQ's search for clipped ranges (2306.00978), the least squared output error
-    of each row and group, but other candidates. AWQ's code clamps weights to [-t, t], for the 10 thresholds t = max |w|
-    times 1, 0.95 ... 0.55, and takes the range of what is left, so that a shorter side within t keeps its end. Here low
-    and high shrink by one factor, 21 from 1 to 0.5 in steps of 0.025. AWQ judges by some 512 tokens of the calibration
-    data that count alike; H has all tokens with their weights.
+    of each row and group. AWQ's code clamps weights to [-t, t] for t = max |w| times 1, 0.95 ... 0.55, so that a
+    shorter side within t keeps its end, and judges by some 512 tokens that count alike; here both sides shrink by one
+    factor, and H has all tokens with their weights.
     """
 
     steps: int = 35

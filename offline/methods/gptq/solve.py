@@ -11,8 +11,7 @@ columns that are frozen already. Before any is, the normal equations give the wh
 
     Q (H) = W sum_n lambda_n f_n x_n^T = W (H + D),    so that W + W D H^-1 is to be rounded, by plain GPTQ;
 
-which is QEP (2504.09629; base "qep"). Pure functions of tensors; which model they come from is the business of
-`run/layer_quantizer.py`.
+which is QEP (2504.09629; base "qep").
 """
 
 from collections.abc import Sequence
@@ -36,8 +35,8 @@ class Solver:
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
     compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
     qep: D moves the weights beforehand (above), not column by column as in GPTAQ. refine: rounds of new scales and
-    codes afterwards (`refine.py`). compensate: without it codes are
-    the nearest ones, on grids for which a search with importance gets the blocks of H: AWQ's clipping (2306.00978).
+    codes afterwards (`refine.py`). compensate: without it codes are the nearest ones, on grids for which a search with
+    importance gets the blocks of H: AWQ's clipping (2306.00978).
     """
 
     search: GridSearch = MSE

@@ -1,8 +1,8 @@
 """Quantises a stack of layers with Q-VLM, block by block (2410.08119).
 
-In a block (`blocks.py`) every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors
-are searched together for a small error after the block's last layer. Weights are rounded to nearest. What the paper
-leaves open: a "layer" is a layer of the decoder, and D is measured once, before anything is quantised.
+In a block (`blocks.py`) every layer has one factor on the clipping ranges of its weights (`ranges.py`), which are then
+rounded to nearest. What the paper leaves open: a "layer" is a layer of the decoder, and D is measured once, before
+anything is quantised.
 
 In memory at a time: a block's layers in float32 and once more with rounded weights, and hidden states of the whole
 data after each of them. The streams only ever stand between blocks. A block of which some layers were written before

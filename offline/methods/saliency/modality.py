@@ -104,10 +104,7 @@ class ModalityWeights:
         quantized: list[Stream],
         rounding: Rounded,
     ) -> tuple[Weights, dict[str, str]]:
-        """Token weights [N] float32 per batch of each linear but experts', and what the report says of them all.
-
-        All linears of the attention have the same list, and so have all others.
-        """
+        """As `weigher.py` says: a list for the attention's linears, another for the others but experts'."""
         lists = {part: self._weights(ratio, quantized) for part, ratio in self.ratios[index].items()}
         part_of = {n: "attention" if self.family.in_attention(n) else "mlp" for n in linears_of(layer)}
         weights = {linear: lists[part] for linear, part in part_of.items() if not is_expert(linear)}

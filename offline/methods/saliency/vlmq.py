@@ -106,7 +106,7 @@ class VLMQWeights:
         quantized: list[Stream],
         rounding: Rounded,
     ) -> tuple[Weights, dict[str, str]]:
-        """Token weights [N] per batch of each weighted linear with a signal, and what the report says of them all."""
+        """As `weigher.py` says, of linears with a signal."""
         options = self.settings
         linears = weighted_linears(self.family, linears_of(layer), options.saliency_scope)
         pairs = list(zip(full, quantized, strict=True))
