@@ -52,8 +52,8 @@ class Parts:
 class Writer(Parts):
     """`with Writer(out, bytes, units) as writer:` then `add` for each unit that is not `done`, then `finish`.
 
-    identity: what decides the bytes. Without one a run cannot be resumed, and what an earlier one left is cleared away.
-    Raises RefusedError where there is too little room or an unfinished run that must be decided about.
+    identity: what decides the bytes; without one a run cannot be resumed. Raises RefusedError where there is too little
+    room or an unfinished run that must be decided about.
     """
 
     def __init__(

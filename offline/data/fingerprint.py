@@ -14,8 +14,8 @@ from vlmq_vllm.offline.data.pictures import PicturePlace, open_image
 
 @dataclass(frozen=True)
 class Marks:
-    """Fingerprints of a chat, of its pictures and then of its videos' frames or files in order. sizes: (width, height)
-    of its pictures and frames. line: where it comes from."""
+    """Fingerprints of a chat from `line`, of its pictures and then of its videos' frames or files in order. sizes:
+    (width, height) of its pictures and frames."""
 
     line: str
     chat: str

@@ -86,8 +86,8 @@ def count_labels(labels: Sequence[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class _Token:
-    """A token of the rendered chat, before pictures are put in. role: whose text it begins in, or None. answer: whether
-    it holds a part of an answer or is the mark after one."""
+    """A token of the chat without pictures. role: whose text it begins in. answer: whether it holds a part of an answer
+    or is the mark after one."""
 
     id: int
     role: str | None

@@ -1,7 +1,6 @@
 """Exports a checkpoint: the same codes, scales and zero points in the layout and under the header of other software.
 
-What the target cannot hold is refused before anything is written; each module's tensors go to the file that has its
-codes.
+What the target cannot hold is refused before anything is written.
 """
 
 from pathlib import Path
