@@ -3,7 +3,6 @@
 What every layer is called with (hidden states of the first, positions, masks, and what the model adds between layers,
 as DeepStack does) is caught, never rebuilt: while inputs are captured the layers are replaced by stubs that take down
 their arguments and answer with zeros, so that whatever reaches the next one is what the model itself adds.
-`check_replay` proves on one batch that layer after layer on these inputs is what the real forward gives.
 """
 
 from collections.abc import Callable, Iterable

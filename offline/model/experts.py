@@ -1,8 +1,7 @@
 """Gives mixture-of-experts layers one linear per expert and projection, in the place of fused tensors.
 
-transformers keeps all experts of a layer in two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], and
-computes with slices of them. A quantiser needs linears with inputs of their own, and what is written is one packed
-weight per expert, as vLLM's loaders expect them.
+transformers keeps all experts of a layer in two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]. A
+quantiser needs linears with inputs of their own, and vLLM's loaders expect one packed weight per expert.
 """
 
 import re

@@ -12,13 +12,9 @@ from vlmq_vllm.errors import RefusedError
 
 @dataclass(frozen=True)
 class Family:
-    """One row.
-
-    layers: the decoder's ModuleList. embed: the input embeddings. vision: the tower; blocks: its ModuleList.
-    connectors: modules between tower and decoder (they may lie inside the tower).
-    attention: the attention module of a decoder layer. attention_end: the norm whose input is the attention block's
-    output with its residual.
-    """
+    """A row. layers: the decoder's ModuleList. embed: the input embeddings. vision: the tower; blocks: its ModuleList.
+    connectors: modules between tower and decoder (they may lie inside the tower). attention: the attention module of a
+    decoder layer. attention_end: the norm whose input is the attention block's output with its residual."""
 
     layers: str
     embed: str

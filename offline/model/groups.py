@@ -1,8 +1,7 @@
 """Finds which linears of a layer share their inputs, and in which order they run, by one forward pass.
 
-A group is a set of linears that read the same tensor (q, k, v; gate, up); its members can share one Hessian. A stage
-is a set of groups that are collected in one pass over the data: alone in a dense layer, in a mixture of experts the
-same group of every expert.
+A group is a set of linears that read the same tensor (q, k, v; gate, up). A stage is a set of groups that are collected
+in one pass over the data: alone in a dense layer, in a mixture of experts the same group of every expert.
 """
 
 import os

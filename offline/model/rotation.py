@@ -8,9 +8,9 @@ for the heads of layer l,
     what writes to it (o_proj, down_proj)                        W -> Q^T W
     each head of v_proj, each of o_proj                          V -> R_l^T V,         O -> O R_l
 
-changes nothing but the rounding of the 16-bit weights: an RMS norm without a scale commutes with Q. It costs nothing
-when served either, for only weights change, but for a head that is tied to the embeddings: it becomes a matrix of its
-own. Outlier channels of the stream are spread over all columns, which a grid for groups of weights holds better.
+changes nothing but the rounding of the 16-bit weights: an RMS norm without a scale commutes with Q. A head that is tied
+to the embeddings becomes a matrix of its own. Outlier channels of the stream are spread over all columns, which a grid
+for groups of weights holds better.
 """
 
 import copy
@@ -41,9 +41,9 @@ def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
 class Rotation:
     """The rotation of one model; called with a parameter it gives the one of the turned model.
 
-    original: gives a parameter as stored, by its in-memory name. device: where everything is computed, wherever it
-    comes from, so that a parameter has the same bits whenever it is asked for. Raises RefusedError for a model whose
-    decoder is not made of RMS norms each of which is read by linears alone.
+    original: gives a parameter as stored, by its in-memory name. device: where everything is computed, so that a
+    parameter has the same bits whenever it is asked for. Raises RefusedError for a model whose decoder is not made of
+    RMS norms each of which is read by linears alone.
     """
 
     def __init__(

@@ -144,10 +144,8 @@ def stored_bytes(source: Source, name: str) -> int:
 
 
 def _blocks_used(config: dict, count: int) -> int:
-    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those after it.
-
-    `vision_feature_layer` counts outputs from the embeddings (0) on, or from the end; LLaVA-1.5 has -2.
-    """
+    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those after it. Outputs
+    are counted from the embeddings (0) on, or from the end; LLaVA-1.5 has -2."""
     layers = config.get("vision_feature_layer", -1)
     layers = layers if isinstance(layers, list) else [layers]
     return max(layer if layer >= 0 else count + 1 + layer for layer in layers)

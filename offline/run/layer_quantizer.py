@@ -3,7 +3,7 @@
 Two streams run through the stack, U after the quantised layers and F after the full-precision ones (where a method
 needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's Hessians are
 summed after the stages before it have been replaced, unless a method does not calibrate in sequence. Where channels
-are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
+are scaled (AWQ), that comes first, for the whole layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,8 +31,8 @@ from vlmq_vllm.offline.settings.quantize import Settings
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer while it is quantised: its place in the stack, its in-memory name, its full-precision parameters by their
-    names in it, and those of its linears that are quantised."""
+    """A layer in the making: its place in the stack, its in-memory name, its full-precision parameters by their names
+    in it, and those of its linears that are quantised."""
 
     module: torch.nn.Module
     index: int
