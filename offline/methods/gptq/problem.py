@@ -5,6 +5,7 @@ Hessians of a stage are summed in one pass over the data; problems of one shape 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -122,7 +123,12 @@ def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, r
     for numbers in _alike(problems, own, solver):
         solutions = _solve_together([problems[i] for i in numbers], layer, solver)
         found |= dict(zip(numbers, solutions, strict=True))
-    return [_exchanged(ranks, i, problem, found.get(i)) for i, problem in enumerate(problems)]
+    exchanged = []
+    for number, problem in enumerate(problems):
+        rows, columns, format, dtype = problem.shape
+        solution = found.get(number) or Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
+        exchanged.append(solution.exchanged(partial(ranks.broadcast, owner=ranks.owner(number))))
+    return exchanged
 
 
 def _solve_together(problems: Sequence[Problem], layer: torch.nn.Module, solver: Solver) -> list[Solution]:
@@ -153,13 +159,3 @@ def _alike(problems: list[Problem], numbers: list[int], solver: Solver) -> list[
             found.append([])
         found[-1].append(number)
     return [numbers for found in batches.values() for numbers in found]
-
-
-def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None) -> Solution:
-    """The solution of problem `number` on every rank."""
-    if solution is None:
-        rows, columns, format, dtype = problem.shape
-        solution = Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
-    elif ranks.size == 1:
-        return solution
-    return solution.exchanged(lambda tensor: ranks.broadcast(tensor, ranks.owner(number)))
