@@ -5,13 +5,13 @@ tensors of experts hold many of our linears. Its own rules give the way from one
 the files' names.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
 
 from vlmq_vllm.headers import TensorInfo
+from vlmq_vllm.offline.model.experts import unfuse
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,8 @@ class StoredParameter:
         return (min(self.stop, outer) - self.start, inner)
 
 
-def find_stored_parameters(
-    model: torch.nn.Module,
-    headers: dict[str, TensorInfo],
-    unfuse: Callable[[torch.nn.Module], dict[str, tuple[int, int]]],
-) -> dict[str, StoredParameter]:
-    """In-memory parameter name -> where it lies, by transformers' rules for this model; `unfuse` splits its experts."""
+def find_stored_parameters(model: torch.nn.Module, headers: dict[str, TensorInfo]) -> dict[str, StoredParameter]:
+    """In-memory parameter name -> where it lies, by transformers' rules for this model, whose experts are unfused."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 

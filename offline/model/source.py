@@ -16,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
-from vlmq_vllm.offline.model.experts import unfuse
 from vlmq_vllm.offline.model.families import Family, family_of
 from vlmq_vllm.offline.model.file_names import StoredParameter, find_stored_parameters
 from vlmq_vllm.offline.model.hooks import removing
@@ -39,7 +38,7 @@ class Source:
         self.headers: dict[str, TensorInfo] = read_headers(folder)
         self.model = build_skeleton(folder)
         self.parsed: Any = self.model.config  # config.json as transformers reads it, defaults added
-        self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
+        self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda name: None
         self.rotation: Rotation | None = None
         self.tied: dict[str, str] = {}  # tensors that a rotation adds -> those in the files that they are made from
