@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.model.hooks import removing, replacing, rounding_inputs
+from vlmq_vllm.offline.model.hooks import replacing, rounding_inputs
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stop, Stream, hidden_of
 
@@ -90,7 +90,7 @@ def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stre
     layers = list(whole) if isinstance(whole, torch.nn.ModuleList) else [whole]
     last = None if stack == source.family.blocks else layers[-1]
 
-    def stub(index: int, layer: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    def stub(index: int, layer: torch.nn.Module) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             hidden, *rest = args or (kwargs.pop("hidden_states"),)
             call = (tuple(rest), {name: value for name, value in kwargs.items() if name not in CACHE})
@@ -105,12 +105,12 @@ def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stre
 
         return forward
 
-    def stop(module: torch.nn.Module, args: tuple) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
         raise Stop
 
-    at_decoder = stack == source.family.layers
-    handles = [] if at_decoder else [source.layers()[0].register_forward_pre_hook(stop)]
-    with suppress(Stop), removing(handles), replacing({layer: stub(i, layer) for i, layer in enumerate(layers)}):
+    stubs = {layer: stub(index, layer) for index, layer in enumerate(layers)}
+    stubs.setdefault(source.layers()[0], stop)  # unless it is in the stack
+    with suppress(Stop), replacing(stubs):
         source.model(**_to(batch, device), use_cache=False)
     return found[0] if found else None
 

@@ -89,10 +89,8 @@ class Source:
     def _original(self, name: str) -> torch.Tensor:
         """The parameter of that in-memory name as it lies in the files."""
         place = self.places[name]
-        if place.tensor in self.tied:
-            place = replace(place, tensor=self.tied[place.tensor])
         with safe_open(self.folder / self.headers[place.tensor].file, "pt") as file:
-            return place.read(file)
+            return replace(place, tensor=self.tied.get(place.tensor, place.tensor)).read(file)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
