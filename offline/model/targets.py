@@ -5,7 +5,6 @@ source model follows in units of its own.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -97,7 +96,7 @@ def find_kept(source: Source, targets: list[Target], units: list[Unit]) -> dict[
     taken, keys = _taken(source, targets), {unit.module: unit.key for unit in units}
     kept: dict[str, set[str]] = {unit.key: set() for unit in units}
     for name, place in source.places.items():
-        key = next((keys[module] for module in parents_of(name) if module in keys), None)
+        key = key_of(name, keys)
         if key and place.tensor not in taken:
             kept[key].add(place.tensor)
     return {key: sorted(names) for key, names in kept.items()}
@@ -126,11 +125,11 @@ def expected_bytes(source: Source, targets: list[Target]) -> int:
     return math.ceil(packed) + sum(stored_bytes(source, name) for name in source.headers if name not in taken)
 
 
-def parents_of(name: str) -> Iterator[str]:
-    """The name itself and the modules around it, from the inside."""
-    while name:
-        yield name
+def key_of(name: str, keys: dict[str, str]) -> str | None:
+    """The key of the unit in which the in-memory name lies, None outside of all. keys: by the units' modules."""
+    while name and name not in keys:
         name = name.rpartition(".")[0]
+    return keys.get(name)
 
 
 def _taken(source: Source, targets: list[Target]) -> set[str]:
