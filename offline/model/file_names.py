@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from vlmq_vllm.headers import TensorInfo
+from vlmq_vllm.names import EXPERT_PARTS
 from vlmq_vllm.offline.model.experts import unfuse
 
 
@@ -71,19 +72,17 @@ def find_stored_parameters(model: torch.nn.Module, headers: dict[str, TensorInfo
         if converted is None:
             whole.add(renamed)
     places = {}
-    for name, (count, inner) in unfuse(model).items():
-        for fused, parts in (
-            ("gate_up_proj", (("gate_proj", 0, inner), ("up_proj", inner, 2 * inner))),
-            ("down_proj", (("down_proj", 0, shapes[f"{name}.down_proj"][1]),)),
-        ):
+    for name, count in unfuse(model).items():
+        for fused, parts in EXPERT_PARTS.items():
             if (tensor := stored.pop(f"{name}.{fused}", None)) is None:
                 continue
-            transposed = headers[tensor].shape != shapes[f"{name}.{fused}"]
+            shape = shapes[f"{name}.{fused}"]
+            size, transposed = shape[1] // len(parts), headers[tensor].shape != shape
             prefix = tensor.removesuffix(f".{fused}")
             for expert in range(count):
-                for part, start, stop in parts:
+                for i, part in enumerate(parts):
                     module = f"{prefix}.{expert}.{part}"
-                    own = StoredParameter(tensor, module, expert, start, stop, transposed)
+                    own = StoredParameter(tensor, module, expert, i * size, (i + 1) * size, transposed)
                     places[f"{name}.{expert}.{part}.weight"] = own
     plain = {name: tensor for name, tensor in stored.items() if name in whole}
     return {name: StoredParameter(tensor, tensor.removesuffix(".weight")) for name, tensor in plain.items()} | places
