@@ -10,8 +10,7 @@ channel of what lies before them, m is their mean, and before s is tried it beco
 which folding does not change, as is checked for every layer.
 
 This departs from AWQ's code in one thing: a dead channel, m = 0, gets s = 1 and does not count in max and min. There
-its m^r is the bound of 1e-4 for every r > 0, so that one such channel alone makes all other s about 100 times larger
-and what is divided by them, norms and activations of 16 bits, as much smaller.
+its m^r is the bound of 1e-4 for every r > 0, and one such channel makes all other s about 100 times larger.
 """
 
 import math

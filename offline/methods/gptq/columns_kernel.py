@@ -5,8 +5,7 @@ takes one. Rows (O) never meet, so each program owns a tile of them in one of th
 A column fetches what the block's columns before it leave to it when its turn comes, instead of each handing it on to
 all later ones: the tiles of deltas and values stay in registers, and memory is read and written once.
 
-All in float32: divisions and halves are rounded as torch does, sums of products in another order.
-Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
+Divisions and halves are rounded as torch does, sums of products in another order.
 """
 
 import torch

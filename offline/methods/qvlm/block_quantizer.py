@@ -5,8 +5,7 @@ rounded to nearest. What the paper leaves open: a "layer" is a layer of the deco
 anything is quantised.
 
 In memory at a time: a block's layers in float32 and once more with rounded weights, and hidden states of the whole
-data after each of them. The streams only ever stand between blocks. A block of which some layers were written before
-a run was stopped is searched once more from its beginning: the search is deterministic and comes to the same.
+data after each of them. A block of which some layers were written before a run was stopped is searched once more.
 """
 
 from collections.abc import Sequence

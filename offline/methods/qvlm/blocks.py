@@ -5,8 +5,8 @@ Layers r to s form a block if the entropies D between neighbours (`entropy.py`) 
     D(r, s) = sum_{k=r}^{s-1} D(k, k + 1) > (s - r) h0,                                                 equation 7
 
 and are at most `depth` (the paper: 3). What the paper leaves open: the scan goes from the first layer to the last
-without overlap, and each block takes the longest run that qualifies; h0 is the median of all D(k, k + 1), so that it
-needs no tuning and about half of the pairs lie above it. A layer that qualifies with none is a block by itself.
+without overlap, and each block takes the longest run that qualifies, or is a single layer; h0 is the median of all
+D(k, k + 1).
 
 The rule is the printed one, though D, a conditional entropy, is large for neighbours that depend on each other little,
 and the paper wants those together that depend much: it measures that D grows with what the joint search gains.
