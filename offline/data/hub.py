@@ -12,9 +12,8 @@ Texts are read at once, pictures only when they are opened. Videos in data sets 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.chats import described, explaining, to_chat
@@ -117,18 +116,16 @@ def _stored(value: "pyarrow.Scalar", line: str, rows: "datasets.Dataset", number
     """The pictures of one row's cell: a picture, a list of pictures, or nothing."""
     import pyarrow
 
+    def cell() -> Any:
+        return rows[number].column(0)[0].as_py()
+
     if not value.is_valid:
         return []
     if isinstance(value, pyarrow.ListScalar):
-        return [Stored(f"{line}, picture {i}", partial(_cell, rows, number, i)) for i in range(len(value))]
+        return [Stored(f"{line}, picture {i}", lambda i=i: cell()[i]) for i in range(len(value))]
     if isinstance(value, (pyarrow.StringScalar, pyarrow.LargeStringScalar)):
         return [value.as_py()]
-    return [Stored(f"{line}, picture", partial(_cell, rows, number))]
-
-
-def _cell(rows: "datasets.Dataset", number: int, picture: int | None = None) -> object:
-    value = rows[number].column(0)[0].as_py()
-    return value if picture is None else value[picture]
+    return [Stored(f"{line}, picture", cell)]
 
 
 def _as_chat(entry: dict) -> dict:
