@@ -56,11 +56,10 @@ def find_units(source: Source, settings: Settings) -> list[Unit]:
     for component in ORDER:
         if settings.format_of(component) is None and not settings.modules:
             continue
-        modules = _modules(source, component)
-        own = [Unit(f"{component}-{i:05d}", component, name, i) for i, name in enumerate(modules)]
         names = _names(source, component)
         if any(settings.format_for(component, name) for name in names) or not (names or settings.modules):
-            units += own
+            modules = enumerate(_modules(source, component))
+            units += [Unit(f"{component}-{i:05d}", component, name, i) for i, name in modules]
     return units
 
 
