@@ -53,11 +53,9 @@ def find_grid(
     importance = importance if search.importance else None
     blocks = importance is not None and importance.ndim == 3
     rows = max(1, (BLOCKS_CHUNK if blocks else CHUNK) // weight.shape[1])
-    found = []
-    for first in range(0, len(weight), rows):
-        part = slice(first, first + rows)
-        shrinks = None if clipped is None else clipped[part]
-        found.append(_grid_of_rows(weight[part], format, dtype, search, importance, shrinks))
+    clipped = weight.new_ones(len(weight), dtype=torch.bool) if clipped is None else clipped
+    parts = zip(weight.split(rows), clipped.split(rows), strict=True)
+    found = [_grid_of_rows(part, format, dtype, search, importance, own) for part, own in parts]
     scale = torch.cat([scale for scale, _ in found])
     return scale, None if format.symmetric else torch.cat([zero for _, zero in found])
 
@@ -95,7 +93,7 @@ def _grid_of_rows(
     dtype: torch.dtype,
     search: GridSearch,
     importance: torch.Tensor | None,
-    clipped: torch.Tensor | None,
+    clipped: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`find_grid` for a few rows, with a zero point [O, G] uint8 for symmetric weights as well."""
     columns = weight.shape[1]
@@ -113,7 +111,7 @@ def _grid_of_rows(
             shrink = 1 - (1 - search.least) * step / search.steps
             scale, zero = _grid_of_range(low * shrink, high * shrink, format, dtype)
             error = _error(grouped, scale, zero, format, search, importance)
-            better = error < best if clipped is None else (error < best) & clipped[:, None]
+            better = (error < best) & clipped[:, None]
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)
