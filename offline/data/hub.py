@@ -12,8 +12,9 @@ Texts are read at once, pictures only when they are opened. Videos in data sets 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmq_vllm.errors import QuantizeError
 from vlmq_vllm.offline.data.chats import described, explaining, to_chat
@@ -116,13 +117,14 @@ def _stored(value: "pyarrow.Scalar", line: str, rows: "datasets.Dataset", number
     """The pictures of one row's cell: a picture, a list of pictures, or nothing."""
     import pyarrow
 
-    def cell() -> Any:
-        return rows[number].column(0)[0].as_py()
+    def cell(picture: int | None = None) -> object:
+        found = rows[number].column(0)[0].as_py()
+        return found if picture is None else found[picture]
 
     if not value.is_valid:
         return []
     if isinstance(value, pyarrow.ListScalar):
-        return [Stored(f"{line}, picture {i}", lambda i=i: cell()[i]) for i in range(len(value))]
+        return [Stored(f"{line}, picture {i}", partial(cell, i)) for i in range(len(value))]
     if isinstance(value, (pyarrow.StringScalar, pyarrow.LargeStringScalar)):
         return [value.as_py()]
     return [Stored(f"{line}, picture", cell)]
