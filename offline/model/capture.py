@@ -29,12 +29,9 @@ def capture(
     quantized: bool = False,
     rounded: frozenset[torch.nn.Module] = frozenset(),
 ) -> list[Stream]:
-    """The streams of those `batches` that reach it at the first layer of the ModuleList `stack` (or at a single module,
-    a connector).
-
-    quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
-    Stream, on the way to the stack as well.
-    """
+    """The streams, of those `batches` that reach it, at the first layer of the ModuleList `stack` (or at a connector).
+    quantized: the vision tower and connectors as far as they have been quantised. rounded: as in Stream, on the way to
+    the stack as well."""
     with source.before_decoder(device, quantized), rounding_inputs(rounded):
         found = [catch(source, stack, batch, device) for batch in batches]
     return [replace(stream, rounded=rounded) for stream in found if stream]

@@ -51,8 +51,7 @@ class LayerQuantizer:
 
     formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`methods/saliency/`).
     scale: folds channel scales into a layer (`methods/awq/`). learnt: rounds a weight, by its linear's in-memory name,
-    where how to round was learnt beforehand (`methods/qvlm/`). `quantized` moves on after the quantised layers, unless
-    the settings say that layers are not calibrated in sequence.
+    where how to round was learnt beforehand (`methods/qvlm/`).
     """
 
     source: Source

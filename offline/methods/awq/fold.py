@@ -83,11 +83,8 @@ def moved(hidden: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> fl
 def _exact(
     stored: torch.Tensor, scales: torch.Tensor, offset: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales [R] float32 next to `scales` under which nothing is lost, and what is then stored, [R] float32 with
-    values that `dtype` holds: new_scales * (new_stored + offset) is `stored` + offset but for one float32 rounding.
-
-    stored: [R] float32, a norm's weight (with its offset) or a bias.
-    """
+    """The scales [R] float32 next to `scales` under which nothing is lost, and what a norm's weight or a bias `stored`
+    [R] becomes, in values of `dtype`: new_scales * (new_stored + offset) is `stored` + offset but for one rounding."""
     divided = ((stored + offset) / scales - offset).to(dtype).float()
     found = (stored + offset) / (divided + offset)
     kept = ~(torch.isfinite(found) & (found > 0))

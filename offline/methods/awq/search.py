@@ -50,11 +50,8 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What the search needs besides a layer and its streams.
-
-    search: how rounding to nearest finds its grids. loss: "mae" or "mse". inputs: what 8-bit activations do to what a
-    linear reads, [.., I] to [.., I], or None.
-    """
+    """What the search needs besides a layer and its streams. search: how rounding to nearest finds its grids. loss:
+    "mae" or "mse". inputs: what 8-bit activations do to what a linear reads, [.., I] to [.., I], or None."""
 
     search: GridSearch
     ranks: Ranks

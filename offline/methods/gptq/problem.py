@@ -22,11 +22,8 @@ TOGETHER = 1 << 28  # bytes of Hessians that are solved as one batch of problems
 
 @dataclass
 class Problem:
-    """Linears that are solved as one, their weights stacked along the rows.
-
-    rows: of each linear. format: what they become. dtype: of the scales. token_weights: [N] per batch, or None where
-    all count alike.
-    """
+    """Linears that are solved as one, their weights stacked along the rows. rows: of each. dtype: of the scales.
+    token_weights: [N] per batch, or None where all count alike."""
 
     linears: Group
     rows: list[int]
@@ -56,11 +53,8 @@ def find_problems(
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
 ) -> list[Problem]:
-    """The problems of a stage: linears of a group that share their token weights and their format are one.
-
-    token_weights: by linear, [N] per batch; linears share them that have the very same list.
-    base: as in the settings; it decides whether and how the moments keep a residual.
-    """
+    """The problems of a stage: linears of a group with one format and the very same list of token weights are one.
+    base: as in the settings; it decides whether and how the moments keep a residual."""
     problems = []
     for group in stage:
         columns = linear_of(layer, group[0]).in_features

@@ -103,7 +103,7 @@ class BlockQuantizer:
 
 
 class _SearchedLayer:
-    """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
+    """A SearchedLayer (`blocks.py`); `held` is the candidate its linears are rounded with at the moment."""
 
     def __init__(self, owner: BlockQuantizer, index: int) -> None:
         self.owner, self.index, self.name = owner, index, owner.names[index]
@@ -113,20 +113,17 @@ class _SearchedLayer:
         self.held: int | None = None
 
     def full_outputs(self) -> Hidden:
-        """The full-precision layer's output, per batch; the full-precision streams move past it."""
         for stream in self.owner.full:
             stream.hidden = stream.run(self.module, self.index)
         return [stream.hidden for stream in self.owner.full]
 
     def hold(self, candidate: int) -> None:
-        """Put the weights in place as they would be served."""
         if candidate != self.held:
             for linear, weight in self._on_ranges(FACTORS[candidate]).items():
                 put(self.module, linear, weight.served())
             self.held = candidate
 
     def run(self, state: Hidden) -> Hidden:
-        """The layer's output for the input `state`, per batch."""
         pairs = zip(self.owner.quantized, state, strict=True)
         return [replace(stream, hidden=hidden).run(self.module, self.index) for stream, hidden in pairs]
 

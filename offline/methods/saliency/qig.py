@@ -91,11 +91,8 @@ def token_weights(gradients: torch.Tensor, samples: int) -> tuple[torch.Tensor, 
 
 
 class QIGWeights:
-    """Weighs the tokens of every group of a layer; a TokenWeigher.
-
-    activations: rounds what a linear gets, where it will be served so; None for weights alone. Without a signal (as at
-    the first layer with activations, where both streams are equal) tokens count alike.
-    """
+    """Weighs the tokens of every group of a layer; a TokenWeigher. activations: rounds what a linear gets, where it is
+    served so. Without a signal (as at the first layer with activations) tokens count alike."""
 
     def __init__(self, ranks: Ranks, activations: InputRounding | None = None, steps: int = STEPS) -> None:
         self.ranks, self.activations, self.steps = ranks, activations, steps

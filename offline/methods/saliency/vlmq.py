@@ -76,11 +76,8 @@ def _ends(
 def token_weights(
     norms: list[torch.Tensor], power: int, unit: float, floor: float = 0.0, cap: float = 0.0
 ) -> list[torch.Tensor]:
-    """lambda = clip(g / unit, floor, cap)^power for the batches' g [N]; cap 0 is none.
-
-    The unit changes nothing in GPTQ (its damping is relative) but what the bounds are multiples of; it keeps squares
-    away from underflow.
-    """
+    """lambda = clip(g / unit, floor, cap)^power for the batches' g [N]; cap 0 is none. The unit is what bounds are
+    multiples of, and keeps squares away from underflow; else it changes nothing, for GPTQ's damping is relative."""
     return [(g / unit).clamp(floor, cap or None).pow(power) for g in norms]
 
 
