@@ -1,8 +1,7 @@
 """Writes a checkpoint's weights back to 16 bits, for software that knows nothing of it and for comparisons.
 
-Every packed weight is rounded once to its scale's dtype; all other tensors and files stay. What vLLM answers from this
-twin is what it must answer from the quantised checkpoint. Experts, which are packed one by one, go back into the fused
-tensors in which they were published: from any others transformers would load nothing and draw random experts.
+Every packed weight is rounded once to its scale's dtype; all other tensors and files stay. Experts, which are packed
+one by one, go back into fused tensors: from any others transformers would load nothing and draw random experts.
 """
 
 import re
@@ -24,8 +23,8 @@ EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
 
 
 def dequantize(folder: Path, out: Path) -> None:
-    """Write the 16-bit twin of the quantised checkpoint `folder`, ours or another tool's that `foreign/` reads, to the
-    new folder `out`. Raises CheckpointError, and RefusedError for a checkpoint that also rounds inputs."""
+    """Write the twin of the checkpoint `folder`, ours or another tool's that `foreign/` reads, to the new folder `out`.
+    Raises CheckpointError, and RefusedError for a checkpoint that also rounds inputs."""
     config, headers = read_config(folder), read_headers(folder)
     if config.get("quantization_config") is None:
         raise CheckpointError(f"{folder} is not quantised (config.json has no quantization_config)")

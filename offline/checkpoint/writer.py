@@ -14,11 +14,11 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vlmq_vllm.errors import CheckpointError, QuantizeError, RefusedError
-from vlmq_vllm.headers import INDEX
+from vlmq_vllm.headers import INDEX, read_headers
 from vlmq_vllm.offline.checkpoint.atomic import aside, check_written, is_about_space
 
 SUMS = "SHA256SUMS"
@@ -52,8 +52,8 @@ class Parts:
 class Writer(Parts):
     """`with Writer(out, bytes, units) as writer:` then `add` for each unit that is not `done`, then `finish`.
 
-    identity: what decides the bytes. Without one a run cannot be resumed, and what an earlier one left is cleared away.
-    Raises RefusedError where there is too little room or an unfinished run that must be decided about.
+    identity: what decides the bytes; without one a run cannot be resumed. Raises RefusedError where there is too little
+    room or an unfinished run that must be decided about.
     """
 
     def __init__(
@@ -144,12 +144,9 @@ class Writer(Parts):
         for path in sorted(source.iterdir()):
             if path.is_file() and path.suffix not in WEIGHTS and path.name not in NOT_COPIED and path.name[0] != ".":
                 shutil.copyfile(path, self.folder / path.name)
-        weight_map: dict[str, str] = {}
-        total = 0
-        for unit in self.units:
-            with safe_open(self.file(unit), "pt") as file:
-                weight_map |= dict.fromkeys(file.keys(), self.file(unit).name)
-                total += sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118, not iterable
+        headers = read_headers(self.folder)
+        total = sum(info.nbytes for info in headers.values())
+        weight_map = {name: info.file for name, info in headers.items()}
         self._json(INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         self._json("config.json", config)
         self._json(REPORT, report)

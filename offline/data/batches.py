@@ -8,11 +8,8 @@ TOKENS = 2048  # of a batch at most, unless a single sample has more
 
 
 def batched(samples: Iterable[dict], limit: int = TOKENS) -> list[dict]:
-    """Batches of samples whose tensors agree in all but their first dimension, in the order of their first samples.
-
-    A sample has `input_ids` [1, T] and pictures in tensors of their own. Every tensor of a batch is the samples' one
-    after the other, as the processor itself would give them.
-    """
+    """Batches of samples whose tensors agree in all but their first dimension, along which they are put together, in
+    the order of their first samples. A sample has `input_ids` [1, T] and pictures in tensors of their own."""
     open_batches: dict[tuple, list[dict]] = {}
     done: list[list[dict]] = []
     for sample in samples:

@@ -20,9 +20,9 @@ KINDS_KEY = "token_kinds"
 
 @dataclass
 class Samples:
-    """batches: this process's share. kinds: of the tokens of each batch, [B, T] int8 as in `token_kinds.py`, and
-    labels, the ids of answers' tokens [B, T] int64 with -100 elsewhere, both where a method asks for them. probe: the
-    shortest sample with a picture. fingerprints: of all samples, whosever share they are."""
+    """batches: this process's share. kinds [B, T] int8, labels [B, T] int64: of each batch's tokens as `token_kinds.py`
+    has them, where a method asks. probe: the shortest sample with a picture. fingerprints: of all processes' samples.
+    """
 
     batches: list[dict] = field(default_factory=list)
     kinds: list[torch.Tensor] = field(default_factory=list)

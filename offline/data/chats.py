@@ -27,16 +27,14 @@ BROKEN = (KeyError, TypeError, AttributeError, IndexError, ValueError, Recursion
 def to_chat(entry: dict, line: str, locate: Callable[[object, str], object]) -> dict:
     """{"messages", "images", "videos", "line"} and, if the entry has one, "task"; raises one of BROKEN for a bad entry.
 
-    Every picture part is {"type": "image"}, every video part {"type": "video"}; "images" and "videos" hold their places
-    in order as `locate(place, kind)` returns them, frames of a video as images. `line` says where the entry comes from.
+    Pictures and videos are bare parts; "images" and "videos" hold their places in order as `locate(place, kind)`
+    returns them, frames of a video as images. `line` says where the entry comes from.
     """
     given = {kind: _given(entry, kind) for kind in ("image", "video")}
     found: dict[str, list] = {"image": [], "video": []}
     listed = [kind for kind in given if given[kind]]
-    messages = [
-        _message(turn, listed, given, found)
-        for turn in entry["conversations" if "conversations" in entry else "messages"]
-    ]
+    turns = entry["conversations" if "conversations" in entry else "messages"]
+    messages = [_message(turn, listed, given, found) for turn in turns]
     for kind in listed:
         if given[kind] and found[kind]:
             raise ValueError(f"{len(given[kind])} more {kind}s are listed than its messages use")

@@ -3,8 +3,7 @@
 A JSONL file has a chat per line (`chats.py`), pictures and videos as paths from the file on or `data:` URLs. A folder
 has a `metadata.jsonl` as Hugging Face's imagefolder does, with lines `{"file_name": ..., "text" or "caption": ...,
 "question": ... (optional)}`, or every picture NAME.jpg (.jpeg, .png, .webp; also in subfolders) has its caption beside
-it in NAME.txt; its chat is the question, or "Describe the image.", and the caption as its answer. Nothing is fetched
-from the network, and no picture is opened here.
+it in NAME.txt; its chat is the question, or "Describe the image.", and the caption as its answer. No picture is opened.
 """
 
 import json

@@ -8,15 +8,14 @@ frames counts by its frames, a video file by its bytes: nothing is decoded for i
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path
 
 from vlmq_vllm.offline.data.pictures import PicturePlace, open_image
 
 
 @dataclass(frozen=True)
 class Marks:
-    """Fingerprints of a chat, of its pictures and then of its videos' frames or files in order. sizes: (width, height)
-    of its pictures and frames. line: where it comes from."""
+    """Fingerprints of a chat from `line`, of its pictures and then of its videos' frames or files in order. sizes:
+    (width, height) of its pictures and frames."""
 
     line: str
     chat: str
@@ -34,7 +33,9 @@ def marks(chat: dict) -> Marks:
     sizes: list[tuple[int, int]] = []
     images = [_picture(place, sizes) for place in chat["images"]]
     videos = [
-        [_picture(frame, sizes) for frame in place] if isinstance(place, list) else _file(place)
+        [_picture(frame, sizes) for frame in place]
+        if isinstance(place, list)
+        else hashlib.sha256(place.read_bytes()).hexdigest()
         for place in chat["videos"]
     ]
     left = {"image": iter(images), "video": iter(videos)}
@@ -71,8 +72,3 @@ def _picture(place: PicturePlace, sizes: list[tuple[int, int]]) -> str:
     image = open_image(place)
     sizes.append(image.size)
     return hashlib.sha256(b"%d %d " % image.size + image.tobytes()).hexdigest()
-
-
-def _file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -117,18 +117,17 @@ def _stored(value: "pyarrow.Scalar", line: str, rows: "datasets.Dataset", number
     """The pictures of one row's cell: a picture, a list of pictures, or nothing."""
     import pyarrow
 
+    def cell(picture: int | None = None) -> object:
+        found = rows[number].column(0)[0].as_py()
+        return found if picture is None else found[picture]
+
     if not value.is_valid:
         return []
     if isinstance(value, pyarrow.ListScalar):
-        return [Stored(f"{line}, picture {i}", partial(_cell, rows, number, i)) for i in range(len(value))]
+        return [Stored(f"{line}, picture {i}", partial(cell, i)) for i in range(len(value))]
     if isinstance(value, (pyarrow.StringScalar, pyarrow.LargeStringScalar)):
         return [value.as_py()]
-    return [Stored(f"{line}, picture", partial(_cell, rows, number))]
-
-
-def _cell(rows: "datasets.Dataset", number: int, picture: int | None = None) -> object:
-    value = rows[number].column(0)[0].as_py()
-    return value if picture is None else value[picture]
+    return [Stored(f"{line}, picture", cell)]
 
 
 def _as_chat(entry: dict) -> dict:

@@ -3,6 +3,7 @@
 A sample longer than the limit is left out whole: a cut inside a picture's tokens would leave features without tokens.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -48,32 +49,16 @@ def model_inputs(
     max_tokens: int,
     max_pixels: int | None = None,
     intake: Intake | None = None,
+    pictured: bool = True,
 ) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
     """(chat, its inputs as the processor makes them) for at most `limit` chats that have at most `max_tokens` tokens.
 
-    Raises QuantizeError for a chat that the processor refuses, and when no chat with a picture is among them.
+    Raises QuantizeError for a chat that the processor refuses, and if they must be `pictured` when none has a picture.
     """
-    pictured, intake = False, intake or Intake()
-    for chat, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
-        pictured = pictured or has_vision(inputs)
-        yield chat, inputs
-    if not pictured:
-        drawn = f"none of the {intake.used} samples drawn, of at most {max_tokens} tokens, has a picture"
-        advice = "raise --max-tokens, or shrink pictures with --max-pixels" if intake.too_long else "raise --samples"
-        raise QuantizeError(f"{drawn}; {advice}")
-
-
-def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
-    return any(name.startswith("pixel_values") for name in inputs)
-
-
-def admitted(
-    chats: list[dict], processor: Processor, limit: int, max_tokens: int, max_pixels: int | None, intake: Intake
-) -> Iterator[tuple[dict, dict[str, torch.Tensor]]]:
-    """The same without pictures being asked for; no chat at all is no error."""
     for name, value in (("samples", limit), ("max_tokens", max_tokens), ("max_pixels", max_pixels)):
         if value is not None and value < 1:
             raise QuantizeError(f"{name} is {value}; it must be at least 1")
+    intake, missing = intake or Intake(), pictured
     for chat in chats:
         if intake.used == limit:
             break
@@ -84,7 +69,16 @@ def admitted(
             continue
         intake.used += 1
         intake.shrunk += shrunk
+        missing = missing and not has_vision(inputs)
         yield chat, inputs
+    if missing:
+        drawn = f"none of the {intake.used} samples drawn, of at most {max_tokens} tokens, has a picture"
+        advice = "raise --max-tokens, or shrink pictures with --max-pixels" if intake.too_long else "raise --samples"
+        raise QuantizeError(f"{drawn}; {advice}")
+
+
+def has_vision(inputs: dict[str, torch.Tensor]) -> bool:
+    return any(name.startswith("pixel_values") for name in inputs)
 
 
 def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> tuple[dict[str, torch.Tensor], int]:
@@ -96,8 +90,7 @@ def prepare(chat: dict, processor: Processor, max_pixels: int | None = None) -> 
     opened = [open_video(place, processor) for place in chat["videos"]]
     videos = [frames for frames, _ in opened]
     small, *small_videos = [[shrink(image, max_pixels) for image in group] for group in (images, *videos)]
-    pairs = zip(chain(images, *videos), chain(small, *small_videos), strict=True)
-    shrunk = sum(before is not after for before, after in pairs)
+    shrunk = sum(map(operator.is_not, chain(images, *videos), chain(small, *small_videos)))
     options: dict[str, Any] = {}
     if videos:
         metadata = [about for _, about in opened]

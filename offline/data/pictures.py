@@ -25,10 +25,8 @@ FRAMES = 32  # of a video file where the processor does not choose them itself: 
 
 
 def open_image(place: PicturePlace) -> Image.Image:
-    """The RGB picture at `place`, turned upright by its EXIF tag and, where it is transparent, laid on white.
-
-    That is what vLLM does to the pictures of a request. Raises QuantizeError for what is not a whole picture.
-    """
+    """The RGB picture at `place`, turned upright by its EXIF tag and, where it is transparent, laid on white, as vLLM
+    does. Raises QuantizeError for what is not a whole picture."""
     file: Path | io.BytesIO
     try:
         if isinstance(place, str):
@@ -61,11 +59,9 @@ def shrink(image: Image.Image, max_pixels: int | None) -> Image.Image:
 
 
 def open_video(place: list[PicturePlace] | Path, processor: Processor) -> tuple[list[Image.Image], object]:
-    """The frames of a video as RGB pictures, and transformers' VideoMetadata of them.
-
-    Of a file, the frames are those that the model's video processor samples, or FRAMES evenly spaced ones. Raises
-    QuantizeError where no decoder is installed, for what is no video, and for frames of several sizes.
-    """
+    """The frames of a video as RGB pictures, and transformers' VideoMetadata of them. Of a file they are those that the
+    model's video processor samples, or FRAMES evenly spaced ones. Raises QuantizeError where no decoder is installed,
+    for what is no video, and for frames of several sizes."""
     from transformers.video_utils import VideoMetadata, load_video
 
     if isinstance(place, list):

@@ -9,11 +9,8 @@ from vlmq_vllm.offline.data.hub import PREFIX, read_hub
 
 
 def read_chats(source: str | Path, seed: int) -> list[dict]:
-    """All chats of `source` in an order that `seed` decides; at least one has a picture or video.
-
-    source: a JSONL file or a folder (`files.py`), or `hf:NAME[/CONFIG][@SPLIT]` (`hub.py`). A chat is
-    {"messages", "images", "videos", "line"} and perhaps "task" (`chats.py`). Raises QuantizeError.
-    """
+    """All chats of `source` as `to_chat` makes them, in an order that `seed` decides. Raises QuantizeError, also where
+    none has a picture or video. source: a JSONL file or a folder (`files.py`), or `hf:NAME[/CONFIG][@SPLIT]`."""
     chats = read_all(source)
     if not any(chat["images"] or chat["videos"] for chat in chats):
         raise QuantizeError(

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 
 from vlmq_vllm.offline.data.fingerprint import Marks
-from vlmq_vllm.offline.data.inputs import Intake, admitted
+from vlmq_vllm.offline.data.inputs import Intake, model_inputs
 from vlmq_vllm.offline.data.processor import Processor
 from vlmq_vllm.offline.data.token_kinds import KINDS, count_kinds
 
@@ -43,7 +43,7 @@ def survey_tokens(
     """
     intake = Intake()
     kinds: dict[str, int | None] = dict.fromkeys(KINDS, 0)
-    for chat, inputs in admitted(chats, processor, limit, max_tokens, max_pixels, intake):
+    for chat, inputs in model_inputs(chats, processor, limit, max_tokens, max_pixels, intake, pictured=False):
         for kind, count in count_kinds(chat, inputs["input_ids"][0].tolist(), processor, vision).items():
             before = kinds[kind]
             kinds[kind] = None if count is None or before is None else before + count

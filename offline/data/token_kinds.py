@@ -5,6 +5,7 @@ place.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -46,11 +47,8 @@ def count_kinds(chat: dict, ids: list[int], processor: Processor, vision: set[in
     plain = _plain(chat, processor)
     if plain is None:
         return {"vision": seen, "user": None, "answer": None, "special": None}
-    counts = {"user": 0, "answer": 0}
-    for token in plain:
-        if token.role:
-            counts["answer" if token.role == "assistant" else "user"] += 1
-    return {"vision": seen, **counts, "special": len(ids) - seen - sum(counts.values())}
+    texts = Counter(token.role == "assistant" for token in plain if token.role)
+    return {"vision": seen, "user": texts[False], "answer": texts[True], "special": len(ids) - seen - texts.total()}
 
 
 def token_kinds(chat: dict, ids: list[int], processor: Processor, vision: set[int]) -> torch.Tensor:
@@ -88,8 +86,8 @@ def count_labels(labels: Sequence[torch.Tensor]) -> int:
 
 @dataclass(frozen=True)
 class _Token:
-    """A token of the rendered chat, before pictures are put in. role: whose text it begins in, or None. answer: whether
-    it holds a part of an answer or is the mark after one."""
+    """A token of the chat without pictures. role: whose text it begins in. answer: whether it holds a part of an answer
+    or is the mark after one."""
 
     id: int
     role: str | None

@@ -17,17 +17,14 @@ BLOCKS_CHUNK = 1 << 22  # the same with blocks of H, which every slice reads: fe
 @dataclass(frozen=True)
 class GridSearch:
     """How scales are chosen: from a group's range (`steps` 0), or among `steps` + 1 ranges from 100 % shrunk evenly to
-    `least`, the one with the least sum_i w_i |error_i|^exponent; w is the diagonal of the
-    Hessian H where `importance` is set, else 1.
-
-    With the diagonal blocks of H as importance it is the one with the least error^T H_gg error, what the group's errors
-    do to the output. The exponent 2.4 is that of GPTQ's public code.
+    `least`, the one with the least sum_i w_i |error_i|^exponent; w is the diagonal of the Hessian H where `importance`
+    is set, else 1. With the diagonal blocks of H as importance it is the one with the least error^T H_gg error. The
+    exponent 2.4 is that of GPTQ's public code.
 
     CLIP with these blocks has the aim of AWQ's search for clipped ranges (2306.00978), the least squared output error
-    of each row and group, but other candidates. AWQ's code clamps weights to [-t, t], for the 10 thresholds t = max |w|
-    times 1, 0.95 ... 0.55, and takes the range of what is left, so that a shorter side within t keeps its end. Here low
-    and high shrink by one factor, 21 from 1 to 0.5 in steps of 0.025. AWQ judges by some 512 tokens of the calibration
-    data that count alike; H has all tokens with their weights.
+    of each row and group. AWQ's code clamps weights to [-t, t] for t = max |w| times 1, 0.95 ... 0.55, so that a
+    shorter side within t keeps its end, and judges by some 512 tokens that count alike; here both sides shrink by one
+    factor, and H has all tokens with their weights.
     """
 
     steps: int = 35
@@ -56,11 +53,9 @@ def find_grid(
     importance = importance if search.importance else None
     blocks = importance is not None and importance.ndim == 3
     rows = max(1, (BLOCKS_CHUNK if blocks else CHUNK) // weight.shape[1])
-    found = []
-    for first in range(0, len(weight), rows):
-        part = slice(first, first + rows)
-        shrinks = None if clipped is None else clipped[part]
-        found.append(_grid_of_rows(weight[part], format, dtype, search, importance, shrinks))
+    clipped = weight.new_ones(len(weight), dtype=torch.bool) if clipped is None else clipped
+    parts = zip(weight.split(rows), clipped.split(rows), strict=True)
+    found = [_grid_of_rows(part, format, dtype, search, importance, own) for part, own in parts]
     scale = torch.cat([scale for scale, _ in found])
     return scale, None if format.symmetric else torch.cat([zero for _, zero in found])
 
@@ -98,7 +93,7 @@ def _grid_of_rows(
     dtype: torch.dtype,
     search: GridSearch,
     importance: torch.Tensor | None,
-    clipped: torch.Tensor | None,
+    clipped: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`find_grid` for a few rows, with a zero point [O, G] uint8 for symmetric weights as well."""
     columns = weight.shape[1]
@@ -116,7 +111,7 @@ def _grid_of_rows(
             shrink = 1 - (1 - search.least) * step / search.steps
             scale, zero = _grid_of_range(low * shrink, high * shrink, format, dtype)
             error = _error(grouped, scale, zero, format, search, importance)
-            better = error < best if clipped is None else (error < best) & clipped[:, None]
+            better = (error < best) & clipped[:, None]
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero, best_zero)

@@ -10,10 +10,9 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 @dataclass(frozen=True)
 class Solution:
-    """A solved weight. `loss` [O]: weighted squared output error per token of each row, as the solver saw it (in
-    GPTAQ's case against the moved targets), None for a method that solves nothing; `damp`: damping that was needed
-    (None: the Hessian could not be factorised and the weight was rounded to nearest); `dead`: inputs that were always
-    zero."""
+    """A solved weight. loss [O]: weighted squared output error per token of each row, as the solver saw it (in GPTAQ's
+    case against the moved targets), None where nothing is solved. damp: what was needed (None: the Hessian could not be
+    factorised and the weight was rounded to nearest). dead: inputs that were always zero."""
 
     weight: QuantizedWeight
     loss: torch.Tensor | None
@@ -62,12 +61,10 @@ class Row:
     solved).
 
     tokens: "saliency" or "modality" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no
-    signal" where they should have been but all gradients are zero or some not finite (as in the first layer, where both
-    streams are equal), "equal" elsewhere. base: as in the settings, but "gptq" for experts; None where nothing is
-    compensated.
-    scaling: the exponent of AWQ's channel scales, None for a linear whose channels cannot be scaled, and all but the
-    decoder's. effective_tokens: how many tokens of equal weight would say as much
-    (`methods/saliency/concentration.py`), None where all count alike.
+    signal" where they should have been but all gradients are zero or some not finite, "equal" elsewhere. base: as in
+    the settings, but "gptq" for experts; None where nothing is compensated. scaling: the exponent of AWQ's channel
+    scales, None where channels cannot be scaled. effective_tokens: how many tokens of equal weight would say as much,
+    None where all count alike.
     """
 
     module: str

@@ -3,7 +3,6 @@
 What every layer is called with (hidden states of the first, positions, masks, and what the model adds between layers,
 as DeepStack does) is caught, never rebuilt: while inputs are captured the layers are replaced by stubs that take down
 their arguments and answer with zeros, so that whatever reaches the next one is what the model itself adds.
-`check_replay` proves on one batch that layer after layer on these inputs is what the real forward gives.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.model.hooks import removing, replacing, rounding_inputs
+from vlmq_vllm.offline.model.hooks import replacing, rounding_inputs
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stop, Stream, hidden_of
 
@@ -29,16 +28,13 @@ def capture(
     device: torch.device,
     quantized: bool = False,
     rounded: frozenset[torch.nn.Module] = frozenset(),
-) -> list[Stream | None]:
-    """The streams of `batches` at the first layer of the ModuleList `stack` (or at a single module, a connector); None
-    for a batch that does not reach it.
-
-    quantized: the vision tower and connectors as far as they have been quantised, not the original ones. rounded: as in
-    Stream, on the way to the stack as well.
-    """
+) -> list[Stream]:
+    """The streams, of those `batches` that reach it, at the first layer of the ModuleList `stack` (or at a connector).
+    quantized: the vision tower and connectors as far as they have been quantised. rounded: as in Stream, on the way to
+    the stack as well."""
     with source.before_decoder(device, quantized), rounding_inputs(rounded):
         found = [catch(source, stack, batch, device) for batch in batches]
-    return [stream and replace(stream, rounded=rounded) for stream in found]
+    return [replace(stream, rounded=rounded) for stream in found if stream]
 
 
 @torch.no_grad()
@@ -52,29 +48,26 @@ def check_replay(source: Source, batch: dict, device: torch.device) -> None:
         if stream is None:
             raise QuantizeError(f"a forward pass does not reach {source.family.layers}; please report it")
         layers = source.layers()
-        number = {layer: i for i, layer in enumerate(layers)}
 
-        def load(layer: torch.nn.Module, args: tuple) -> None:
-            name = f"{source.family.layers}.{number[layer]}"
-            source.materialise(name, device)
-            hidden = args[0] if args else None
-            if hidden is not None:
-                _compare(f"what reaches {name}", stream.hidden, hidden)
+        def checked(index: int, own: Callable) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                name = f"{source.family.layers}.{index}"
+                source.materialise(name, device)
+                if args:
+                    _compare(f"what reaches {name}", stream.hidden, args[0])
+                out = own(*args, **kwargs)
+                rest, caught = stream.calls[index]
+                replayed = hidden_of(own(stream.hidden, *rest, **caught))
+                stream.hidden = replayed + stream.terms.get(index, 0)
+                source.release(name)
+                _compare(name, replayed, hidden_of(out))
+                if index + 1 == len(layers):
+                    raise Stop
+                return out
 
-        def compare(layer: torch.nn.Module, args: tuple, out: torch.Tensor | tuple) -> None:
-            index = number[layer]
-            rest, kwargs = stream.calls[index]
-            replayed = hidden_of(layer.forward(stream.hidden, *rest, **kwargs))  # past the hooks, that is this one
-            stream.hidden = replayed + stream.terms.get(index, 0)
-            name = f"{source.family.layers}.{index}"
-            source.release(name)
-            _compare(name, replayed, hidden_of(out))
-            if layer is layers[-1]:
-                raise Stop
+            return forward
 
-        handles = [layer.register_forward_pre_hook(load) for layer in layers]
-        handles += [layer.register_forward_hook(compare) for layer in layers]
-        with suppress(Stop), removing(handles):
+        with suppress(Stop), replacing({layer: checked(i, layer.forward) for i, layer in enumerate(layers)}):
             source.model(**_to(batch, device), use_cache=False)
 
 
@@ -94,7 +87,7 @@ def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stre
     layers = list(whole) if isinstance(whole, torch.nn.ModuleList) else [whole]
     last = None if stack == source.family.blocks else layers[-1]
 
-    def stub(index: int, layer: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    def stub(index: int, layer: torch.nn.Module) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
             hidden, *rest = args or (kwargs.pop("hidden_states"),)
             call = (tuple(rest), {name: value for name, value in kwargs.items() if name not in CACHE})
@@ -109,12 +102,12 @@ def catch(source: Source, stack: str, batch: dict, device: torch.device) -> Stre
 
         return forward
 
-    def stop(module: torch.nn.Module, args: tuple) -> None:
+    def stop(*args: Any, **kwargs: Any) -> None:
         raise Stop
 
-    at_decoder = stack == source.family.layers
-    handles = [] if at_decoder else [source.layers()[0].register_forward_pre_hook(stop)]
-    with suppress(Stop), removing(handles), replacing({layer: stub(i, layer) for i, layer in enumerate(layers)}):
+    stubs = {layer: stub(index, layer) for index, layer in enumerate(layers)}
+    stubs.setdefault(source.layers()[0], stop)  # unless it is in the stack
+    with suppress(Stop), replacing(stubs):
         source.model(**_to(batch, device), use_cache=False)
     return found[0] if found else None
 

@@ -1,8 +1,7 @@
 """Gives mixture-of-experts layers one linear per expert and projection, in the place of fused tensors.
 
-transformers keeps all experts of a layer in two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I], and
-computes with slices of them. A quantiser needs linears with inputs of their own, and what is written is one packed
-weight per expert, as vLLM's loaders expect them.
+transformers keeps all experts of a layer in two parameters, `gate_up_proj` [E, 2 I, H] and `down_proj` [E, H, I]. A
+quantiser needs linears with inputs of their own, and vLLM's loaders expect one packed weight per expert.
 """
 
 import re
@@ -42,8 +41,8 @@ def is_expert(linear: str) -> bool:
     return re.search(r"\.\d+\.(gate|up|down)_proj$", linear) is not None
 
 
-def unfuse(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Put `Experts` in the place of every fused module of `model` (on meta); their names with (experts, inner size).
+def unfuse(model: nn.Module) -> dict[str, int]:
+    """Put `Experts` in the place of every fused module of `model` (on meta); their names with the number of experts.
 
     Only for families whose experts are activation(gate) * up: a row of `families.py` is tested for it.
     """
@@ -56,5 +55,5 @@ def unfuse(model: nn.Module) -> dict[str, tuple[int, int]]:
                 experts = Experts(Expert(hidden, inner, module.act_fn) for _ in range(count))
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, experts)
-            found[name] = (count, inner)
+            found[name] = count
     return found

@@ -12,13 +12,9 @@ from vlmq_vllm.errors import RefusedError
 
 @dataclass(frozen=True)
 class Family:
-    """One row.
-
-    layers: the decoder's ModuleList. embed: the input embeddings. vision: the tower; blocks: its ModuleList.
-    connectors: modules between tower and decoder (they may lie inside the tower).
-    attention: the attention module of a decoder layer. attention_end: the norm whose input is the attention block's
-    output with its residual.
-    """
+    """A row. layers: the decoder's ModuleList. embed: the input embeddings. vision: the tower; blocks: its ModuleList.
+    connectors: modules between tower and decoder (they may lie inside the tower). attention: the attention module of a
+    decoder layer. attention_end: the norm whose input is the attention block's output with its residual."""
 
     layers: str
     embed: str
@@ -79,11 +75,11 @@ def family_of(config: dict) -> Family:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise RefusedError(f"the model is already quantised (quant_method {method!r}); start from its original")
     model_type = config.get("model_type")
-    if model_type not in FAMILIES and not any("vision" in key for key in config):
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if not any("vision" in key for key in config):
         raise RefusedError(
             f"model type {model_type!r} is a text-only model (no key of config.json speaks of vision); "
             "vlmq quantises vision-language models, use a text quantiser such as llm-compressor"
         )
-    if model_type not in FAMILIES:
-        raise RefusedError(f"model type {model_type!r} is not supported yet; supported: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[model_type]
+    raise RefusedError(f"model type {model_type!r} is not supported yet; supported: {', '.join(sorted(FAMILIES))}")

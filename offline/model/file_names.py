@@ -5,13 +5,14 @@ tensors of experts hold many of our linears. Its own rules give the way from one
 the files' names.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from safetensors import safe_open
 
 from vlmq_vllm.headers import TensorInfo
+from vlmq_vllm.names import EXPERT_PARTS
+from vlmq_vllm.offline.model.experts import unfuse
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,8 @@ class StoredParameter:
         return (min(self.stop, outer) - self.start, inner)
 
 
-def find_stored_parameters(
-    model: torch.nn.Module,
-    headers: dict[str, TensorInfo],
-    unfuse: Callable[[torch.nn.Module], dict[str, tuple[int, int]]],
-) -> dict[str, StoredParameter]:
-    """In-memory parameter name -> where it lies, by transformers' rules for this model; `unfuse` splits its experts."""
+def find_stored_parameters(model: torch.nn.Module, headers: dict[str, TensorInfo]) -> dict[str, StoredParameter]:
+    """In-memory parameter name -> where it lies, by transformers' rules for this model, whose experts are unfused."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -68,33 +65,24 @@ def find_stored_parameters(
     others = [rule for rule in rules if not isinstance(rule, WeightRenaming)]
     empty = model.state_dict()
     shapes = {name: tuple(tensor.shape) for name, tensor in empty.items()}
-    stored, places = {}, {}
+    stored, whole = {}, set()  # the file's name by the one in memory; which are not made of others by a rule
     for name in headers:
         renamed, converted = rename_source_key(name, renamings, others, model.base_model_prefix, empty)
+        stored[renamed] = name
         if converted is None:
-            places[renamed] = StoredParameter(name, name.removesuffix(".weight"))
-        else:
-            stored[renamed] = name
-    for name, (count, inner) in unfuse(model).items():
-        for fused, parts in (
-            ("gate_up_proj", (("gate_proj", 0, inner), ("up_proj", inner, 2 * inner))),
-            ("down_proj", (("down_proj", 0, shapes[f"{name}.down_proj"][1]),)),
-        ):
-            if (tensor := _fused(f"{name}.{fused}", stored, places)) is None:
+            whole.add(renamed)
+    places = {}
+    for name, count in unfuse(model).items():
+        for fused, parts in EXPERT_PARTS.items():
+            if (tensor := stored.pop(f"{name}.{fused}", None)) is None:
                 continue
-            transposed = headers[tensor].shape != shapes[f"{name}.{fused}"]
+            shape = shapes[f"{name}.{fused}"]
+            size, transposed = shape[1] // len(parts), headers[tensor].shape != shape
             prefix = tensor.removesuffix(f".{fused}")
             for expert in range(count):
-                for part, start, stop in parts:
+                for i, part in enumerate(parts):
                     module = f"{prefix}.{expert}.{part}"
-                    own = StoredParameter(tensor, module, expert, start, stop, transposed)
+                    own = StoredParameter(tensor, module, expert, i * size, (i + 1) * size, transposed)
                     places[f"{name}.{expert}.{part}.weight"] = own
-    return places
-
-
-def _fused(name: str, stored: dict[str, str], places: dict[str, StoredParameter]) -> str | None:
-    """The file's name of a fused tensor, whether a rule converts it or it is stored as it is in memory."""
-    if name in stored:
-        return stored[name]
-    place = places.pop(name, None)
-    return place.tensor if place else None
+    plain = {name: tensor for name, tensor in stored.items() if name in whole}
+    return {name: StoredParameter(tensor, tensor.removesuffix(".weight")) for name, tensor in plain.items()} | places

@@ -1,13 +1,13 @@
 """Finds which linears of a layer share their inputs, and in which order they run, by one forward pass.
 
-A group is a set of linears that read the same tensor (q, k, v; gate, up); its members can share one Hessian. A stage
-is a set of groups that are collected in one pass over the data: alone in a dense layer, in a mixture of experts the
-same group of every expert.
+A group is a set of linears that read the same tensor (q, k, v; gate, up). A stage is a set of groups that are collected
+in one pass over the data: alone in a dense layer, in a mixture of experts the same group of every expert.
 """
 
+import os
 import re
 from dataclasses import replace
-from itertools import groupby, takewhile
+from itertools import groupby
 
 import torch
 
@@ -34,7 +34,4 @@ def find_stages(layer: torch.nn.Module, index: int, stream: Stream) -> list[list
 
 def inspected(group: Group) -> str:
     """The module by whose output a group is judged: the common parent of several linears, else the linear itself."""
-    if len(group) == 1:
-        return group[0]
-    parts = zip(*(linear.split(".") for linear in group), strict=False)
-    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, parts))
+    return ".".join(os.path.commonprefix([linear.split(".") for linear in group]))

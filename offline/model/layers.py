@@ -1,7 +1,7 @@
 """Names the linears and parameters of a layer, and puts others in their places."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -34,6 +34,12 @@ def is_clipped(linear: str) -> bool:
     return linear.rpartition(".")[2] not in ("q_proj", "k_proj", "qkv")
 
 
+def called(model: torch.nn.Module, root: str) -> list[str]:
+    """A connector's modules that are called one by one: those of the list `root`, or the module itself."""
+    module = model.get_submodule(root)
+    return [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]
+
+
 def put(layer: torch.nn.Module, linear: str, weight: torch.Tensor) -> None:
     """Give a linear another weight; the one that it had is not changed."""
     set_parameter(layer, f"{linear}.weight", weight)
@@ -55,21 +61,19 @@ def move_buffers(module: torch.nn.Module, device: torch.device, without: str = "
             module.get_submodule(owner)._buffers[leaf] = buffer.to(device)
 
 
-@contextmanager
-def holding(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+def holding(layer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> AbstractContextManager:
     """The layer with other weights of its linears for a while."""
-    with with_parameters(layer, {f"{linear}.weight": weight for linear, weight in weights.items()}):
-        yield layer
+    return with_parameters(layer, {f"{linear}.weight": weight for linear, weight in weights.items()})
 
 
 @contextmanager
-def with_parameters(layer: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[torch.nn.Module]:
+def with_parameters(layer: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """The layer with other parameters, by their names in it, for a while."""
     before = {name: layer.get_parameter(name) for name in parameters}
     for name, value in parameters.items():
         set_parameter(layer, name, value)
     try:
-        yield layer
+        yield
     finally:
         for name, value in before.items():
             set_parameter(layer, name, value)

@@ -8,9 +8,9 @@ for the heads of layer l,
     what writes to it (o_proj, down_proj)                        W -> Q^T W
     each head of v_proj, each of o_proj                          V -> R_l^T V,         O -> O R_l
 
-changes nothing but the rounding of the 16-bit weights: an RMS norm without a scale commutes with Q. It costs nothing
-when served either, for only weights change, but for a head that is tied to the embeddings: it becomes a matrix of its
-own. Outlier channels of the stream are spread over all columns, which a grid for groups of weights holds better.
+changes nothing but the rounding of the 16-bit weights: an RMS norm without a scale commutes with Q. A head that is tied
+to the embeddings becomes a matrix of its own. Outlier channels of the stream are spread over all columns, which a grid
+for groups of weights holds better.
 """
 
 import copy
@@ -23,6 +23,7 @@ import torch
 
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.offline.model.families import Family
+from vlmq_vllm.offline.model.layers import called
 
 READING = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "gate")  # gate: chooses experts
 WRITING = ("o_proj", "down_proj")
@@ -33,17 +34,16 @@ ROWS = 1 << 14  # of embeddings and head that are in float32 at once
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> torch.Tensor:
-    """A matrix [size, size] float64, uniform over all orthogonal ones (QR of a Gaussian, signs of R's diagonal)."""
-    q, r = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
+    """A matrix [size, size] float64, uniform over all orthogonal ones."""
+    return torch.nn.init.orthogonal_(torch.empty(size, size, dtype=torch.float64), generator=generator)
 
 
 class Rotation:
     """The rotation of one model; called with a parameter it gives the one of the turned model.
 
-    original: gives a parameter as stored, by its in-memory name. device: where everything is computed, wherever it
-    comes from, so that a parameter has the same bits whenever it is asked for. Raises RefusedError for a model whose
-    decoder is not made of RMS norms each of which is read by linears alone.
+    original: gives a parameter as stored, by its in-memory name. device: where everything is computed, so that a
+    parameter has the same bits whenever it is asked for. Raises RefusedError for a model whose decoder is not made of
+    RMS norms each of which is read by linears alone.
     """
 
     def __init__(
@@ -143,8 +143,8 @@ class Rotation:
 
     def _last_linears(self, model: torch.nn.Module, root: str, model_type: str) -> list[str]:
         """The linears that the connectors under `root` end in, by in-memory name."""
-        module, found = model.get_submodule(root), []
-        for part in [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]:
+        found = []
+        for part in called(model, root):
             inside = [(n, m) for n, m in model.get_submodule(part).named_modules() if list(m.parameters(recurse=False))]
             name, last = inside[-1]
             if not isinstance(last, torch.nn.Linear):

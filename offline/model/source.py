@@ -1,8 +1,7 @@
 """Reads the 16-bit model that is quantised: an empty skeleton, and its weights one module at a time.
 
-The skeleton is transformers' own model class on the meta device. Weights come from the safetensors files when a module
-is materialised and go when it is released, so that no more than one decoder layer is in memory. Where a parameter lies
-in the files is `file_names.py`'s business.
+Weights come from the safetensors files when a module is materialised and go when it is released, so that no more than
+one decoder layer is in memory. Where a parameter lies in the files is `file_names.py`'s business.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from torch.utils.hooks import RemovableHandle
 
 from vlmq_vllm.errors import CheckpointError, QuantizeError
 from vlmq_vllm.headers import TensorInfo, read_config, read_headers
-from vlmq_vllm.offline.model.experts import unfuse
 from vlmq_vllm.offline.model.families import Family, family_of
 from vlmq_vllm.offline.model.file_names import StoredParameter, find_stored_parameters
 from vlmq_vllm.offline.model.hooks import removing
@@ -30,11 +28,8 @@ RESIDENT = 1 << 30  # bytes of float32 up to which a tower stays in a CPU's memo
 
 
 class Source:
-    """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row.
-
-    `quantized`: gives a parameter (by its in-memory name) as it has been written, a linear's weight dequantised, or
-    None; set once there is a checkpoint in the making.
-    """
+    """A model folder with its skeleton. `model` is on meta but for its buffers; `family` is its row. `quantized`: once
+    there is a checkpoint in the making, gives a parameter (by its in-memory name) as written, dequantised, or None."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,7 +38,7 @@ class Source:
         self.headers: dict[str, TensorInfo] = read_headers(folder)
         self.model = build_skeleton(folder)
         self.parsed: Any = self.model.config  # config.json as transformers reads it, defaults added
-        self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers, unfuse)
+        self.places: dict[str, StoredParameter] = find_stored_parameters(self.model, self.headers)
         self.quantized: Callable[[str], torch.Tensor | None] = lambda name: None
         self.rotation: Rotation | None = None
         self.tied: dict[str, str] = {}  # tensors that a rotation adds -> those in the files that they are made from
@@ -59,10 +54,8 @@ class Source:
         return self.stack(self.family.layers)
 
     def rotate(self, seed: int, device: torch.device) -> None:
-        """From now on be the model whose decoder is turned (`rotation.py`), with a head of its own.
-
-        Raises RefusedError for a decoder that cannot be.
-        """
+        """From now on be the model whose decoder is turned, with a head of its own. Raises RefusedError for a decoder
+        that cannot be."""
         self.rotation = Rotation(self.model, self.family, self.parsed, self._original, seed, device)
         if HEAD not in self.places:
             embeddings = self.places[f"{self.family.embed}.weight"].tensor
@@ -96,10 +89,8 @@ class Source:
     def _original(self, name: str) -> torch.Tensor:
         """The parameter of that in-memory name as it lies in the files."""
         place = self.places[name]
-        if place.tensor in self.tied:
-            place = replace(place, tensor=self.tied[place.tensor])
         with safe_open(self.folder / self.headers[place.tensor].file, "pt") as file:
-            return place.read(file)
+            return replace(place, tensor=self.tied.get(place.tensor, place.tensor)).read(file)
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The 16-bit dtype in which the scales of parameter `name` are stored: its own, or bfloat16 for a wider one."""
@@ -112,11 +103,8 @@ class Source:
     def materialise(
         self, name: str, device: torch.device, quantized: bool = False, without: str = ""
     ) -> torch.nn.Module:
-        """Load the weights of module `name` (in-memory name) as frozen parameters, float32.
-
-        quantized: take what has been quantised already as it has been written.
-        without: the name of a module inside it that is left out.
-        """
+        """Load the weights of module `name` (in-memory name) as frozen parameters, float32. quantized: what has been
+        quantised already as it has been written. without: the name of a module inside it that is left out."""
         module = self.model.get_submodule(name)
         for inner, _ in list(module.named_parameters()):
             full = f"{name}.{inner}"
@@ -227,12 +215,9 @@ def find(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]
     try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model", "LICENSE*"]
-            )
-        )
+        return Path(snapshot_download(model, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise QuantizeError(f"{model} is neither a folder here nor to be had from the hub ({reason})") from None

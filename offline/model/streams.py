@@ -1,7 +1,4 @@
-"""A stream is one batch of samples on its way through a stack of layers, run one layer at a time.
-
-What every layer is called with was caught from the model's own forward pass (`capture.py`).
-"""
+"""A stream is one batch of samples on its way through a stack of layers, run one layer at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +20,7 @@ class Stop(Exception):
 
 @dataclass
 class Stream:
-    """One batch of samples of equal length on its way through a stack of layers.
+    """One batch of samples of equal length, and what was caught from the model's own forward pass (`capture.py`).
 
     hidden: [B, T, d] float32 (in a vision tower whatever its blocks pass on). calls: for every layer its arguments
     besides hidden. terms: what the model adds to the output of a layer, by the layer's number. rounded: linears whose
@@ -66,11 +63,8 @@ class Stream:
             self.call(layer, index)
 
     def call_of(self, layer: torch.nn.Module, index: int, name: str) -> Call:
-        """With what the layer calls its module `name`; the layer runs no further. Gradients flow.
-
-        Positions and masks are the model's own. A linear's input is as it comes: not rounded, even where the stream
-        rounds those of other linears.
-        """
+        """With what the layer calls its module `name`; the layer runs no further. Gradients flow. A linear's input is
+        as it comes: not rounded, even where the stream rounds those of other linears."""
         caught: list[Call] = []
         asked = layer.get_submodule(name)
 

@@ -5,7 +5,6 @@ source model follows in units of its own.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -14,7 +13,7 @@ import torch
 from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.offline.model.experts import is_expert
-from vlmq_vllm.offline.model.layers import named_linears
+from vlmq_vllm.offline.model.layers import called, named_linears
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.settings.quantize import KEPT, Settings
 from vlmq_vllm.unserved import why_unserved
@@ -57,11 +56,10 @@ def find_units(source: Source, settings: Settings) -> list[Unit]:
     for component in ORDER:
         if settings.format_of(component) is None and not settings.modules:
             continue
-        modules = _modules(source, component)
-        own = [Unit(f"{component}-{i:05d}", component, name, i) for i, name in enumerate(modules)]
         names = _names(source, component)
         if any(settings.format_for(component, name) for name in names) or not (names or settings.modules):
-            units += own
+            modules = enumerate(_modules(source, component))
+            units += [Unit(f"{component}-{i:05d}", component, name, i) for i, name in modules]
     return units
 
 
@@ -97,7 +95,7 @@ def find_kept(source: Source, targets: list[Target], units: list[Unit]) -> dict[
     taken, keys = _taken(source, targets), {unit.module: unit.key for unit in units}
     kept: dict[str, set[str]] = {unit.key: set() for unit in units}
     for name, place in source.places.items():
-        key = next((keys[module] for module in parents_of(name) if module in keys), None)
+        key = key_of(name, keys)
         if key and place.tensor not in taken:
             kept[key].add(place.tensor)
     return {key: sorted(names) for key, names in kept.items()}
@@ -126,11 +124,11 @@ def expected_bytes(source: Source, targets: list[Target]) -> int:
     return math.ceil(packed) + sum(stored_bytes(source, name) for name in source.headers if name not in taken)
 
 
-def parents_of(name: str) -> Iterator[str]:
-    """The name itself and the modules around it, from the inside."""
-    while name:
-        yield name
+def key_of(name: str, keys: dict[str, str]) -> str | None:
+    """The key of the unit in which the in-memory name lies, None outside of all. keys: by the units' modules."""
+    while name and name not in keys:
         name = name.rpartition(".")[0]
+    return keys.get(name)
 
 
 def _taken(source: Source, targets: list[Target]) -> set[str]:
@@ -144,26 +142,18 @@ def stored_bytes(source: Source, name: str) -> int:
 
 
 def _blocks_used(config: dict, count: int) -> int:
-    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those after it.
-
-    `vision_feature_layer` counts outputs from the embeddings (0) on, or from the end; LLaVA-1.5 has -2.
-    """
+    """Blocks of a tower of `count` up to the layer whose output the connector takes: vLLM drops those after it. Outputs
+    are counted from the embeddings (0) on, or from the end; LLaVA-1.5 has -2."""
     layers = config.get("vision_feature_layer", -1)
     layers = layers if isinstance(layers, list) else [layers]
     return max(layer if layer >= 0 else count + 1 + layer for layer in layers)
-
-
-def _called(source: Source, root: str) -> list[str]:
-    """A connector's modules that are called one by one: those of a list, or the module itself."""
-    module = source.model.get_submodule(root)
-    return [f"{root}.{i}" for i in range(len(module))] if isinstance(module, torch.nn.ModuleList) else [root]
 
 
 def _modules(source: Source, component: str) -> list[str]:
     """In-memory names of a component's modules that are quantised one after the other."""
     family = source.family
     if component == "connector":
-        return [name for root in family.connectors for name in _called(source, root)]
+        return [name for root in family.connectors for name in called(source.model, root)]
     stack = {"vision": family.blocks, "language": family.layers}[component]
     count = len(source.stack(stack))
     count = min(count, _blocks_used(source.config, count)) if component == "vision" else count

@@ -68,12 +68,9 @@ class Quantizers:
         moved = moved or bool(rounded)
         paired = options.paired if component == "language" else options.residual
         quantized = capture(self.source, stack, batches, self.device, quantized=moved, rounded=rounded)
-        full: list[Stream | None] = []
         if paired and moved:
-            full = capture(self.source, stack, batches, self.device)
-        elif paired:
-            full = [stream and replace(stream) for stream in quantized]
-        return [stream for stream in quantized if stream], [stream for stream in full if stream]
+            return quantized, capture(self.source, stack, batches, self.device)
+        return quantized, [replace(stream) for stream in quantized] if paired else []
 
     def _weigher(self, streams: list[Stream]) -> TokenWeigher | None:
         """What weighs the decoder's tokens. streams: before its first layer."""

@@ -3,7 +3,7 @@
 Two streams run through the stack, U after the quantised layers and F after the full-precision ones (where a method
 needs it). Within a layer the stages are quantised in the order of the forward pass, and each stage's Hessians are
 summed after the stages before it have been replaced, unless a method does not calibrate in sequence. Where channels
-are scaled (AWQ), that comes first, for the whole layer. One layer's weights are in memory at a time.
+are scaled (AWQ), that comes first, for the whole layer.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +17,7 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.methods.awq.search import Scaling
 from vlmq_vllm.offline.methods.choose import grid_of, solver_of
-from vlmq_vllm.offline.methods.gptq.problem import Problem, collect, find_problems, solve_all
+from vlmq_vllm.offline.methods.gptq.problem import collect, find_problems, solve_all
 from vlmq_vllm.offline.methods.gptq.solve import round_to_nearest
 from vlmq_vllm.offline.methods.saliency.concentration import effective_tokens
 from vlmq_vllm.offline.methods.saliency.weigher import TokenWeigher, Weights
@@ -31,8 +31,8 @@ from vlmq_vllm.offline.settings.quantize import Settings
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer while it is quantised: its place in the stack, its in-memory name, its full-precision parameters by their
-    names in it, and those of its linears that are quantised."""
+    """A layer in the making: its place in the stack, its in-memory name, its full-precision parameters by their names
+    in it, and those of its linears that are quantised."""
 
     module: torch.nn.Module
     index: int
@@ -51,8 +51,7 @@ class LayerQuantizer:
 
     formats: of every linear that is quantised, by its in-memory name. weigh: gives token weights (`methods/saliency/`).
     scale: folds channel scales into a layer (`methods/awq/`). learnt: rounds a weight, by its linear's in-memory name,
-    where how to round was learnt beforehand (`methods/qvlm/`). `quantized` moves on after the quantised layers, unless
-    the settings say that layers are not calibrated in sequence.
+    where how to round was learnt beforehand (`methods/qvlm/`).
     """
 
     source: Source
@@ -172,7 +171,16 @@ class LayerQuantizer:
         """Solve a stage and put the results in their places, rounded as they will be served."""
         found: dict[str, Solution] = {}
         if self.settings.row.solves:
-            problems = self.problems(layer, stage, token_weights)
+            problems = find_problems(
+                layer.module,
+                stage,
+                token_weights,
+                self._base(stage),
+                lambda linear: self.formats[layer.full(linear)],
+                lambda linear: self._dtype(layer, linear),
+                self.device,
+            )
+            collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
             solutions = solve_all(problems, layer.module, self.solver, self.ranks)
             for problem, solution in zip(problems, solutions, strict=True):
                 found |= dict(zip(problem.linears, solution.split(problem.rows), strict=True))
@@ -182,20 +190,6 @@ class LayerQuantizer:
             if self.settings.sequential:
                 put(layer.module, linear, solution.weight.served())
             yield linear, solution
-
-    def problems(self, layer: Layer, stage: list[Group], token_weights: Weights) -> list[Problem]:
-        """The problems of a stage, with the Hessians of their inputs."""
-        problems = find_problems(
-            layer.module,
-            stage,
-            token_weights,
-            self._base(stage),
-            lambda linear: self.formats[layer.full(linear)],
-            lambda linear: self._dtype(layer, linear),
-            self.device,
-        )
-        collect(problems, layer.module, layer.index, self.quantized, self.full, layer.originals)
-        return problems
 
     def _base(self, stage: list[Group]) -> str:
         """The two streams send different tokens to an expert: there is no residual between them."""

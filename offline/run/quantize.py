@@ -45,9 +45,8 @@ def quantize(
 ) -> list[Row]:
     """Quantise `model` (a folder or hub name) into the new folder `out`.
 
-    `data` is anything that `data/read.py` reads; methods that round to nearest go without. `stop` is asked between
-    units; when it says yes the run ends with StoppedError and can be resumed. Raises QuantizeError or CheckpointError;
-    finished units stay in a hidden folder beside `out`, nothing else is left behind.
+    `data` is anything that `data/read.py` reads; methods that round to nearest go without. When `stop`, which is asked
+    between units, says yes, the run ends with StoppedError and can be resumed. Raises QuantizeError or CheckpointError.
     """
     check_destination(out)
     if settings.row.calibrated and data is None:

@@ -12,7 +12,7 @@ from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.offline.checkpoint.writer import WEIGHTS, Parts
 from vlmq_vllm.offline.machine.ranks import Ranks
 from vlmq_vllm.offline.model.source import Source
-from vlmq_vllm.offline.model.targets import Target, Unit, parents_of
+from vlmq_vllm.offline.model.targets import Target, Unit, key_of
 from vlmq_vllm.offline.settings.quantize import Settings
 
 
@@ -47,7 +47,7 @@ def reader(
     formats = {target.module: target.format for target in targets}
 
     def read(name: str) -> torch.Tensor | None:
-        key = next((keys[module] for module in parents_of(name) if module in keys), None)
+        key = key_of(name, keys)
         if key is None or not parts.done(key):
             return None
         place = source.places[name]

@@ -75,7 +75,7 @@ class PieceMaker:
     def _walk(self, stack: str, units: list[Unit], batches: list[dict]) -> None:
         streams: list[Stream] = []
         if self._calibrates(units):
-            streams = [stream for stream in capture(self.source, stack, batches, self.device) if stream]
+            streams = capture(self.source, stack, batches, self.device)
             if not streams:
                 raise QuantizeError("no calibration sample reaches a part of the model that is studied; add pictures")
         for unit in units:

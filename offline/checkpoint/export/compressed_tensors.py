@@ -9,7 +9,7 @@ import torch
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.format import WORD, WeightFormat
-from vlmq_vllm.offline.checkpoint.export.model import Model, check_fused, check_groups
+from vlmq_vllm.offline.checkpoint.export.model import Model, check_fused
 
 NAME = "compressed-tensors"
 IN_MEMORY = False  # tensors keep their names in the files
@@ -17,7 +17,6 @@ IN_MEMORY = False  # tensors keep their names in the files
 
 def check(model: Model) -> None:
     """Raises RefusedError for what the format, or stock vLLM reading it, cannot hold."""
-    check_groups(model, NAME)
     check_fused(model, NAME)
     for name, module in model.modules.items():
         if not module.format.symmetric and module.rows * module.format.bits % WORD:

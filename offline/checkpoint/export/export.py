@@ -1,7 +1,6 @@
 """Exports a checkpoint: the same codes, scales and zero points in the layout and under the header of other software.
 
-What the target cannot hold is refused before anything is written; each module's tensors go to the file that has its
-codes.
+What the target cannot hold is refused before anything is written.
 """
 
 from pathlib import Path
@@ -14,7 +13,7 @@ from vlmq_vllm.errors import QuantizeError, RefusedError
 from vlmq_vllm.format import PARTS
 from vlmq_vllm.headers import Tensors
 from vlmq_vllm.offline.checkpoint.export import compressed_tensors, gptq
-from vlmq_vllm.offline.checkpoint.export.model import Model, read_model
+from vlmq_vllm.offline.checkpoint.export.model import Model, check_groups, read_model
 from vlmq_vllm.offline.checkpoint.writer import Writer
 
 # Each has check, header, tensors (a packed module's, by their last name) and note (what readers need besides, or "").
@@ -33,6 +32,7 @@ def export(folder: Path, out: Path, name: str) -> str:
         )
     target = TARGETS[name]
     model = read_model(folder)
+    check_groups(model, name)
     target.check(model)
     header = target.header(model)
     files = sorted({info.file for info in model.headers.values()})

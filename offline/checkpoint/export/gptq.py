@@ -17,7 +17,7 @@ import torch
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.errors import RefusedError
 from vlmq_vllm.format import WORD, pack, unpack
-from vlmq_vllm.offline.checkpoint.export.model import Model, check_groups
+from vlmq_vllm.offline.checkpoint.export.model import Model
 
 NAME = "gptq"
 IN_MEMORY = True  # tensors get their names in memory
@@ -26,7 +26,6 @@ V1, V2 = "gptq", "gptq_v2"
 
 def check(model: Model) -> None:
     """Raises RefusedError for what the layout, or GPTQModel reading it, cannot hold."""
-    check_groups(model, NAME)
     for name, module in model.modules.items():
         if model.layers and not model.in_memory(name).startswith(f"{model.layers}."):
             raise RefusedError(

@@ -20,11 +20,9 @@ from vlmq_vllm.offline.model.skeleton import build_skeleton
 
 @dataclass(frozen=True)
 class Model:
-    """A vlmq folder. modules: what is packed, by name in the files.
-
-    memory: tensor in the files -> its name in memory, for a packed one that of the weight. plain: every linear that is
-    not packed, under both names. layers: the decoder's layers in memory, "" if unknown.
-    """
+    """A vlmq folder. modules: what is packed, by name in the files. memory: of each tensor in the files the name in
+    memory, for a packed one that of the weight. plain: every linear that is not packed, under both names. layers: the
+    decoder's layers in memory, "" if unknown."""
 
     folder: Path
     config: dict

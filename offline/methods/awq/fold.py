@@ -8,9 +8,6 @@ For a group of linears W [O, I] after a source with R output channels and scales
 Weights of linears are quantised afterwards and stay in float32, but a norm and a bias are stored in 16 bits. So that
 their rounding loses nothing, the divided vector v / s is rounded first and s becomes v / round(v / s), in float32;
 where either is zero the channel keeps s = 1. A norm's bias is the one thing that cannot be exact as well.
-
-That the function stays is measured by `moved`, token by token, as a part of what the layer adds to the token: beside
-one token of 1e5 in the residual stream, as large models have, nothing else would be seen.
 """
 
 import math
@@ -35,11 +32,8 @@ Changed = dict[str, torch.Tensor]  # by the name of a parameter in the layer, it
 def effective(
     layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, dtype_of: DtypeOf
 ) -> tuple[torch.Tensor, Changed]:
-    """The scales [R] float32 nearest to `scales` that fold without loss, and the source's divided parameters.
-
-    These are what is not quantised afterwards: a norm's weight or a linear's bias with values that the 16-bit dtype
-    holds, and a norm's bias, which is not rounded.
-    """
+    """The scales [R] float32 nearest to `scales` that fold without loss, and those of the source's divided parameters
+    that are not quantised afterwards: in values of their 16-bit dtype, but a norm's bias, which is not rounded."""
     name = scalable.source
     own = dict(layer.get_submodule(name).named_parameters())
     bias = own.get("bias")
@@ -68,7 +62,8 @@ def fold(layer: torch.nn.Module, scalable: Scalable, scales: torch.Tensor, chang
 
 
 def moved(hidden: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
-    """By how much a layer's output has moved from `before` to `after`, as a part of what the layer adds to a token.
+    """By how much a layer's output has moved from `before` to `after`, as a part of what the layer adds to a token:
+    beside one token of 1e5 in the residual stream, as large models have, nothing else would be seen.
 
     hidden: what goes in; all [.., d] float32. For token n it is, with what float32 sums with the residual stream may
     err by taken off,
@@ -88,11 +83,8 @@ def moved(hidden: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> fl
 def _exact(
     stored: torch.Tensor, scales: torch.Tensor, offset: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scales [R] float32 next to `scales` under which nothing is lost, and what is then stored, [R] float32 with
-    values that `dtype` holds: new_scales * (new_stored + offset) is `stored` + offset but for one float32 rounding.
-
-    stored: [R] float32, a norm's weight (with its offset) or a bias.
-    """
+    """The scales [R] float32 next to `scales` under which nothing is lost, and what a norm's weight or a bias `stored`
+    [R] becomes, in values of `dtype`: new_scales * (new_stored + offset) is `stored` + offset but for one rounding."""
     divided = ((stored + offset) / scales - offset).to(dtype).float()
     found = (stored + offset) / (divided + offset)
     kept = ~(torch.isfinite(found) & (found > 0))

@@ -6,8 +6,7 @@ served, and the loss over all tokens n of all batches is
     sum_n lambda_n err_n / sum_n lambda_n,      err_n = mean_c |e_nc|  or  mean_c e_nc^2,
 
 e [N, d] being the module's output less that with its own weights, on the same inputs. With 8-bit activations the
-linears read s round(x / s). Calls of the modules are kept for a chunk of batches, all candidates are tried on it, then
-comes the next chunk.
+linears read s round(x / s). All candidates are tried on the calls that are kept of a chunk of batches, then the next.
 """
 
 from collections.abc import Callable, Iterator

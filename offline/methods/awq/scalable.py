@@ -8,7 +8,7 @@ division must be folded into the operation that makes it. Two kinds of operation
     o, up before down                         columns of o read one row of v and share its s
 
 The names are those of every decoder that is supported (`model/families.py`); that a layer is joined as they say is
-checked after folding (`search.py`). Folding itself is `fold.py`'s business.
+checked after folding (`search.py`).
 """
 
 from dataclasses import dataclass

@@ -10,8 +10,7 @@ channel of what lies before them, m is their mean, and before s is tried it beco
 which folding does not change, as is checked for every layer.
 
 This departs from AWQ's code in one thing: a dead channel, m = 0, gets s = 1 and does not count in max and min. There
-its m^r is the bound of 1e-4 for every r > 0, so that one such channel alone makes all other s about 100 times larger
-and what is divided by them, norms and activations of 16 bits, as much smaller.
+its m^r is the bound of 1e-4 for every r > 0, and one such channel makes all other s about 100 times larger.
 """
 
 import math
@@ -51,11 +50,8 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What the search needs besides a layer and its streams.
-
-    search: how rounding to nearest finds its grids. loss: "mae" or "mse". inputs: what 8-bit activations do to what a
-    linear reads, [.., I] to [.., I], or None.
-    """
+    """What the search needs besides a layer and its streams. search: how rounding to nearest finds its grids. loss:
+    "mae" or "mse". inputs: what 8-bit activations do to what a linear reads, [.., I] to [.., I], or None."""
 
     search: GridSearch
     ranks: Ranks
@@ -96,19 +92,20 @@ class Scaling:
             reached = self._means(layer, index, found, streams)
             if not reached:
                 continue
-            trials = []
+            found_by, trials = [], []
             for scalable, mean in reached:
-                candidates = [effective(layer, scalable, scales_of(mean, ratio), dtype_of)[0] for ratio in RATIOS]
+                foldable = [effective(layer, scalable, scales_of(mean, ratio), dtype_of) for ratio in RATIOS]
                 own = next((token_weights[name] for name in scalable.linears if name in token_weights), None)
-                trials.append(Trial(scalable, candidates, own))
-            losses_of = candidate_losses(layer, index, streams, trials, rounded, self.inputs, self.loss)
-            for (scalable, mean), (*losses, total) in zip(reached, self.ranks.add(losses_of).tolist(), strict=True):
+                trials.append(Trial(scalable, [scales for scales, _ in foldable], own))
+                found_by.append(foldable)
+            losses_of = self.ranks.add(candidate_losses(layer, index, streams, trials, rounded, self.inputs, self.loss))
+            for trial, foldable, (*losses, total) in zip(trials, found_by, losses_of.tolist(), strict=True):
                 if total > 0:
-                    ratio = RATIOS[_least(losses)]
-                    ratios |= dict.fromkeys(scalable.linears, ratio)
-                    if ratio:
-                        scales, divided = effective(layer, scalable, scales_of(mean, ratio), dtype_of)
-                        fold(layer, scalable, scales, divided)
+                    best = _least(losses)
+                    ratios |= dict.fromkeys(trial.scalable.linears, RATIOS[best])
+                    if RATIOS[best]:
+                        scales, divided = foldable[best]
+                        fold(layer, trial.scalable, scales, divided)
                         changed |= divided
         self._check(layer, index, probe, before)
         stored = {name: value.to(dtype_of(name)) for name, value in changed.items()}

@@ -5,9 +5,8 @@ and the best value for column k, given the columns before it, is
 
     target_k + sum_{j < k} delta_j U_jk / U_kk.
 
-Rounding that value is GPTQ's step (2210.17323, Alg. 1) in the form of LDLQ (QuIP, 2307.13304, section 3 and theorem 6,
-which proves the two equal). It needs one Cholesky factor and no inverse, a quarter of the work of GPTQ's own form, and
-it works in float32 where H^-1 would be lost.
+Rounding that value is GPTQ's step (Alg. 1) in the form of LDLQ (QuIP, 2307.13304, theorem 6 proves the two equal): one
+Cholesky factor and no inverse, a quarter of the work, and it works in float32 where H^-1 would be lost.
 
 The columns are split in halves, again and again: the left half is rounded, what it owes to the right half is one matrix
 product, then comes the right half. Everything is transposed, [I, O], so that a column is contiguous, and carries a
@@ -103,21 +102,7 @@ class ColumnPass:
     def _columns_in_triton(self, start: int, stop: int) -> None:
         from vlmq_vllm.offline.methods.gptq.columns_kernel import round_columns  # here, so that a CPU needs no Triton
 
-        round_columns(
-            self.remainder,
-            self.owed,
-            self.values,
-            self.codes,
-            self.loss,
-            self.factor,
-            self.push,
-            self.scale,
-            self.zero,
-            self.group_of,
-            self.levels,
-            range(start, stop),
-            LEAF,
-        )
+        round_columns(self, range(start, stop), LEAF)
 
     def _columns_in_torch(self, start: int, stop: int) -> None:
         diagonal = self.factor.diagonal(dim1=1, dim2=2)[:, start:stop, None]

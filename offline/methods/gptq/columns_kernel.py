@@ -5,13 +5,14 @@ takes one. Rows (O) never meet, so each program owns a tile of them in one of th
 A column fetches what the block's columns before it leave to it when its turn comes, instead of each handing it on to
 all later ones: the tiles of deltas and values stay in registers, and memory is read and written once.
 
-All in float32: divisions and halves are rounded as torch does, sums of products in another order.
-Runs on a CPU in Triton's interpreter when TRITON_INTERPRET=1 was set before this module's import.
+Divisions and halves are rounded as torch does, sums of products in another order.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from vlmq_vllm.offline.methods.gptq.columns import ColumnPass
 
 INTERPRETED = triton.knobs.runtime.interpret
 WARPS = 1
@@ -99,40 +100,24 @@ def columns_kernel(
     tl.store(loss + i_b * n_rows + o_n, b_loss, mask=m_n)
 
 
-def round_columns(
-    remainder: torch.Tensor,
-    owed: torch.Tensor,
-    values: torch.Tensor | None,
-    codes: torch.Tensor,
-    loss: torch.Tensor,
-    factor: torch.Tensor,
-    push: torch.Tensor | None,
-    scale: torch.Tensor,
-    zero: torch.Tensor,
-    group_of: torch.Tensor,
-    levels: int,
-    columns: range,
-    block: int,
-) -> None:
-    """Round `columns`, at most `block`, of the state that `columns.py` describes; in place.
+def round_columns(state: ColumnPass, columns: range, block: int) -> None:
+    """Round `columns`, at most `block`, of a pass; in place.
 
-    float32 remainder, owed, values [B, I, O], loss [B, O], scale, zero [B, G, O], codes uint8 [B, I, O] and group_of
-    int64 [B, I] contiguous; factor and push float32 [B, I, I] of any strides. values and push come together or not at
-    all.
+    All but codes (uint8) and group_of (int64) is float32; factor and push may have any strides, the rest is contiguous.
     """
+    remainder, factor, push = state.remainder, state.factor, state.push
     if not (remainder.is_cuda or INTERPRETED):
         raise ValueError(
             f"targets are on {remainder.device}; Triton needs a GPU, or TRITON_INTERPRET=1 before the first import"
         )
-    if (values is None) != (push is None):
+    if (state.values is None) != (push is None):
         raise ValueError("values and push come together or not at all")
-    dense = dict(targets=remainder, owed=owed, codes=codes, loss=loss, scale=scale, zero=zero, group_of=group_of)
-    if values is not None:
-        dense["values"] = values
-    for name, tensor in dense.items():
+    for name in ("remainder", "owed", "values", "codes", "loss", "scale", "zero", "group_of"):
+        tensor = getattr(state, name)
         dtype = {"codes": torch.uint8, "group_of": torch.int64}.get(name, torch.float32)
-        if tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(f"{name}: {tensor.dtype} with strides {tensor.stride()}; it must be contiguous {dtype}")
+        if tensor is not None and (tensor.dtype != dtype or not tensor.is_contiguous()):
+            told = "targets" if name == "remainder" else name
+            raise ValueError(f"{told}: {tensor.dtype} with strides {tensor.stride()}; it must be contiguous {dtype}")
     for name, matrix in (("factor", factor), ("push", push)):
         if matrix is not None and matrix.dtype != torch.float32:
             raise ValueError(f"{name}: {matrix.dtype}; it must be torch.float32")
@@ -142,21 +127,21 @@ def round_columns(
     with torch.cuda.device_of(remainder):  # Triton launches on the current device, which need not be the tensors'
         columns_kernel[(problems * triton.cdiv(n_rows, TILE),)](
             remainder=remainder,
-            owed=owed,
-            values=values,
-            codes=codes,
-            loss=loss,
+            owed=state.owed,
+            values=state.values,
+            codes=state.codes,
+            loss=state.loss,
             factor=factor,
             push=push,
-            scale=scale,
-            zero=zero,
-            group_of=group_of,
-            top=float(levels - 1),
+            scale=state.scale,
+            zero=state.zero,
+            group_of=state.group_of,
+            top=float(state.levels - 1),
             start=columns.start,
             count=len(columns),
             n_columns=n_columns,
             n_rows=n_rows,
-            n_groups=scale.shape[1],
+            n_groups=state.scale.shape[1],
             stride_factor_b=factor.stride(0),
             stride_factor_i=factor.stride(1),
             stride_factor_k=factor.stride(2),

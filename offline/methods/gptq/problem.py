@@ -5,6 +5,7 @@ Hessians of a stage are summed in one pass over the data; problems of one shape 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -21,11 +22,8 @@ TOGETHER = 1 << 28  # bytes of Hessians that are solved as one batch of problems
 
 @dataclass
 class Problem:
-    """Linears that are solved as one, their weights stacked along the rows.
-
-    rows: of each linear. format: what they become. dtype: of the scales. token_weights: [N] per batch, or None where
-    all count alike.
-    """
+    """Linears that are solved as one, their weights stacked along the rows. rows: of each. dtype: of the scales.
+    token_weights: [N] per batch, or None where all count alike."""
 
     linears: Group
     rows: list[int]
@@ -39,13 +37,9 @@ class Problem:
         """What problems have in common that are solved together."""
         return sum(self.rows), len(self.moments.h), self.format, self.dtype
 
-    def stacked(self, layer: torch.nn.Module) -> torch.Tensor:
-        """The weights [O, I]."""
-        return _stacked(layer, self.linears)
-
 
 def _stacked(layer: torch.nn.Module, linears: Group) -> torch.Tensor:
-    """The linears' weights, one after the other along the rows."""
+    """The linears' weights [O, I], one after the other along the rows."""
     found = [linear_of(layer, linear).weight for linear in linears]
     return torch.cat(found) if len(found) > 1 else found[0]
 
@@ -59,11 +53,8 @@ def find_problems(
     dtype_of: Callable[[str], torch.dtype],
     device: torch.device,
 ) -> list[Problem]:
-    """The problems of a stage: linears of a group that share their token weights and their format are one.
-
-    token_weights: by linear, [N] per batch; linears share them that have the very same list.
-    base: as in the settings; it decides whether and how the moments keep a residual.
-    """
+    """The problems of a stage: linears of a group with one format and the very same list of token weights are one.
+    base: as in the settings; it decides whether and how the moments keep a residual."""
     problems = []
     for group in stage:
         columns = linear_of(layer, group[0]).in_features
@@ -126,12 +117,17 @@ def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, r
     for numbers in _alike(problems, own, solver):
         solutions = _solve_together([problems[i] for i in numbers], layer, solver)
         found |= dict(zip(numbers, solutions, strict=True))
-    return [_exchanged(ranks, i, problem, found.get(i)) for i, problem in enumerate(problems)]
+    exchanged = []
+    for number, problem in enumerate(problems):
+        rows, columns, format, dtype = problem.shape
+        solution = found.get(number) or Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
+        exchanged.append(solution.exchanged(partial(ranks.broadcast, owner=ranks.owner(number))))
+    return exchanged
 
 
 def _solve_together(problems: Sequence[Problem], layer: torch.nn.Module, solver: Solver) -> list[Solution]:
     """The solutions of problems of one shape."""
-    weights = stack([problem.stacked(layer) for problem in problems])
+    weights = stack([_stacked(layer, problem.linears) for problem in problems])
     means = [problem.moments.mean() for problem in problems]
     residuals = [residual for _, residual in means if residual is not None]
     residual = stack(residuals) if residuals else None
@@ -157,13 +153,3 @@ def _alike(problems: list[Problem], numbers: list[int], solver: Solver) -> list[
             found.append([])
         found[-1].append(number)
     return [numbers for found in batches.values() for numbers in found]
-
-
-def _exchanged(ranks: Ranks, number: int, problem: Problem, solution: Solution | None) -> Solution:
-    """The solution of problem `number` on every rank."""
-    if solution is None:
-        rows, columns, format, dtype = problem.shape
-        solution = Solution.empty(format, rows, columns, dtype, problem.moments.h.device)
-    elif ranks.size == 1:
-        return solution
-    return solution.exchanged(lambda tensor: ranks.broadcast(tensor, ranks.owner(number)))

@@ -11,8 +11,7 @@ columns that are frozen already. Before any is, the normal equations give the wh
 
     Q (H) = W sum_n lambda_n f_n x_n^T = W (H + D),    so that W + W D H^-1 is to be rounded, by plain GPTQ;
 
-which is QEP (2504.09629; base "qep"). Pure functions of tensors; which model they come from is the business of
-`run/layer_quantizer.py`.
+which is QEP (2504.09629; base "qep").
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
-from vlmq_vllm.offline.methods.gptq.columns import ColumnPass, FindGrid
+from vlmq_vllm.offline.methods.gptq.columns import ColumnPass
 from vlmq_vllm.offline.methods.gptq.factor import find_factor, push_of, qep
 from vlmq_vllm.offline.methods.gptq.refine import refine
 from vlmq_vllm.offline.methods.grid import MSE, GridSearch, blocks_of, find_grid, on_grid
@@ -36,8 +35,8 @@ class Solver:
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
     compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
     qep: D moves the weights beforehand (above), not column by column as in GPTAQ. refine: rounds of new scales and
-    codes afterwards (`refine.py`). compensate: without it codes are
-    the nearest ones, on grids for which a search with importance gets the blocks of H: AWQ's clipping (2306.00978).
+    codes afterwards (`refine.py`). compensate: without it codes are the nearest ones, on grids for which a search with
+    importance gets the blocks of H: AWQ's clipping (2306.00978).
     """
 
     search: GridSearch = MSE
@@ -143,8 +142,9 @@ def _moved(
         return weights, None
     if solver.qep:
         return qep(weights, residual, factor, order, solver.alpha), None
-    moves = _permuted(residual, order) if solver.act_order else residual
-    return weights, push_of(moves, factor).mul_(solver.alpha)
+    if solver.act_order:
+        residual = residual.take_along_dim(order[..., None], 1).take_along_dim(order[:, None], 2)
+    return weights, push_of(residual, factor).mul_(solver.alpha)
 
 
 def _by_columns(
@@ -159,22 +159,24 @@ def _by_columns(
 ) -> tuple[list[QuantizedWeight], torch.Tensor]:
     """Targets [B, O, I] rounded column by column, and the loss [B, O] of their rows; factor and push are in `order`."""
     count, rows, columns = weights.shape
-    groups = format.groups(columns)
-    shape = (count, groups, rows)
-    scale = torch.ones(shape, device=weights.device)
-    zero = torch.full(shape, float(format.middle), device=weights.device)
     if solver.act_order:
-        for i in range(count):
-            s, z = find_grid(weights[i], format, dtype, solver.search, importance[i])
-            scale[i] = s.float().T
-            if z is not None:
-                zero[i] = z.float().T
+        scale, zero = _grids(weights, importance, format, dtype, solver.search)
+    else:
+        scale = weights.new_ones(count, format.groups(columns), rows)
+        zero = torch.full_like(scale, format.middle)
     group_of = format.group_of(columns, weights.device)[order]
-    sweep = ColumnPass(_rows(weights.mT, order), factor, scale, zero, group_of, format.levels, push)
+    targets = weights.mT.take_along_dim(order[..., None], 1)
+    sweep = ColumnPass(targets, factor, scale, zero, group_of, format.levels, push)
+    whole = WeightFormat(format.bits, -1, format.symmetric)
+
+    def find(compensated: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scale, zero = _grids(compensated.mT, importance[:, first:last], whole, dtype, solver.search)
+        return scale[:, 0], zero[:, 0]
+
     if solver.act_order:
         sweep.run()
     else:
-        sweep.run(format.width(columns), _finder(importance, format, dtype, solver.search))
+        sweep.run(format.width(columns), find)
     codes = torch.empty_like(sweep.codes).scatter_(1, order[..., None].expand_as(sweep.codes), sweep.codes)
     quantized = [
         QuantizedWeight(
@@ -188,25 +190,12 @@ def _by_columns(
     return quantized, sweep.loss
 
 
-def _finder(importance: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: GridSearch) -> FindGrid:
-    """Grid of one group of compensated columns [B, n, O], as `ColumnPass.run` asks for it."""
-    whole = WeightFormat(format.bits, -1, format.symmetric)
-
-    def find(columns: torch.Tensor, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
-        found = [
-            find_grid(part.T.contiguous(), whole, dtype, search, weight[first:last])
-            for part, weight in zip(columns, importance, strict=True)
-        ]
-        scale = torch.stack([scale[:, 0].float() for scale, _ in found])
-        zeros = [zero[:, 0].float() for _, zero in found if zero is not None]
-        return scale, torch.stack(zeros) if zeros else torch.full_like(scale, format.middle)
-
-    return find
-
-
-def _rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return torch.stack([part[rows] for part, rows in zip(tensor, order, strict=True)])
-
-
-def _permuted(matrices: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return torch.stack([part[rows][:, rows] for part, rows in zip(matrices, order, strict=True)])
+def _grids(
+    weights: torch.Tensor, importance: torch.Tensor, format: WeightFormat, dtype: torch.dtype, search: GridSearch
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points [B, G, O] float32 for weights [B, O, I], importance [B, I]."""
+    pairs = zip(weights, importance, strict=True)
+    found = [find_grid(weight.contiguous(), format, dtype, search, own) for weight, own in pairs]
+    scale = torch.stack([scale.float().T for scale, _ in found])
+    zeros = [zero.float().T for _, zero in found if zero is not None]
+    return scale, torch.stack(zeros) if zeros else torch.full_like(scale, format.middle)

@@ -1,12 +1,11 @@
 """Quantises a stack of layers with Q-VLM, block by block (2410.08119).
 
-In a block (`blocks.py`) every layer has one factor on the clipping ranges of its weights (`ranges.py`), and the factors
-are searched together for a small error after the block's last layer. Weights are rounded to nearest. What the paper
-leaves open: a "layer" is a layer of the decoder, and D is measured once, before anything is quantised.
+In a block (`blocks.py`) every layer has one factor on the clipping ranges of its weights (`ranges.py`), which are then
+rounded to nearest. What the paper leaves open: a "layer" is a layer of the decoder, and D is measured once, before
+anything is quantised.
 
 In memory at a time: a block's layers in float32 and once more with rounded weights, and hidden states of the whole
-data after each of them. The streams only ever stand between blocks. A block of which some layers were written before
-a run was stopped is searched once more from its beginning: the search is deterministic and comes to the same.
+data after each of them. A block of which some layers were written before a run was stopped is searched once more.
 """
 
 from collections.abc import Sequence
@@ -104,7 +103,7 @@ class BlockQuantizer:
 
 
 class _SearchedLayer:
-    """A layer of a block while it is searched; `held` is the candidate its linears are rounded with at the moment."""
+    """A SearchedLayer (`blocks.py`); `held` is the candidate its linears are rounded with at the moment."""
 
     def __init__(self, owner: BlockQuantizer, index: int) -> None:
         self.owner, self.index, self.name = owner, index, owner.names[index]
@@ -114,20 +113,17 @@ class _SearchedLayer:
         self.held: int | None = None
 
     def full_outputs(self) -> Hidden:
-        """The full-precision layer's output, per batch; the full-precision streams move past it."""
         for stream in self.owner.full:
             stream.hidden = stream.run(self.module, self.index)
         return [stream.hidden for stream in self.owner.full]
 
     def hold(self, candidate: int) -> None:
-        """Put the weights in place as they would be served."""
         if candidate != self.held:
             for linear, weight in self._on_ranges(FACTORS[candidate]).items():
                 put(self.module, linear, weight.served())
             self.held = candidate
 
     def run(self, state: Hidden) -> Hidden:
-        """The layer's output for the input `state`, per batch."""
         pairs = zip(self.owner.quantized, state, strict=True)
         return [replace(stream, hidden=hidden).run(self.module, self.index) for stream, hidden in pairs]
 

@@ -5,12 +5,11 @@ Layers r to s form a block if the entropies D between neighbours (`entropy.py`) 
     D(r, s) = sum_{k=r}^{s-1} D(k, k + 1) > (s - r) h0,                                                 equation 7
 
 and are at most `depth` (the paper: 3). What the paper leaves open: the scan goes from the first layer to the last
-without overlap, and each block takes the longest run that qualifies; h0 is the median of all D(k, k + 1), so that it
-needs no tuning and about half of the pairs lie above it. A layer that qualifies with none is a block by itself.
+without overlap, and each block takes the longest run that qualifies, or is a single layer; h0 is the median of all
+D(k, k + 1).
 
-The rule is the printed one, and it contradicts its reason: the paper wants layers together that depend on each other,
-but D is a conditional entropy, which is large for neighbours that depend on each other little. What speaks for large D
-is a measurement of the paper's: it grows with what the joint search gains over the layer-wise one.
+The rule is the printed one, though D, a conditional entropy, is large for neighbours that depend on each other little,
+and the paper wants those together that depend much: it measures that D grows with what the joint search gains.
 
 The search needs both streams: U after the quantised layers, F after the full-precision ones. The error of a layer or a
 block is the mean over all elements of
@@ -19,9 +18,8 @@ block is the mean over all elements of
 
 as W_q X_q - W_r X_r in equations 2 and 3, where each weight has its own activations. Greedy (eq. 2) gives each layer
 the candidate with the least error at its own output, after the layers that have chosen before it. Joint (eq. 3) looks
-at the error at the output of the block's last layer alone. The paper does not say how the joint space is searched; here
-it is coordinate descent that starts from the greedy choice and takes a change only if it lowers the block's error, so
-that it is never above that of greedy, and for a block of one layer the two are the same.
+at the output of the block's last layer alone. How its space is searched the paper does not say; here it is coordinate
+descent that starts from the greedy choice and takes a change only if it lowers the block's error.
 """
 
 import statistics

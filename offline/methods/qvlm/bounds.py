@@ -13,9 +13,9 @@ What the paper leaves open: l1, l2 and eta, the optimiser and its rate (`Hyperpa
 the ranges that are varied: those of every group of weights. One step per batch, in order, as the caller made them (the
 paper: 8 pairs of 64, 10 epochs). Terms that a model adds between layers of its decoder (DeepStack) pass no gradient on.
 
-What it costs: every step reads the whole decoder from its files five times (twice for L_reg, three times for L_ent and
-E), and L_ent's ranges take once more per batch. Only samples of equal length share a batch: with 10 epochs 8 batches
-cost 408 readings, but 128 samples of unequal lengths 6528. This is for small decoders, or for few samples.
+Every step reads the whole decoder from its files five times (twice for L_reg, three times for L_ent and E), and L_ent's
+ranges take once more per batch. Only samples of equal length share a batch: with 10 epochs 8 batches cost 408 readings,
+128 samples of unequal lengths 6528. This is for small decoders, or for few samples.
 """
 
 from collections.abc import Callable

@@ -10,15 +10,14 @@ which gives for matching elements of two consecutive layers a joint distribution
 
 What the paper leaves open, and one contradiction:
 
-* the paper calls D the dependency between the layers, but a conditional entropy is the opposite: 0 where x^(k+1)
-  follows from x^(k), and large, up to log M, where knowing x^(k) tells nothing. Only the name is not taken over;
+* the paper calls D the dependency between the layers; a conditional entropy is 0 where x^(k+1) follows from x^(k), and
+  large, up to log M, where knowing x^(k) tells nothing;
 * the unit of x: here one grid step, so that Delta is 1; in any other unit the softness would depend on the scale;
 * the grid: M points over the range of the element's channel, as its language model's activations are quantised;
 * the joint distribution: given the values, the two assignments are independent; all channels share one table;
 * D(r, s) (eq. 6): the sum over the s - r pairs of neighbours in between; the printed sum goes one pair further;
 * of more than ELEMENTS elements, those of some tokens are looked at: one of every run of equal length over all samples,
-  at a place in the run that moves on by the golden ratio. A fixed step may meet the same position of every sample, and
-  the first is no example: in a causal decoder it is much the same for all of them.
+  at a place in the run that moves on by the golden ratio, for a fixed step may meet the same position of every sample.
 """
 
 from collections.abc import Sequence

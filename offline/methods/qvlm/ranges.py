@@ -1,11 +1,9 @@
 """Rounds a weight on clipping ranges that a factor widens or narrows: what Q-VLM searches and learns for weights.
 
 The ranges that the search starts from minimise an L_p distance, as the paper's do (2410.08119, section 4.1; p is not
-given there, `methods/grid.py` has 2.4). A factor multiplies the range of every group, which multiplies the scale and
-leaves the zero point where it is: what comes out are ordinary codes and scales.
-
-The paper's percentiles {1, .995, .99, .985, .98} are of activations, of which a tensor has millions. A group of 64 or
-128 weights has no 99.5th percentile, so that for weights the parameter is this factor, and a layer's linears share it.
+given there, `methods/grid.py` has 2.4). A factor multiplies the range of every group, and with it the scale; the zero
+point stays. It stands for the paper's percentiles {1, .995, .99, .985, .98} of activations: a group of 64 or 128
+weights has no 99.5th percentile. A layer's linears share it.
 """
 
 from collections.abc import Callable
@@ -19,8 +17,7 @@ from vlmq_vllm.offline.model.layers import weights_of
 from vlmq_vllm.offline.model.source import Source
 
 # The first wins ties and is the L_p search's own. On the demo model, offered 0.8 to 1.2, layers chose 1.05 to 1.2 at 2
-# bits (groups of 128), 1 to 1.2 at 3 and 0.95 to 1.1 at 4 (one group per row): an L_p distance cuts more than outputs
-# like. 1.35 is there because 1.2 was the end of what was offered.
+# bits (groups of 128), 1 to 1.2 at 3 and 0.95 to 1.1 at 4 (one group per row). 1.35 is there because 1.2 was the end.
 FACTORS = (1.0, 0.9, 0.95, 1.05, 1.1, 1.2, 1.35)
 
 FormatOf = Callable[[str], WeightFormat | None]  # of a linear by its in-memory name; None where it stays as it is

@@ -1,7 +1,7 @@
 """Finds how Q-VLM rounds the vision tower: the clipping bounds of all its weights are learnt together (`bounds.py`).
 
-All blocks are learnt at once from the full-precision model, before the first is written, and the learning is
-deterministic: a run that goes on where it was stopped learns the same bounds again.
+All blocks are learnt at once, before the first is written; a run that goes on where it was stopped learns the same
+bounds again.
 """
 
 from collections.abc import Callable, Sequence

@@ -7,7 +7,7 @@ config.json has a final_logit_softcapping. Batches go there and back in chunks w
 chunk costs two readings of the decoder's weights.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -60,21 +60,19 @@ def backward(
     return loss, gradients
 
 
-def _chunks(source: Source, streams: list[Stream], labels: list[torch.Tensor], limit: int) -> Iterator[list[int]]:
+def _chunks(source: Source, streams: list[Stream], labels: list[torch.Tensor], limit: int) -> list[list[int]]:
     """Numbers of the streams with labels, in chunks of at most `limit` bytes of kept inputs or of one stream."""
-    chunk: list[int] = []
-    size = 0
+    chunks: list[list[int]] = []
+    size = limit
     for i, stream in enumerate(streams):
-        if not count_labels(labels[i : i + 1]):
-            continue
-        own = 4 * stream.hidden.numel() * (len(source.layers()) + 1)
-        if chunk and size + own > limit:
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(i)
-        size += own
-    if chunk:
-        yield chunk
+        if count_labels(labels[i : i + 1]):
+            own = 4 * stream.hidden.numel() * (len(source.layers()) + 1)
+            size += own
+            if size > limit:
+                chunks.append([])
+                size = own
+            chunks[-1].append(i)
+    return chunks
 
 
 def _head(

@@ -1,12 +1,11 @@
 """Says how much of the whole weight few tokens hold: the median that bounds are relative to, and effective tokens.
 
-Behind the layer where the first token of every chat gets a massive activation (the attention sink), that token's
-gradient is a hundred times the others'. Its square leaves a Hessian of as many tokens as there are chats, and rounding
-goes blindly in all other directions. With g cut at C medians and lambda = g^p at least
+Behind the layer where the first token of every chat becomes the attention sink, its gradient is a hundred times the
+others': squared, it leaves a Hessian of as many tokens as there are chats. With g cut at C medians and lambda = g^p
 
     (sum lambda)^2 / sum lambda^2  >=  sum lambda / max lambda  >=  N / (2 C^p)
 
-of N tokens count, for half of them have at least the median: weights that are cut cannot collapse.
+of N tokens count at least, for half of them have at least the median.
 """
 
 from collections.abc import Sequence

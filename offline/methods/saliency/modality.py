@@ -104,18 +104,12 @@ class ModalityWeights:
         quantized: list[Stream],
         rounding: Rounded,
     ) -> tuple[Weights, dict[str, str]]:
-        """Token weights [N] float32 per batch of each linear but experts', and what the report says of them all.
-
-        All linears of the attention have the same list, and so have all others.
-        """
-        lists = {part: self._weights(ratio, quantized) for part, ratio in self.ratios[index].items()}
+        """As `weigher.py` says: a list for the attention's linears, another for the others but experts'."""
+        kinds = [kind.flatten().to(stream.hidden.device) for kind, stream in zip(self.kinds, quantized, strict=True)]
+        lists = {
+            part: [(kind == ANSWER).float() + ratio * (kind == VISION).float() for kind in kinds]
+            for part, ratio in self.ratios[index].items()
+        }
         part_of = {n: "attention" if self.family.in_attention(n) else "mlp" for n in linears_of(layer)}
         weights = {linear: lists[part] for linear, part in part_of.items() if not is_expert(linear)}
         return weights, {linear: "modality" if linear in weights else "equal" for linear in part_of}
-
-    def _weights(self, ratio: float, streams: list[Stream]) -> list[torch.Tensor]:
-        found = []
-        for kinds, stream in zip(self.kinds, streams, strict=True):
-            kinds = kinds.flatten().to(stream.hidden.device)
-            found.append((kinds == ANSWER).float() + ratio * (kinds == VISION).float())
-        return found

@@ -12,8 +12,7 @@ and Mq rounds what its linears get; gradients pass through that rounding unchang
 
     u_t = mean_c |IG_tc|,   u' = u / sum u,   c = u' within [Q1 - 1.5 IQR, Q3 + 1.5 IQR],   lambda = c / sum c
 
-with the quartiles Q1 and Q3 of u' and IQR = Q3 - Q1, so that a long sample counts no more than a short one. A batch is
-one micro-batch: its samples do not see each other, and it has few enough tokens (`data/batches.py`).
+with the quartiles Q1 and Q3 of u' and IQR = Q3 - Q1, so that a long sample counts no more than a short one.
 """
 
 from collections.abc import Callable, Iterator
@@ -92,11 +91,8 @@ def token_weights(gradients: torch.Tensor, samples: int) -> tuple[torch.Tensor, 
 
 
 class QIGWeights:
-    """Weighs the tokens of every group of a layer; a TokenWeigher.
-
-    activations: rounds what a linear gets, where it will be served so; None for weights alone. Without a signal (as at
-    the first layer with activations, where both streams are equal) tokens count alike.
-    """
+    """Weighs the tokens of every group of a layer; a TokenWeigher. activations: rounds what a linear gets, where it is
+    served so. Without a signal (as at the first layer with activations) tokens count alike."""
 
     def __init__(self, ranks: Ranks, activations: InputRounding | None = None, steps: int = STEPS) -> None:
         self.ranks, self.activations, self.steps = ranks, activations, steps
@@ -109,11 +105,8 @@ class QIGWeights:
         quantized: list[Stream],
         rounding: Rounded,
     ) -> tuple[Weights, dict[str, str]]:
-        """Token weights [N] per batch of each weighted linear, and what the report says of them all.
-
-        Linears of a group have the same list; its mean is 1. `full` is needed where activations are rounded. Experts
-        are not weighted: which tokens they see changes.
-        """
+        """As `weigher.py` says. The list of a group's linears has the mean 1; `full` is needed where activations are
+        rounded. Experts are not weighted: which tokens they see changes."""
         originals = weights_of(layer)
         with rounding():
             rounded = {name: weight for name, weight in weights_of(layer).items() if weight is not originals[name]}

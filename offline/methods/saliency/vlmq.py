@@ -49,8 +49,11 @@ def gradient_norms(
     norms = {}
     with rounding(), noting(layer, linears, lambda args, kwargs, out: out) as outputs, torch.enable_grad():
         found = _ends(layer, index, family, start, linears)
-        for end, names in _by_end(family, linears).items():
-            loss = (found[end] - targets[end]).square().sum()
+        for end, target in targets.items():
+            names = [name for name in linears if family.in_attention(name) == (end == "attention")]
+            if not names:
+                continue
+            loss = (found[end] - target).square().sum()
             wanted = [outputs[name] for name in names]
             gradients = torch.autograd.grad(loss, wanted, retain_graph=True, materialize_grads=True)
             for name, gradient in zip(names, gradients, strict=True):
@@ -58,19 +61,11 @@ def gradient_norms(
     return norms
 
 
-def _by_end(family: Family, linears: list[str]) -> dict[str, list[str]]:
-    """The linears by the block whose output they are judged by, "attention" or "layer"."""
-    ends: dict[str, list[str]] = {}
-    for name in linears:
-        ends.setdefault("attention" if family.in_attention(name) else "layer", []).append(name)
-    return ends
-
-
 def _ends(
     layer: torch.nn.Module, index: int, family: Family, stream: Stream, linears: list[str]
 ) -> dict[str, torch.Tensor]:
-    """The outputs of the blocks that `linears` are judged by, [B, T, d] each, from one run of the layer."""
-    if set(_by_end(family, linears)) == {"attention"}:
+    """The outputs [B, T, d] of the attention block and, where any of `linears` lies outside it, of the whole layer."""
+    if all(map(family.in_attention, linears)):
         (end, *_), _ = stream.call_of(layer, index, family.attention_end)
         return {"attention": end}
     with noting(layer, [family.attention_end], lambda args, kwargs, out: args[0]) as inputs:
@@ -81,11 +76,8 @@ def _ends(
 def token_weights(
     norms: list[torch.Tensor], power: int, unit: float, floor: float = 0.0, cap: float = 0.0
 ) -> list[torch.Tensor]:
-    """lambda = clip(g / unit, floor, cap)^power for the batches' g [N]; cap 0 is none.
-
-    The unit changes nothing in GPTQ (its damping is relative) but what the bounds are multiples of; it keeps squares
-    away from underflow.
-    """
+    """lambda = clip(g / unit, floor, cap)^power for the batches' g [N]; cap 0 is none. The unit is what bounds are
+    multiples of, and keeps squares away from underflow; else it changes nothing, for GPTQ's damping is relative."""
     return [(g / unit).clamp(floor, cap or None).pow(power) for g in norms]
 
 
@@ -111,7 +103,7 @@ class VLMQWeights:
         quantized: list[Stream],
         rounding: Rounded,
     ) -> tuple[Weights, dict[str, str]]:
-        """Token weights [N] per batch of each weighted linear with a signal, and what the report says of them all."""
+        """As `weigher.py` says, of linears with a signal."""
         options = self.settings
         linears = weighted_linears(self.family, linears_of(layer), options.saliency_scope)
         pairs = list(zip(full, quantized, strict=True))

@@ -3,8 +3,7 @@
 A TokenWeigher is called with a layer, its index, the streams before it with full-precision and with quantised weights
 so far, and a context manager that puts the layer's own rounded weights in place. It gives token weights of each linear
 that it weighs, float32 [N] for each batch of N tokens, and by linear what the report says of them. Linears that are
-given the very same list share one Hessian and are solved as one problem (`methods/gptq/problem.py`); equal lists that
-are two objects are not.
+given the very same list, not an equal one, share one Hessian and are solved as one (`methods/gptq/problem.py`).
 """
 
 from collections.abc import Callable
