@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.foreign import SPECS, Spec
+from vlmq_vllm.foreign import Spec, spec_of
 from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.names import ModuleTable
 from vlmq_vllm.packing import OWN, Packing
@@ -63,16 +63,11 @@ class VLMQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict) -> "VLMQConfig":
-        method = str(config.get("quant_method")).lower()
-        if method not in SPECS:
-            raise RuntimeError(
-                f"--quantization vlmq was given, but the model is quantised with {method!r}; vlmq serves "
-                f"{', '.join(SPECS)}; {HOW_TO}"
-            )
         try:
-            return cls(SPECS[method].from_dict(config))
+            return cls(spec_of(config))
         except CheckpointError as error:
-            raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}") from None
+            advice = "" if config.get("quant_method") == "vlmq" else f"; {HOW_TO}"
+            raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}{advice}") from None
 
     @classmethod
     def override_quantization_method(
