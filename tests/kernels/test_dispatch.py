@@ -64,10 +64,10 @@ def test_batch_invariant(device, monkeypatch):
     """What a token gets is the same to the bit in any company, though its products are divided and tokens are many."""
     weight = make_weight(3, False, 70, 1600, 128, device=device)
     runtime = prepare(weight, FP16)
-    plan = tiles.invariant_plan(runtime.geometry, hardware.of(torch.device(device)))
+    plan = tiles.plan_for(tiles.INVARIANT, runtime.geometry, hardware.of(torch.device(device)))
     if plan.splits == 1:
         plan = tiles.Plan(plan.tile, runtime.geometry.spans)
-        monkeypatch.setattr(tiles, "invariant_plan", lambda *args: plan)
+        monkeypatch.setattr(tiles, "plan_for", lambda *args: plan)
     monkeypatch.setattr(tiles, "tokens_at_once", lambda *args: plan.tile.tokens)
     x = torch.randn(70, 1600, device=device).to(FP16)
     together = dispatch.multiply(x, [runtime], batch_invariant=True)
