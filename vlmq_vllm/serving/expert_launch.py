@@ -15,6 +15,7 @@ import torch
 from torch.nn.functional import gelu, linear, silu
 
 from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.kernels.torch_ops import define
 from vlmq_vllm.serving import cpu
 from vlmq_vllm.serving.launch import Piece, Tensors, check_triton, choose, kind_of
 
@@ -81,7 +82,6 @@ def _triton(
     experts: list[list[Piece]], format: WeightFormat, dtype: torch.dtype, experts_per_token: int, with_router: bool
 ) -> Tensors:
     check_triton()
-    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
     from vlmq_vllm.kernels.expert_weights import ExpertWeights
     from vlmq_vllm.kernels.repack import repack
 
@@ -123,15 +123,10 @@ def experts_on_cpu(
     return out
 
 
-if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):  # a second import, by another name or a reload, leaves it
-    torch.library.define(
-        "vlmq::experts_on_cpu_v1",
-        "(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, int rows, str isa) "
-        "-> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    torch.library.impl("vlmq::experts_on_cpu_v1", "default", experts_on_cpu)
-    torch.library.register_fake(
-        "vlmq::experts_on_cpu_v1",
-        lambda x, weight, packed, scales, zeros, ids, rows, isa: x.new_empty((*ids.shape, rows)),
-    )
+define(
+    "experts_on_cpu_v1",
+    "(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, int rows, str isa) "
+    "-> Tensor",
+    lambda x, weight, packed, scales, zeros, ids, rows, isa: x.new_empty((*ids.shape, rows)),
+    cpu=experts_on_cpu,
+)

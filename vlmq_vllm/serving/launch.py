@@ -19,6 +19,8 @@ import torch
 from vllm.logger import init_logger
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
+from vlmq_vllm.kernels.layout import why_not
 from vlmq_vllm.serving import cpu
 from vlmq_vllm.serving.compat import batch_invariant
 
@@ -50,6 +52,9 @@ class Piece:
     def codes(self) -> QuantizedWeight:
         assert self.format is not None
         return QuantizedWeight.from_tensors(self.format, self.tensors)
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.tensors["weight"].clone() if self.format is None else self.codes().dequantize(dtype)
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,19 @@ def prepare(
     pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool = False
 ) -> list[tuple[Launch, Tensors]]:
     """The launches of a layer and their tensors for activations of `dtype`, at 8 bits if `rounded`."""
-    launches = []
+    launches: list[tuple[Launch, Tensors]] = []
     for kind, group in groupby(pieces, key=lambda piece: kind_of(piece, dtype)):
         members = list(group)
-        if kind == "int4":
-            launches.append(_int4(members, dtype, rounded))
-        elif kind == "triton":
+        if kind == "triton":
             launches.append(_triton(members, dtype, with_bias, rounded))
+        elif kind == "int4":
+            tensors = cpu.widen([piece.codes() for piece in members], dtype)
+            rows = sum(piece.shape[0] for piece in members)
+            launches.append((Launch(kind, rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors))
         else:
-            launches += [_dense(piece, dtype, rounded) for piece in members]
+            for piece in members:
+                launch = Launch(kind, piece.shape[0], ("weight",), rounded=rounded and piece.format is not None)
+                launches.append((launch, {"weight": piece.dense(dtype)}))
     return launches
 
 
@@ -123,16 +132,14 @@ def kind_of(piece: Piece, dtype: torch.dtype) -> str:
 
 
 def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The kind, and why it is "dense" where the piece is quantised."""
     if piece.format is None:
         return "dense", None
-    fast, reason = "int4", None
-    if piece.device.type == "cpu":
-        reason = cpu.why_not_int4(piece.format, dtype)
-    else:
-        from vlmq_vllm.kernels.layout import why_not
-
-        fast, reason = "triton", why_not(piece.format, *piece.shape)
-    return (fast, None) if reason is None else ("dense", reason)
+    on_cpu = piece.device.type == "cpu"
+    reason = cpu.why_not_int4(piece.format, dtype) if on_cpu else why_not(piece.format, *piece.shape)
+    if reason is not None:
+        return "dense", reason
+    return ("int4" if on_cpu else "triton"), None
 
 
 def check_triton() -> None:
@@ -141,22 +148,9 @@ def check_triton() -> None:
         raise RuntimeError("vlmq's kernels need Triton, which is not installed; pip install triton")
 
 
-def _dense(piece: Piece, dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
-    dense = piece.tensors["weight"].clone() if piece.format is None else piece.codes().dequantize(dtype)
-    rounded = rounded and piece.format is not None
-    return Launch("dense", len(dense), ("weight",), rounded=rounded), {"weight": dense}
-
-
-def _int4(pieces: list[Piece], dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
-    tensors = cpu.widen([piece.codes() for piece in pieces], dtype)
-    rows = sum(piece.shape[0] for piece in pieces)
-    return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors
-
-
 def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool) -> tuple[Launch, Tensors]:
     """Neighbours of one format become one weight. Raises RuntimeError where Triton is missing."""
     check_triton()
-    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
     from vlmq_vllm.kernels.repack import repack
 
     groups = groupby(pieces, key=lambda piece: piece.format)
