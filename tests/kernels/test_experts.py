@@ -72,7 +72,7 @@ def test_warm_up(device, monkeypatch):
         warmup, "multiply_experts", lambda x, experts, ids, *rest: chosen.append(-(-ids.numel() // len(experts)))
     )
     for _ in range(2):
-        warmup.warm_experts(experts, 2, FP16, with_bias=True, with_router=True)
+        warmup.warm_experts(experts, 2, FP16, with_router=True)
     assert chosen == list(tiles.BUCKETS)
 
 

@@ -90,7 +90,7 @@ def _triton(
     if stacked.packed.is_cuda:
         from vlmq_vllm.kernels.warmup import warm_experts
 
-        warm_experts(stacked, experts_per_token, dtype, with_bias=False, with_router=with_router)
+        warm_experts(stacked, experts_per_token, dtype, with_router)
     tensors = {"packed": stacked.packed, "scales": stacked.scales}
     return tensors if stacked.zeros is None else tensors | {"zeros": stacked.zeros}
 
