@@ -6,6 +6,7 @@ Every expert has gate_proj and up_proj [I, H], vLLM's w13, and down_proj [H, I],
 experts whole.
 """
 
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.serving.compat import lacks_router, select_experts
 from vlmq_vllm.serving.container import Container, Flat, add_parameter
 from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare
-from vlmq_vllm.serving.partition import cut_format
 from vlmq_vllm.serving.segments import Layer, Segment
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         start = intermediate_size_per_partition * parallel.tp_rank
         own, whole = (start, start + intermediate_size_per_partition), (0, hidden_size)  # of I and of H
         *fused, down = names
-        w13 = [self._segment(expert, name, (inner, hidden_size), own, whole) for expert in here for name in fused]
-        w2 = [self._segment(expert, down, (hidden_size, inner), whole, own) for expert in here]
+        segment = partial(Segment, self.prefix, packing=self.config.packing)
+        w13 = [segment(*self.experts[e, name], (inner, hidden_size), (own,), whole) for e in here for name in fused]
+        w2 = [segment(*self.experts[e, down], (hidden_size, inner), (whole,), own) for e in here]
         layer.vlmq_experts = {W13: Container(w13, params_dtype, W13), W2: Container(w2, params_dtype, W2)}
         for container in layer.vlmq_experts.values():
             container.register(layer, MethodType(vlmq_expert_loader, layer))
@@ -143,19 +144,6 @@ class VLMQMoEMethod(FusedMoEMethodBase):
                         f"{name} is {info.format}, {first[0]} is {first[1].format}; vlmq serves one format for all "
                         f"{' and '.join(group)} of a layer's experts, quantise them alike"
                     )
-
-    def _segment(
-        self, expert: int, name: str, shape: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
-    ) -> Segment:
-        """What the rank holds of a weight that vLLM builds in this shape."""
-        module, info = self.experts[expert, name]
-        if (info.rows, info.columns) != shape:
-            raise ValueError(
-                f"{self.prefix}: {module} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
-                f"{shape[0]} x {shape[1]}; the checkpoint does not belong to this config.json"
-            )
-        format = cut_format(self.prefix, info.format, shape[1], columns[1] - columns[0])
-        return Segment(module, info.format, format, shape, (rows,), columns, packing=self.config.packing)
 
 
 def vlmq_expert_loader(
