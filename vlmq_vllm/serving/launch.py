@@ -78,7 +78,13 @@ class Launch:
     ) -> torch.Tensor:
         """x [M, columns] times the weights, times token_scales [M, 1] float32 if given, plus bias [rows]: [M, rows]."""
         if self.kind == "triton":
-            return self._triton(tensors, x, bias, token_scales)
+            count = range(len(self.weights))
+            lists = [[tensors.get(f"{name}{i}") for i in count] for name in ("packed", "scales", "zeros")]
+            bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.weights, strict=True))
+            given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
+            if token_scales is None:
+                return torch.ops.vlmq.linear_v1(x, *given)
+            return torch.ops.vlmq.linear_int8_v1(x, token_scales, *given)
         if token_scales is None:
             return self._float(tensors, x, bias)
         product = self._float(tensors, x * UNIT, None).float() * (token_scales / UNIT)
@@ -89,17 +95,6 @@ class Launch:
             return torch.nn.functional.linear(x, tensors["weight"], bias)
         packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
         return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
-
-    def _triton(
-        self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None, token_scales: torch.Tensor | None
-    ) -> torch.Tensor:
-        count = range(len(self.weights))
-        lists = [[tensors.get(f"{name}{i}") for i in count] for name in ("packed", "scales", "zeros")]
-        bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.weights, strict=True))
-        given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
-        if token_scales is None:
-            return torch.ops.vlmq.linear_v1(x, *given)
-        return torch.ops.vlmq.linear_int8_v1(x, token_scales, *given)
 
 
 def prepare(

@@ -7,7 +7,6 @@ experts whole.
 """
 
 from functools import partial
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +59,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         w2 = [segment(*self.experts[e, down], (hidden_size, inner), (whole,), own) for e in here]
         layer.vlmq_experts = {W13: Container(w13, params_dtype, W13), W2: Container(w2, params_dtype, W2)}
         for container in layer.vlmq_experts.values():
-            container.register(layer, MethodType(vlmq_expert_loader, layer))
+            container.register(layer, vlmq_expert_loader)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         if not layer.vlmq_experts[W13].is_full(layer):
@@ -155,10 +154,7 @@ def vlmq_expert_loader(
     expert_id: int,
     return_success: bool = False,
 ) -> bool | None:
-    """Put one tensor of one expert into its container; False for an expert of another rank.
-
-    Bound to its layer as a method: vLLM's reload reads the loader's name and signature and swaps its layer.
-    """
+    """Put one tensor of one expert into its container; False for an expert of another rank."""
     local = layer._map_global_expert_id_to_local_expert_id(expert_id)
     if local >= 0:
         each = 1 if param.vlmq_prefix == W2 else 2
