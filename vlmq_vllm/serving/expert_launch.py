@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
 from vlmq_vllm.kernels.torch_ops import define
 from vlmq_vllm.serving import cpu
-from vlmq_vllm.serving.launch import Piece, Tensors, check_triton, choose, kind_of
+from vlmq_vllm.serving.launch import Piece, Tensors, choose, kind_of, repacked
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
@@ -63,36 +63,32 @@ def prepare(
         raise ValueError(f"{pieces[0].name} cannot be served on this device: {reason}")
     experts = [pieces[i : i + each] for i in range(0, len(pieces), each)]
     kind = kind_of(pieces[0], dtype)
-    rows, columns = sum(piece.shape[0] for piece in experts[0]), pieces[0].shape[1]
     if kind == "triton":
-        format = pieces[0].format
-        assert format is not None, "kernels are for quantised weights"
-        tensors = _triton(experts, format, dtype, experts_per_token, with_router)
-        return ExpertLaunch(kind, rows, columns, tuple(tensors), format.bits, format.group_size), tensors
+        return _triton(experts, dtype, experts_per_token, with_router)
     codes = ([piece.codes() for piece in expert] for expert in experts)
     if kind == "int4":
         one_by_one, isa = [cpu.widen(expert, dtype) for expert in codes], cpu.isa(dtype)
     else:
         one_by_one, isa = [{"weight": torch.cat([w.dequantize(dtype) for w in expert])} for expert in codes], ""
+    rows, columns = sum(piece.shape[0] for piece in experts[0]), pieces[0].shape[1]
     tensors = {name: torch.stack([tensors[name] for tensors in one_by_one]) for name in one_by_one[0]}
     return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=isa), tensors
 
 
 def _triton(
-    experts: list[list[Piece]], format: WeightFormat, dtype: torch.dtype, experts_per_token: int, with_router: bool
-) -> Tensors:
-    check_triton()
-    from vlmq_vllm.kernels.expert_weights import ExpertWeights
-    from vlmq_vllm.kernels.repack import repack
-
-    weights = (repack(format, [piece.tensors for piece in expert]) for expert in experts)
-    stacked = ExpertWeights.stack(weights, len(experts))
+    experts: list[list[Piece]], dtype: torch.dtype, experts_per_token: int, with_router: bool
+) -> tuple[ExpertLaunch, Tensors]:
+    stacked = ExpertWeights.stack(map(repacked, experts), len(experts))
     if stacked.packed.is_cuda:
         from vlmq_vllm.kernels.warmup import warm_experts
 
         warm_experts(stacked, experts_per_token, dtype, with_router)
     tensors = {"packed": stacked.packed, "scales": stacked.scales}
-    return tensors if stacked.zeros is None else tensors | {"zeros": stacked.zeros}
+    if stacked.zeros is not None:
+        tensors["zeros"] = stacked.zeros
+    shape = stacked.geometry
+    sizes = (shape.rows, shape.columns, tuple(tensors), shape.bits, shape.format.group_size)
+    return ExpertLaunch("triton", *sizes), tensors
 
 
 def experts_on_cpu(

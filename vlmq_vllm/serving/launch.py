@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
-from vlmq_vllm.kernels.layout import why_not
+from vlmq_vllm.kernels.layout import RuntimeWeight, why_not
 from vlmq_vllm.serving import cpu
 from vlmq_vllm.serving.compat import batch_invariant
 
@@ -137,19 +137,18 @@ def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
     return ("int4" if on_cpu else "triton"), None
 
 
-def check_triton() -> None:
-    """Raises RuntimeError unless Triton can be imported."""
+def repacked(pieces: list[Piece]) -> RuntimeWeight:
+    """Pieces of one format as one weight of the kernels. Raises RuntimeError where Triton is missing."""
     if find_spec("triton") is None:
         raise RuntimeError("vlmq's kernels need Triton, which is not installed; pip install triton")
+    from vlmq_vllm.kernels.repack import repack
+
+    assert pieces[0].format is not None, "kernels are for quantised weights"
+    return repack(pieces[0].format, [piece.tensors for piece in pieces])
 
 
 def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool) -> tuple[Launch, Tensors]:
-    """Neighbours of one format become one weight. Raises RuntimeError where Triton is missing."""
-    check_triton()
-    from vlmq_vllm.kernels.repack import repack
-
-    groups = groupby(pieces, key=lambda piece: piece.format)
-    weights = [repack(format, [piece.tensors for piece in members]) for format, members in groups]
+    weights = [repacked(list(members)) for _, members in groupby(pieces, key=lambda piece: piece.format)]
     invariant = batch_invariant()
     if weights[0].packed.is_cuda:
         from vlmq_vllm.kernels.warmup import warm
