@@ -59,7 +59,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Launch:
-    """One product of `rows` outputs from the tensors `names`; `rounded`: its inputs are integers with tokens' scales.
+    """One product of `rows` outputs, of every expert for a mixture, from the tensors `names`; `rounded`: its inputs are
+    integers with tokens' scales.
 
     `isa` belongs to "int4". To "triton" belong `columns` and `weights`, (bits, group_size, rows) of each.
     """

@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.serving.compat import lacks_router, select_experts
 from vlmq_vllm.serving.container import Container, Flat, add_parameter
-from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare
+from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare, run
 from vlmq_vllm.serving.segments import Layer, Segment
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         launch = layer.vlmq_launches[prefix]
         tensors = {name: getattr(layer, f"vlmq_{prefix}{name}") for name in launch.names}
-        return launch.run(tensors, x, ids, router)
+        return run(launch, tensors, x, ids, router)
 
     def _check(self, layer: Layer, names: list[str]) -> None:
         """All experts must be there, with one format for all gates and ups and one for all downs."""
