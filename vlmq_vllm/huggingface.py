@@ -57,8 +57,7 @@ class VLMQQuantizer(HfQuantizer):
             raise CheckpointError("a vlmq model is loaded from its folder, not from a state_dict; leave it out")
         folder = Path(checkpoint_files[0]).parent
         spec, self.headers, self.model = read_spec(folder), read_headers(folder), model
-        _, self.modules = spec.read(folder, self.headers)
-        self.rounds = spec.activation_bits == 8
+        self.modules, self.rounds = spec.read(folder, self.headers)[1], spec.activation_bits == 8
 
     def update_weight_conversions(self, weight_conversions: list, *_: Any) -> list:
         """Our rules for packed weights, then transformers' own, from names in files to names in memory.
