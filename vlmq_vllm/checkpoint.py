@@ -62,11 +62,8 @@ class QuantizationSpec:
                 )
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[Packing, dict[str, ModuleInfo]]:
-        """Packing and table of quantised modules of a folder with this config.
-
-        Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without
-        module.
-        """
+        """Packing and table of quantised modules of a folder. Raises CheckpointError for a missing, surplus, misshaped
+        or wrongly typed tensor and for an override without module."""
         owners = dict.fromkeys(owner for owner, _, part in (name.rpartition(".") for name in headers) if part in PARTS)
         check_surplus(owners, headers, PARTS)
         unused = sorted(self.overrides.keys() - owners)

@@ -43,11 +43,8 @@ def why_not_int4(format: WeightFormat, dtype: torch.dtype) -> str | None:
 
 
 def isa(dtype: torch.dtype) -> str:
-    """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights.
-
-    Linux ends a process that uses AMX without having asked for it. Where it refuses, "vec" is vLLM's choice without
-    AMX.
-    """
+    """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights, "vec" where Linux refuses AMX
+    to this process, which it would end for using it unasked."""
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
 
     chosen = _get_isa_hint(dtype)

@@ -16,12 +16,8 @@ def segments_of(
     outputs: Sequence[int],
     packing: Packing = OWN,
 ) -> list[Segment]:
-    """Segments of a vLLM layer on its rank.
-
-    `shards` are the checkpoint modules with what the headers say (None: kept at 16 bits), `columns` and `outputs` the
-    layer's input size and output sizes on this rank. Raises ValueError, naming layer and module, for anything that
-    does not fit.
-    """
+    """Segments of a vLLM layer on its rank, of the checkpoint modules `shards` with what the headers say (None: kept at
+    16 bits); `columns` and `outputs`: the layer's input size and output sizes on this rank. Raises ValueError."""
     pieces = _row_pieces(layer, outputs)
     if len(shards) == 1:
         pieces = [_joined(pieces)]
