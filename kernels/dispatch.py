@@ -30,8 +30,6 @@ def multiply(
 
     `token_scales` [..., 1] float32: x holds integers in [-127, 127], and each token's products are multiplied by its.
     """
-    for weight in weights:
-        weight.check_input(x, None)
     rows = [weight.geometry.rows for weight in weights]
     tokens = aligned(x.reshape(-1, x.shape[-1]))
     each = None if token_scales is None else aligned(token_scales.reshape(-1))
@@ -55,7 +53,7 @@ def _into(
 ) -> None:
     machine = hardware.of(x.device)
     if batch_invariant:
-        plan = tiles.invariant_plan(weight.geometry, machine)
+        plan = tiles.plan_for(tiles.INVARIANT, weight.geometry, machine)
         step = tiles.tokens_at_once(plan, weight.geometry)
         for i in range(0, len(x), step):
             each = None if token_scales is None else token_scales[i : i + step]

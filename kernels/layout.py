@@ -74,12 +74,9 @@ class Geometry:
     @classmethod
     def of(cls, format: WeightFormat, rows: int, columns: int) -> "Geometry":
         """The usual slice, or a narrower one where that saves more than a 32nd of the bytes by filling up less."""
-        reason = why_not(format, rows, columns)
-        if reason:
-            raise ValueError(reason)
         filled = {w: -(-columns // (FIELDS[format.bits] * w)) * w for w in _slices(format)}
-        least = min(filled.values())
-        return cls(format, rows, columns, next(w for w in filled if filled[w] * 32 <= least * 33))
+        fitting = [w for w in filled if filled[w] * 32 <= min(filled.values()) * 33]
+        return cls(format, rows, columns, fitting[0] if fitting else 0)
 
     @property
     def bits(self) -> int:

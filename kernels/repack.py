@@ -14,7 +14,7 @@ import triton.language as tl
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat, unpack
 from vlmq_vllm.kernels import reference
-from vlmq_vllm.kernels.layout import ACTIVATIONS, STRIPE, Geometry, RuntimeWeight
+from vlmq_vllm.kernels.layout import STRIPE, Geometry, RuntimeWeight
 from vlmq_vllm.kernels.ptx import fields_of, place_of, plane_of, planes_of
 
 STRIP = 16 * STRIPE  # rows widened at once by the twin
@@ -97,13 +97,8 @@ def repack(
     )
 
 
-def prepare(weight: QuantizedWeight, dtype: torch.dtype, slice: int | None = None) -> RuntimeWeight:
-    """The runtime layout of a weight, on its device, for activations of `dtype`.
-
-    `dtype` is only checked: scales multiply float32 sums and keep the precision that the checkpoint gave them.
-    """
-    if dtype not in ACTIVATIONS:
-        raise ValueError(f"activations of {dtype} are not supported; the kernels take float16 or bfloat16")
+def prepare(weight: QuantizedWeight, slice: int | None = None) -> RuntimeWeight:
+    """The runtime layout of a weight, on its device."""
     return repack(weight.format, [weight.tensors()], slice)
 
 

@@ -20,7 +20,7 @@ IN_FLIGHT = 32 << 10
 PART_SPANS = 0.5
 MAX_SPLITS = 16
 WARPS = 8  # of a multiprocessor, two for each scheduler: with fewer none works while another waits
-INVARIANT_BUCKET = 32  # its tile serves every number of tokens when results may not depend on it
+INVARIANT = 32  # tokens whose plan serves every number of them when results may not depend on it
 
 
 def why_not(plan: Plan, m: int, geometry: Geometry, machine: Hardware) -> str | None:
@@ -48,11 +48,6 @@ def why_not(plan: Plan, m: int, geometry: Geometry, machine: Hardware) -> str | 
 def plan_for(m: int, geometry: Geometry, machine: Hardware) -> Plan:
     bucket = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
     return _plan(bucket, -(-m // bucket) if bucket == BUCKETS[-1] else 1, geometry, machine)
-
-
-def invariant_plan(geometry: Geometry, machine: Hardware) -> Plan:
-    """What to launch for every number of tokens when a token's result may not depend on it."""
-    return _plan(INVARIANT_BUCKET, 1, geometry, machine)
 
 
 def tokens_at_once(plan: Plan, geometry: Geometry) -> int:

@@ -92,18 +92,21 @@ def _geometry(bits: int, group_size: int, symmetric: bool, rows: int, columns: i
     return Geometry(WeightFormat(bits, group_size, symmetric), rows, columns, slice)
 
 
-def _define() -> None:
-    linear = (linear_on_gpu, linear_on_cpu, linear_fake)
-    for name, schema, (gpu, cpu, fake) in (
-        ("vlmq::linear_v1", LINEAR, map(without_scales, linear)),
-        ("vlmq::linear_int8_v1", INT8, linear),
-        ("vlmq::experts_v1", EXPERTS, (experts_on_gpu, experts_on_cpu, experts_fake)),
-    ):
-        torch.library.define(name, schema, tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.impl(name, "cuda", gpu)
-        torch.library.impl(name, "cpu", cpu)
-        torch.library.register_fake(name, fake)
+def define(name: str, schema: str, fake: Callable, **functions: Callable) -> None:
+    """Define vlmq::`name` with a function by device. A second import, by another name or a reload, leaves it."""
+    if not hasattr(torch.ops.vlmq, name):
+        torch.library.define(f"vlmq::{name}", schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"vlmq::{name}", fake)
+        for device, function in functions.items():
+            torch.library.impl(f"vlmq::{name}", device, function)
 
 
-if not hasattr(torch.ops.vlmq, "linear_v1"):  # a second import, by another name or a reload, leaves them
-    _define()
+define(
+    "linear_v1",
+    LINEAR,
+    without_scales(linear_fake),
+    cuda=without_scales(linear_on_gpu),
+    cpu=without_scales(linear_on_cpu),
+)
+define("linear_int8_v1", INT8, linear_fake, cuda=linear_on_gpu, cpu=linear_on_cpu)
+define("experts_v1", EXPERTS, experts_fake, cuda=experts_on_gpu, cpu=experts_on_cpu)

@@ -44,19 +44,18 @@ def warm(
     _done.add(key)
 
 
-def warm_experts(experts: ExpertWeights, each: int, dtype: torch.dtype, with_bias: bool, with_router: bool) -> None:
-    """Launch whatever `experts.multiply` may take for tokens that go to `each` experts."""
+def warm_experts(experts: ExpertWeights, each: int, dtype: torch.dtype, with_router: bool) -> None:
+    """Launch whatever `experts.multiply` may take, without bias, for tokens that go to `each` experts."""
     device, count = experts.packed.device, len(experts)
-    key = (device, experts.geometry, experts.scales.dtype, count, each, dtype, with_bias, with_router)
+    key = (device, experts.geometry, experts.scales.dtype, count, each, dtype, with_router)
     if key in _done:
         return
-    bias = torch.zeros(count, experts.geometry.rows, dtype=dtype, device=device) if with_bias else None
     for bucket in tiles.BUCKETS:
         m = -(-bucket * count // each)
         x = torch.zeros(m, experts.geometry.columns, dtype=dtype, device=device)
         ids = torch.zeros(m, each, dtype=torch.int32, device=device)
         router = torch.zeros(m, each, device=device) if with_router else None
-        multiply_experts(x, experts, ids, bias, router)
+        multiply_experts(x, experts, ids, None, router)
     _done.add(key)
 
 

@@ -37,13 +37,10 @@ def register() -> None:
 
         release = __version_tuple__[:2]
         if not OLDEST <= release <= NEWEST and release != (0, 0):  # which is a build from source
+            found, first, last = (".".join(map(str, version)) for version in (release, OLDEST, NEWEST))
             logger.warning(
-                "this is vLLM %d.%d; vlmq-vllm %s is tested with %d.%d to %d.%d, install one of these if vlmq "
-                "checkpoints do not load",
-                *release,
-                __version__,
-                *OLDEST,
-                *NEWEST,
+                f"this is vLLM {found}; vlmq-vllm {__version__} is tested with {first} to {last}, install one of these "
+                "if vlmq checkpoints do not load"
             )
         if "vlmq" not in QUANTIZATION_METHODS:
             from vlmq_vllm.serving.config import VLMQConfig

@@ -13,7 +13,7 @@ With `"activation_bits": 8` the inputs of every quantised module are rounded tok
 of version 1 do not know the key and would leave it out in silence, so such a checkpoint, and no other, is of version 2.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from vlmq_vllm.headers import TensorInfo, Tensors, read_config, read_headers
 from vlmq_vllm.packing import OWN, Packing
 
 SCALE_DTYPES = ("F16", "BF16", "F32")
+DTYPES = {part: ("I32",) for part in PARTS} | {"weight_scale": SCALE_DTYPES, "weight_shape": ("I64",)}
 VERSIONS = {16: FORMAT_VERSION, 8: FORMAT_VERSION + 1}  # by activation_bits
 BESIDE_ROUNDED = (4, 8)  # bits of weights whose inputs may be rounded to 8 bits
 
@@ -61,25 +62,15 @@ class QuantizationSpec:
                 )
 
     def read(self, folder: Path, headers: dict[str, TensorInfo]) -> tuple[Packing, dict[str, ModuleInfo]]:
-        """Packing and table of quantised modules of a folder with this config.
-
-        Raises CheckpointError for a missing, surplus, misshaped or wrongly typed tensor and for an override without
-        module.
-        """
-        parts: dict[str, dict[str, TensorInfo]] = {}
-        for name, info in headers.items():
-            module, _, part = name.rpartition(".")
-            if part in PARTS:
-                parts.setdefault(module, {})[part] = info
-        check_surplus(parts, headers, PARTS)
-        unused = sorted(set(self.overrides) - set(parts))
+        """Packing and table of quantised modules of a folder. Raises CheckpointError for a missing, surplus, misshaped
+        or wrongly typed tensor and for an override without module."""
+        owners = dict.fromkeys(owner for owner, _, part in (name.rpartition(".") for name in headers) if part in PARTS)
+        check_surplus(owners, headers, PARTS)
+        unused = sorted(self.overrides.keys() - owners)
         if unused:
             raise CheckpointError(f"config.json says how {unused[0]} is quantised, but it owns no weight_packed")
         tensors = Tensors(folder, headers)
-        return OWN, {
-            module: _check(module, found, self.overrides.get(module, self.default), tensors)
-            for module, found in parts.items()
-        }
+        return OWN, {module: _check(module, self.overrides.get(module, self.default), tensors) for module in owners}
 
     def to_dict(self, tool: dict) -> dict:
         rounded = {"activation_bits": self.activation_bits} if self.activation_bits != 16 else {}
@@ -140,12 +131,38 @@ def read_modules(folder: Path) -> dict[str, ModuleInfo]:
     return modules
 
 
+def find_parts(
+    module: str, headers: dict[str, TensorInfo], dtypes: Mapping[str, tuple[str, ...]]
+) -> dict[str, TensorInfo]:
+    """The tensors of `module` that `dtypes` names, with the types they may have. Raises CheckpointError for another
+    type and for what is missing; symmetric weights have no zero points."""
+    found = {part: headers[f"{module}.{part}"] for part in dtypes if f"{module}.{part}" in headers}
+    for part, allowed in dtypes.items():
+        if part not in found and part != "weight_zero_point":
+            raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")
+        if part in found and found[part].dtype not in allowed:
+            raise CheckpointError(f"{module}.{part} is {found[part].dtype}, it must be {' or '.join(allowed)}")
+    return found
+
+
 def read_size(module: str, tensors: Tensors) -> tuple[int, int]:
     """Rows and columns by a module's weight_shape. Raises CheckpointError for what is no size of a weight."""
-    rows, columns = tensors.get(f"{module}.weight_shape").tolist()
-    if not (0 < rows < 1 << 31 and 0 < columns < 1 << 31):
-        raise CheckpointError(f"{module}.weight_shape says {rows} x {columns}, which is no weight")
-    return rows, columns
+    size = tensors.get(f"{module}.weight_shape").flatten().tolist()
+    if len(size) != 2 or not all(0 < count < 1 << 31 for count in size):
+        raise CheckpointError(f"{module}.weight_shape says {' x '.join(map(str, size))}, which is no weight")
+    return size[0], size[1]
+
+
+def check_shapes(
+    module: str, found: dict[str, TensorInfo], format: WeightFormat, size: tuple[int, int], shapes: dict[str, tuple]
+) -> None:
+    """Raises CheckpointError unless the tensors of a weight of this format and size have these shapes."""
+    for part, shape in shapes.items():
+        if found[part].shape != shape:
+            raise CheckpointError(
+                f"{module}.{part} has shape {list(found[part].shape)}, but {format.bits} bits with groups of "
+                f"{format.group_size} and weight {size[0]} x {size[1]} need {list(shape)}"
+            )
 
 
 def check_surplus(modules: Collection[str], headers: dict[str, TensorInfo], parts: Collection[str]) -> None:
@@ -159,24 +176,12 @@ def check_surplus(modules: Collection[str], headers: dict[str, TensorInfo], part
             )
 
 
-def _check(module: str, found: dict[str, TensorInfo], format: WeightFormat, tensors: Tensors) -> ModuleInfo:
-    for part in ("weight_packed", "weight_scale", "weight_shape"):
-        if part not in found:
-            raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again or quantise anew")
-    if found["weight_shape"].shape != (2,) or found["weight_shape"].dtype != "I64":
-        raise CheckpointError(f"{module}.weight_shape must be two int64 numbers, found {found['weight_shape']}")
-    rows, columns = read_size(module, tensors)
-    expected = format.shapes(rows, columns)
+def _check(module: str, format: WeightFormat, tensors: Tensors) -> ModuleInfo:
+    found = find_parts(module, tensors.headers, DTYPES)
+    size = read_size(module, tensors)
+    expected = format.shapes(*size)
     if set(found) != set(expected):
         kind = "symmetric" if format.symmetric else "asymmetric"
         raise CheckpointError(f"{module} has {sorted(found)}; config.json says {kind}, which has {sorted(expected)}")
-    for part, shape in expected.items():
-        if found[part].shape != shape:
-            raise CheckpointError(
-                f"{module}.{part} has shape {list(found[part].shape)}, but {format.bits} bits with groups of "
-                f"{format.group_size} and weight {rows} x {columns} need {list(shape)}"
-            )
-        allowed = SCALE_DTYPES if part == "weight_scale" else ("I64",) if part == "weight_shape" else ("I32",)
-        if found[part].dtype not in allowed:
-            raise CheckpointError(f"{module}.{part} is {found[part].dtype}, it must be {' or '.join(allowed)}")
-    return ModuleInfo(format, rows, columns)
+    check_shapes(module, found, format, size, expected)
+    return ModuleInfo(format, *size)

@@ -85,21 +85,12 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
                     headers[name] = info
         except SafetensorError as error:
             raise CheckpointError(f"{path} is damaged ({error}); copy it again from its source") from None
-    _check_index(folder / INDEX, headers)
+    index, files = folder / INDEX, {name: info.file for name, info in headers.items()}
+    listed = _read_index(index) if index.is_file() else files
+    for name, _ in sorted(listed.items() ^ files.items()):
+        found, said = files.get(name, "no file"), listed.get(name, "no file")
+        raise CheckpointError(f"{name} is in {found}, but {index} says {said}; copy the checkpoint again")
     return headers
-
-
-def _check_index(path: Path, headers: dict[str, TensorInfo]) -> None:
-    """The index, where there is one, must name the tensors that are there, each in its file."""
-    if not path.is_file():
-        return
-    listed = _read_index(path)
-    for name in sorted(listed.keys() | headers.keys()):
-        found = headers[name].file if name in headers else "no file"
-        if listed.get(name, "no file") != found:
-            raise CheckpointError(
-                f"{name} is in {found}, but {path} says {listed.get(name, 'no file')}; copy the checkpoint again"
-            )
 
 
 class Tensors:

@@ -28,7 +28,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from vlmq_vllm.activations import round_tokens
-from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_modules, read_spec
+from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec, read_spec
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import PARTS, QuantizedWeight
 from vlmq_vllm.headers import TensorInfo, read_headers
@@ -56,8 +56,8 @@ class VLMQQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a vlmq model is loaded from its folder, not from a state_dict; leave it out")
         folder = Path(checkpoint_files[0]).parent
-        self.modules, self.headers, self.model = read_modules(folder), read_headers(folder), model
-        self.rounds = read_spec(folder).activation_bits == 8
+        spec, self.headers, self.model = read_spec(folder), read_headers(folder), model
+        self.modules, self.rounds = spec.read(folder, self.headers)[1], spec.activation_bits == 8
 
     def update_weight_conversions(self, weight_conversions: list, *_: Any) -> list:
         """Our rules for packed weights, then transformers' own, from names in files to names in memory.

@@ -36,8 +36,14 @@ class ModuleTable:
         self._index = dict(names)
         for mapper in mappers:
             names = {module: _rename(name, mapper) for module, name in names.items()}
-            for name, module in _inverse(names).items():
-                self._index.setdefault(name, module)
+            inverse: dict[str, str] = {}
+            for module, name in names.items():
+                if inverse.setdefault(name, module) != module:
+                    raise ValueError(
+                        f"vLLM renames {inverse[name]} and {module} both to {name}; one checkpoint cannot hold both, "
+                        "remove one of them"
+                    )
+            self._index = inverse | self._index
 
     def shards(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> tuple[str | None, ...]:
         """Checkpoint modules of the layer `prefix`, in vLLM's order; None stands for a shard that is not quantised.
@@ -47,11 +53,16 @@ class ModuleTable:
         """
         if prefix in self._index:
             return (self._index[prefix],)
-        for names in self._members(prefix, packed):
-            found = tuple(self._index.get(name) for name in names)
+        parent, dot, leaf = prefix.rpartition(".")
+        for table in (packed, FUSED):
+            found = tuple(self._index.get(f"{parent}{dot}{member}") for member in table.get(leaf, ()))
             if any(found):
                 return found
-        return self._head(prefix)
+        if leaf != "lm_head":
+            return ()
+        # Some models ask for `lm_head`, others for `language_model.lm_head`: take the only one there is.
+        heads = {module for name, module in self._index.items() if name.rpartition(".")[2] == "lm_head"}
+        return tuple(heads) if len(heads) == 1 else ()
 
     def experts(self, prefix: str) -> dict[tuple[int, str], str]:
         """(expert, projection) -> checkpoint module of the mixture of experts `prefix`; empty when it has none."""
@@ -63,32 +74,8 @@ class ModuleTable:
                     found[int(expert), projection] = module
         return found
 
-    def _members(self, prefix: str, packed: Mapping[str, Sequence[str]]) -> Iterable[list[str]]:
-        """Names of the layers that the layer `prefix` is fused of, by vLLM's table, then by ours."""
-        parent, dot, leaf = prefix.rpartition(".")
-        for table in (packed, FUSED):
-            yield [f"{parent}{dot}{member}" for member in table.get(leaf, ())]
-
-    def _head(self, prefix: str) -> tuple[str, ...]:
-        """Some models ask for `lm_head`, others for `language_model.lm_head`: take the only one there is."""
-        if prefix.rpartition(".")[2] != "lm_head":
-            return ()
-        heads = {module for name, module in self._index.items() if name.rpartition(".")[2] == "lm_head"}
-        return tuple(heads) if len(heads) == 1 else ()
-
 
 def _rename(name: str, mapper: Mapper) -> str:
     """The module's next name. A rule that drops a tensor says nothing about the module's name: it stays."""
     mapped = mapper(name + SUFFIX)
     return mapped.removesuffix(SUFFIX) if mapped and mapped.endswith(SUFFIX) else name
-
-
-def _inverse(names: dict[str, str]) -> dict[str, str]:
-    inverse: dict[str, str] = {}
-    for module, name in names.items():
-        if inverse.setdefault(name, module) != module:
-            raise ValueError(
-                f"vLLM renames {inverse[name]} and {module} both to {name}; one checkpoint cannot hold both, "
-                "remove one of them"
-            )
-    return inverse

@@ -28,7 +28,7 @@ def ours(weight: QuantizedWeight, dtype: torch.dtype, rounded: bool = False) -> 
     from vlmq_vllm.kernels.dispatch import multiply
     from vlmq_vllm.kernels.repack import prepare
 
-    runtime = prepare(weight, dtype)
+    runtime = prepare(weight)
     parts = {name: getattr(runtime, name) for name in ("packed", "scales", "zeros")}
 
     def bind(copy: Tensors) -> Product:

@@ -69,7 +69,7 @@ def divided(plan: Plan, bucket: int, geometry: Geometry, machine: hardware.Hardw
 def compile_tile(format: WeightFormat, tile: Tile) -> None:
     """Fill Triton's cache on disk, whole and divided; runs in a process of its own on the same GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
-    weight = prepare(gpu_timing.draw(format, 256, 4096, DTYPE, device), DTYPE)
+    weight = prepare(gpu_timing.draw(format, 256, 4096, DTYPE, device))
     for splits in (1, 2):
         gemm.gemm(torch.zeros(tile.tokens, 4096, dtype=DTYPE, device=device), weight, plan=Plan(tile, splits))
 
@@ -103,7 +103,7 @@ class Tuner:
     def draw(self, layer: Layer, bits: int) -> tuple[list[RuntimeWeight], gpu_timing.Oracle]:
         """A weight in as many copies as it takes to find none of them in the second-level cache."""
         drawn = gpu_timing.draw(self.format(bits), layer.rows, layer.columns, DTYPE, self.device)
-        weight = prepare(drawn, DTYPE)
+        weight = prepare(drawn)
         copies = gpu_timing.copies_needed(weight.nbytes, Case(layer, bits, 1).moved_bytes(), self.l2)
         more = [replace(weight, packed=weight.packed.clone()) for _ in range(copies - 1)]
         return [weight, *more], gpu_timing.Oracle(drawn)

@@ -59,15 +59,13 @@ class Diagnosis:
         return asdict(self)
 
 
-def diagnose(folder: Path = Path()) -> Diagnosis:
+def diagnose() -> Diagnosis:
     packages = find_packages()
-    problems = [package.problem for package in packages if package.problem]
-    has_vllm = next(package.found for package in packages if package.name == "vllm") is not None
-    plugin, trouble = probe_plugin() if has_vllm else (None, None)
-    devices = find_devices() if next(package.found for package in packages if package.name == "torch") else []
+    found = {package.name: package.found for package in packages}
+    plugin, trouble = probe_plugin() if found["vllm"] else (None, None)
+    devices = find_devices() if found["torch"] else []
     flags = find_flags(Path("/proc/cpuinfo"))
-    problems += [trouble] if trouble else []
-    problems += device_problems(devices, flags)
+    problems = [problem for problem in (*(package.problem for package in packages), trouble) if problem]
     return Diagnosis(
         packages=packages,
         plugin=plugin,
@@ -75,8 +73,8 @@ def diagnose(folder: Path = Path()) -> Diagnosis:
         processor=flags,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         memory=available_memory(Path("/proc/meminfo")),
-        disk=shutil.disk_usage(folder).free,
-        problems=problems,
+        disk=shutil.disk_usage(Path()).free,
+        problems=problems + device_problems(devices, flags),
     )
 
 
@@ -127,11 +125,8 @@ def probe_plugin(probe: str = PROBE, timeout: float = TIMEOUT) -> tuple[bool, st
 def find_devices() -> list[dict]:
     import torch
 
-    found = []
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        about = torch.cuda.get_device_properties(index)
-        found.append({"name": about.name, "capability": [about.major, about.minor], "memory": about.total_memory})
-    return found
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [{"name": d.name, "capability": [d.major, d.minor], "memory": d.total_memory} for d in devices]
 
 
 def device_problems(devices: list[dict], flags: list[str]) -> list[str]:

@@ -32,7 +32,7 @@ def agrees(out: torch.Tensor, x: torch.Tensor, weight) -> bool:
 @pytest.mark.parametrize("m", [1, 16, 64, 100, 600])
 def test_graph(weight, m):
     """Replays with new inputs, many times: the counters of divided products are reset by each."""
-    runtime, x = prepare(weight, BF16), tokens(m)
+    runtime, x = prepare(weight), tokens(m)
     warm([runtime], BF16, with_bias=False)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -46,7 +46,7 @@ def test_graph(weight, m):
 
 def test_streams(weight):
     """Two streams at once, each with products of the same weight that meet in a workspace."""
-    runtime = prepare(weight, BF16)
+    runtime = prepare(weight)
     warm([runtime], BF16, with_bias=False)
     assert tiles.plan_for(8, runtime.geometry, hardware.of(torch.device("cuda", 0))).splits > 1
     streams, inputs = [torch.cuda.Stream() for _ in range(2)], [tokens(8) for _ in range(2)]
@@ -66,7 +66,7 @@ def test_nothing_compiles_after_the_warm_up(weight):
     """As vLLM's monitor in its mode "error": any number of tokens, with and without bias."""
     import triton
 
-    runtime = prepare(weight, BF16)
+    runtime = prepare(weight)
     warm([runtime], BF16, with_bias=True)
     compiled = []
     before = triton.knobs.runtime.jit_post_compile_hook
@@ -84,7 +84,7 @@ def test_inductor(weight):
     """Its graphs are warmed up in their own memory, where no workspace may be made, and there may be none in spare."""
     from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines the operator
 
-    runtime = prepare(weight, BF16)
+    runtime = prepare(weight)
 
     @torch.compile(fullgraph=True, mode="reduce-overhead")
     def layer(x):
@@ -100,7 +100,7 @@ def test_inductor(weight):
 def test_experts_in_a_graph():
     """Routing is part of the graph: other experts at every replay."""
     weights = [make_weight(4, True, 200, COLUMNS, 128, BF16, "cuda") for _ in range(4)]
-    stacked, x = ExpertWeights.stack([prepare(weight, BF16) for weight in weights], len(weights)), tokens(9)
+    stacked, x = ExpertWeights.stack([prepare(weight) for weight in weights], len(weights)), tokens(9)
     ids = torch.zeros(9, 1, dtype=torch.int32, device="cuda")
     experts.multiply(x, stacked, ids)
     graph = torch.cuda.CUDAGraph()
@@ -117,12 +117,12 @@ def test_experts_in_a_graph():
 def test_many_tokens(bits, symmetric):
     """Dequantising and cuBLAS: no interpreter has the register pairs of this kernel."""
     weight, x = make_weight(bits, symmetric, 300, COLUMNS, 64, BF16, "cuda"), tokens(700)
-    assert agrees(multiply(x, [prepare(weight, BF16)]), x, weight)
+    assert agrees(multiply(x, [prepare(weight)]), x, weight)
 
 
 def test_workspace_outlives_a_memory_pool(weight):
     """A set is not made in the pool that is in use: vLLM's sleep mode discards that of the weights."""
-    runtime, x, stream = prepare(weight, BF16), tokens(8), torch.cuda.Stream()
+    runtime, x, stream = prepare(weight), tokens(8), torch.cuda.Stream()
     pool = torch.cuda.MemPool()
     torch.cuda.synchronize()
     with torch.cuda.use_mem_pool(pool), torch.cuda.stream(stream):

@@ -19,7 +19,7 @@ from vlmq_vllm.kernels.repack import prepare
 def test_dequantize(bits, rows, columns, group, symmetric, device):
     """The kernel's weights are the checkpoint's, rounded once; the product with them in pieces of 64 rows."""
     weight = make_weight(bits, symmetric, rows, columns, group, device=device)
-    runtime = prepare(weight, FP16)
+    runtime = prepare(weight)
     widened = dequantize.dequantize(runtime, empty(columns, -(-rows // 64) * 64, device=device))
     assert torch.equal(widened[:, :rows].T, weight.dequantize(FP16)) and not widened[:, rows:].any()
     x = torch.randn(5, columns, device=device).to(FP16)
@@ -31,7 +31,7 @@ def test_dequantize(bits, rows, columns, group, symmetric, device):
 
 def test_pieces(device):
     """About equal, of PIECE bytes where tokens are many, larger where some multiprocessors would have no work."""
-    down, h200 = prepare(make_weight(2, True, 64, 64, 32), FP16), hardware.Hardware("sm_90", 132, 227 << 10)
+    down, h200 = prepare(make_weight(2, True, 64, 64, 32)), hardware.Hardware("sm_90", 132, 227 << 10)
     geometry = dataclasses.replace(down.geometry, rows=3584, columns=18944)
     weight = SimpleNamespace(geometry=geometry)
     for m, pieces in ((512, 1), (1024, 1), (2048, 3), (4096, 6), (100000, 8)):
@@ -53,7 +53,7 @@ def test_many_tokens_are_dequantised(device, monkeypatch):
 
         monkeypatch.setattr(module, "gemm", watched)
     monkeypatch.setattr(tiles, "dequantize_from", lambda machine: 20)
-    weights = [prepare(make_weight(bits, True, 20, 96, 32, device=device), FP16) for bits in (2, 4)]
+    weights = [prepare(make_weight(bits, True, 20, 96, 32, device=device)) for bits in (2, 4)]
     for m, way in ((19, gemm), (20, dequantize)):
         ways.clear()
         dispatch.multiply(torch.ones(m, 96, dtype=FP16, device=device), weights)
@@ -63,11 +63,11 @@ def test_many_tokens_are_dequantised(device, monkeypatch):
 def test_batch_invariant(device, monkeypatch):
     """What a token gets is the same to the bit in any company, though its products are divided and tokens are many."""
     weight = make_weight(3, False, 70, 1600, 128, device=device)
-    runtime = prepare(weight, FP16)
-    plan = tiles.invariant_plan(runtime.geometry, hardware.of(torch.device(device)))
+    runtime = prepare(weight)
+    plan = tiles.plan_for(tiles.INVARIANT, runtime.geometry, hardware.of(torch.device(device)))
     if plan.splits == 1:
         plan = tiles.Plan(plan.tile, runtime.geometry.spans)
-        monkeypatch.setattr(tiles, "invariant_plan", lambda *args: plan)
+        monkeypatch.setattr(tiles, "plan_for", lambda *args: plan)
     monkeypatch.setattr(tiles, "tokens_at_once", lambda *args: plan.tile.tokens)
     x = torch.randn(70, 1600, device=device).to(FP16)
     together = dispatch.multiply(x, [runtime], batch_invariant=True)
@@ -81,7 +81,7 @@ def test_warm_up(device, monkeypatch):
     calls = []
     monkeypatch.setattr(warmup, "multiply", lambda x, weights, bias, *_: calls.append((len(x), bias is not None)))
     monkeypatch.setattr(warmup, "_done", set())
-    weights = [prepare(make_weight(4, True, 20, 96, 32, device=device), FP16)]
+    weights = [prepare(make_weight(4, True, 20, 96, 32, device=device))]
     for _ in range(2):
         warmup.warm(weights, FP16, with_bias=True)
     tokens = warmup.tokens(hardware.of(torch.device(device)))
@@ -119,7 +119,7 @@ def test_workspaces(monkeypatch):
 
 
 def test_counters_are_zero_after_every_launch(device):
-    weight = prepare(make_weight(4, True, 70, 1100, -1, device=device), FP16)
+    weight = prepare(make_weight(4, True, 70, 1100, -1, device=device))
     for splits in (2, 5):
         plan = tiles.Plan(tiles.Tile(64, 16, 2, 2), splits)
         gemm.gemm(torch.ones(40, 1100, dtype=FP16, device=device), weight, plan=plan)

@@ -28,7 +28,7 @@ def expected(x, weights, ids, bias, router):
 def test_multiply(bits, symmetric, device):
     """Experts with many tokens, few and none, ids that are no expert of here, odd sizes, bias and router weights."""
     weights = [make_weight(bits, symmetric, 70, 200, 64, device=device) for _ in range(5)]
-    experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights], len(weights))
+    experts = ExpertWeights.stack([prepare(weight) for weight in weights], len(weights))
     ids = torch.randint(-1, 4, (21, 3), device=device, dtype=torch.int32)
     ids[0, 0] = 5  # beyond the last
     assert 4 not in ids
@@ -43,18 +43,18 @@ def test_multiply(bits, symmetric, device):
 def test_own_inputs(device):
     """The second product of an expert: every entry brings its own input."""
     weights = [make_weight(4, True, 40, 96, 32, device=device) for _ in range(3)]
-    experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights], len(weights))
+    experts = ExpertWeights.stack([prepare(weight) for weight in weights], len(weights))
     ids, x = torch.randint(0, 3, (7, 2), device=device), torch.randn(7, 2, 96, device=device).to(FP16)
     out = multiply(x, experts, ids)
     assert rel_rms(out, expected(x, weights, ids, None, None)) <= bound(FP16, 96)
     assert multiply(x[:0], experts, ids[:0]).shape == (0, 2, 40)
-    assert torch.equal(experts[1].packed, prepare(weights[1], FP16).packed)
+    assert torch.equal(experts[1].packed, prepare(weights[1]).packed)
 
 
 @pytest.mark.parametrize("call", [torch.ops.vlmq.experts_v1, torch_ops.experts_on_gpu, torch_ops.experts_on_cpu])
 def test_op(call, device):
     weights = [make_weight(2, False, 40, 96, 32, device=device) for _ in range(3)]
-    experts = ExpertWeights.stack([prepare(weight, FP16) for weight in weights], len(weights))
+    experts = ExpertWeights.stack([prepare(weight) for weight in weights], len(weights))
     ids, x = torch.randint(-1, 4, (7, 2), device=device), torch.randn(7, 96, device=device).to(FP16)
     bias, router = torch.randn(3, 40, device=device).to(FP16), torch.rand(7, 2, device=device)
     given = (x, experts.packed, experts.scales, experts.zeros, ids, bias, router, 2, 32, 40, 96)
@@ -65,14 +65,14 @@ def test_op(call, device):
 
 def test_warm_up(device, monkeypatch):
     """A launch with every tile of the table."""
-    experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device), FP16) for _ in range(3)], 3)
+    experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device)) for _ in range(3)], 3)
     chosen = []
     monkeypatch.setattr(warmup, "_done", set())
     monkeypatch.setattr(
         warmup, "multiply_experts", lambda x, experts, ids, *rest: chosen.append(-(-ids.numel() // len(experts)))
     )
     for _ in range(2):
-        warmup.warm_experts(experts, 2, FP16, with_bias=True, with_router=True)
+        warmup.warm_experts(experts, 2, FP16, with_router=True)
     assert chosen == list(tiles.BUCKETS)
 
 
@@ -107,12 +107,12 @@ def test_routing(tokens, each, experts, block):
     ],
 )
 def test_refused(change, message, device):
-    experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device), FP16) for _ in range(2)], 2)
+    experts = ExpertWeights.stack([prepare(make_weight(4, True, 40, 96, 32, device=device)) for _ in range(2)], 2)
     given = {"x": torch.ones(4, 96).half(), "ids": torch.zeros(4, 2, dtype=torch.int32)} | change
     with pytest.raises(ValueError, match=message):
         multiply(experts=experts, **{name: x.to(device) if hasattr(x, "to") else x for name, x in given.items()})
     with pytest.raises(ValueError, match="scales is of 1 experts, packed of 2"):
         ExpertWeights(experts.geometry, experts.packed, experts.scales[:1], None)
-    other = prepare(make_weight(3, True, 40, 96, 32, BF16, device=device), BF16)
+    other = prepare(make_weight(3, True, 40, 96, 32, BF16, device=device))
     with pytest.raises(ValueError, match="expert 1 is .* they must be alike"):
         ExpertWeights.stack([experts[0], other], 2)

@@ -45,7 +45,7 @@ def test_identity(bits, symmetric, rows, columns, group, plan, device):
     weight = make_weight(bits, symmetric, rows, columns, group, device=device)
     some = torch.linspace(0, columns - 1, min(columns, 9), device=device).long()  # more than a tile of "decode" has
     x = torch.eye(columns, dtype=FP16, device=device)[some]
-    out = gemm(x, prepare(weight, FP16), out=empty(len(some), rows, device=device), plan=plan)
+    out = gemm(x, prepare(weight), out=empty(len(some), rows, device=device), plan=plan)
     assert torch.equal(out.T, weight.dequantize(FP16)[:, some])
 
 
@@ -55,7 +55,7 @@ def test_identity(bits, symmetric, rows, columns, group, plan, device):
 def test_product(bits, symmetric, rows, columns, group, dtype, out_dtype, device):
     """Kernel and twin lie within rounding of the float64 product, and so within twice that of each other."""
     weight = make_weight(bits, symmetric, rows, columns, group, dtype, device)
-    runtime = prepare(weight, dtype)
+    runtime = prepare(weight)
     x = torch.randn(5, columns, device=device).to(dtype)
     bias = torch.randn(rows, device=device).to(dtype)
     expected = exact(x, weight, bias)
@@ -72,7 +72,7 @@ def test_paths(bits, dtype, out_dtype, plan, device):
     """Every way with every type of activations, more tokens than a tile has."""
     weight = make_weight(bits, False, 70, 300, 64, dtype, device)
     x = torch.randn(35, 300, device=device).to(dtype)
-    out = gemm(x, prepare(weight, dtype), out=empty(35, 70, dtype=out_dtype, device=device), plan=plan)
+    out = gemm(x, prepare(weight), out=empty(35, 70, dtype=out_dtype, device=device), plan=plan)
     rounded = 0 if not plan.tile.scaled else torch.finfo(dtype).eps / 2  # the weight, in x's type
     assert rel_rms(out, exact(x, weight)) <= bound(out_dtype, 300) + rounded
 
@@ -84,7 +84,7 @@ def test_tokens(m, bits, device):
     weight = make_weight(bits, False, 70, 193, 64, device=device)
     x = torch.randn(m, 193, device=device).to(FP16)
     out = empty(m, 70, device=device)
-    assert gemm(x, prepare(weight, FP16), out=out) is out
+    assert gemm(x, prepare(weight), out=out) is out
     assert m == 0 or rel_rms(out, exact(x, weight)) <= bound(FP16, 193, rounded_weight=m > 16)
 
 
@@ -92,7 +92,7 @@ def test_tokens(m, bits, device):
 @pytest.mark.parametrize("bits", BITS)
 def test_parts(bits, group, device):
     """K in parts, of which the last is shorter and ends inside a span, twice in the same memory: counters are reset."""
-    weight = prepare(make_weight(bits, False, 40, 1100, group, device=device), FP16)
+    weight = prepare(make_weight(bits, False, 40, 1100, group, device=device))
     x = torch.randn(5, 1100, device=device).to(FP16)
     expected = gemm(x, weight, plan=DECODE)
     for splits in {3, weight.geometry.spans}:
@@ -107,7 +107,7 @@ def test_slices(bits, slice, device):
     """Every width of slices that the layout may have."""
     weight = make_weight(bits, True, 65, 300, 64, device=device)
     x = torch.randn(3, 300, device=device).to(FP16)
-    out = gemm(x, prepare(weight, FP16, slice), out=empty(3, 65, device=device))
+    out = gemm(x, prepare(weight, slice), out=empty(3, 65, device=device))
     assert rel_rms(out, exact(x, weight)) <= bound(FP16, 300)
 
 
@@ -117,7 +117,7 @@ def test_mixed_dtypes(device):
     x = torch.randn(5, 100, device=device).to(FP16)
     out = empty(5, 64, device=device)
     for plan in (DECODE, Plan(Tile(64, 16, 4, 2, scaled=True))):
-        gemm(x, prepare(weight, FP16), out=out[:, 3:43], plan=plan)
+        gemm(x, prepare(weight), out=out[:, 3:43], plan=plan)
         assert rel_rms(out[:, 3:43], exact(x, weight)) <= bound(FP16, 100)
     assert out[:, :3].isnan().all() and out[:, 43:].isnan().all()
 
@@ -138,7 +138,7 @@ def test_mixed_dtypes(device):
     ],
 )
 def test_refused(change, message, device):
-    weight = prepare(make_weight(3, False, 8, 128, 64, device=device), FP16)
+    weight = prepare(make_weight(3, False, 8, 128, 64, device=device))
     arguments = {"x": torch.ones(2, 128).half(), **change}
     with pytest.raises(ValueError, match=message):
         gemm(weight=weight, **{name: x.to(device) if hasattr(x, "to") else x for name, x in arguments.items()})

@@ -38,7 +38,7 @@ def expected(q: torch.Tensor, token_scales: torch.Tensor, weight, bias: torch.Te
 def test_centred_codes(bits, rows, columns, group, width, device):
     """Each code less the middle, to the bit, in its row and column; in any piece."""
     weight = make_weight(bits, True, rows, columns, group, device=device)
-    runtime = prepare(weight, FP16, width)
+    runtime = prepare(weight, width)
     stripes, wide = runtime.geometry.stripes, int8.filled_columns(runtime.geometry)
     whole = torch.full((64 * stripes, wide), -1, dtype=torch.int8, device=device)
     int8.centre(runtime, whole)
@@ -57,7 +57,7 @@ def test_int8_kernel(bits, symmetric, rows, columns, group, device):
     In two pieces, with as few tokens as leave a tile mostly empty; an output is float32, where rounding does not hide.
     """
     weight = make_weight(bits, symmetric, rows, columns, group, device=device)
-    runtime = prepare(weight, FP16)
+    runtime = prepare(weight)
     q, token_scales = tokens(5, columns, device)
     for bias in (None, torch.randn(rows, device=device).to(FP16)):
         wanted = expected(q, token_scales, weight, bias)
@@ -72,7 +72,7 @@ def test_more_than_a_tile(bits, symmetric, device):
     """Of tokens and of rows, whose last tile is ragged."""
     weight = make_weight(bits, symmetric, 200, 128, 64, device=device)
     q, token_scales = tokens(131, 128, device)
-    out = int8.gemm(q, token_scales[:, 0], prepare(weight, FP16), out=empty(131, 200, device=device))
+    out = int8.gemm(q, token_scales[:, 0], prepare(weight), out=empty(131, 200, device=device))
     assert rel_rms(out, expected(q, token_scales, weight)) <= bound(FP16, 128)
 
 
@@ -86,7 +86,7 @@ def test_largest_sums(symmetric, device):
     weight.scale.fill_(2.0**-10)
     q = torch.full((2, 1024), -127.0, dtype=FP16, device=device)
     token_scales = torch.tensor([2.0**-5, 2.0**-6], device=device)
-    out = int8.gemm(q, token_scales, prepare(weight, FP16), out=empty(2, 3, dtype=FP32, device=device))
+    out = int8.gemm(q, token_scales, prepare(weight), out=empty(2, 3, dtype=FP32, device=device))
     offset = 128 if symmetric else 0
     assert torch.equal(out, (token_scales * -127.0 * (255 - offset))[:, None].expand(2, 3))
 
@@ -100,7 +100,7 @@ def test_rows_too_wide_for_int32(symmetric, device, monkeypatch):
     weight = make_weight(8, symmetric, 40, 500, -1, device=device)
     q, token_scales = tokens(3, 500, device)
     monkeypatch.setattr(int8, "is_whole", lambda geometry: False)
-    out = int8.gemm(q, token_scales[:, 0], prepare(weight, FP16), out=empty(3, 40, dtype=FP32, device=device))
+    out = int8.gemm(q, token_scales[:, 0], prepare(weight), out=empty(3, 40, dtype=FP32, device=device))
     assert rel_rms(out, expected(q, token_scales, weight)) <= bound(FP32, 500)
 
 
@@ -108,7 +108,7 @@ def test_rows_too_wide_for_int32(symmetric, device, monkeypatch):
 def test_fused_kernel_with_token_scales(bits, symmetric, device):
     """Scales of tokens multiply float32 sums: products that float16 cannot hold come out where the result can."""
     weight = make_weight(bits, symmetric, 70, 2500, 64, device=device)
-    runtime = prepare(weight, FP16)
+    runtime = prepare(weight)
     q, token_scales = tokens(9, 2500, device)
     q[0] = 127 * (weight.dequantize()[0] >= 0) - 127 * (weight.dequantize()[0] < 0)
     assert exact(q, weight)[0, 0] > torch.finfo(FP16).max
@@ -127,7 +127,7 @@ def test_ways(device, monkeypatch):
         monkeypatch.setattr(module, "gemm", _noting(ways, module.gemm, module.__name__))
     monkeypatch.setattr(dispatch, "INT8_FROM", 20)
     weights = [make_weight(bits, False, 20, 96, 32, device=device) for bits in (8, 4)]
-    runtimes = [prepare(weight, FP16) for weight in weights]
+    runtimes = [prepare(weight) for weight in weights]
     for m, invariant, way in ((19, False, gemm), (20, False, int8), (20, True, gemm)):
         ways.clear()
         q, token_scales = tokens(m, 96, device)
@@ -150,7 +150,7 @@ def test_warm_up(device, monkeypatch):
     calls = []
     monkeypatch.setattr(warmup, "multiply", lambda x, weights, bias, invariant, scales: calls.append((len(x), scales)))
     monkeypatch.setattr(warmup, "_done", set())
-    weights = [prepare(make_weight(4, True, 20, 96, 32, device=device), FP16)]
+    weights = [prepare(make_weight(4, True, 20, 96, 32, device=device))]
     for rounded in (False, True, True):
         warmup.warm(weights, FP16, with_bias=False, rounded=rounded)
     machine = hardware.of(torch.device(device))
@@ -175,7 +175,7 @@ def test_op(call, device):
     """Leading dimensions of any number, widths side by side, both ways."""
     weights = [make_weight(b, s, n, 96, g, device=device) for b, s, n, g in ((8, True, 20, 32), (4, False, 70, -1))]
     bias = torch.randn(90, device=device).to(FP16)
-    given = arguments([prepare(weight, FP16) for weight in weights], bias)
+    given = arguments([prepare(weight) for weight in weights], bias)
     for shape in ((96,), (2, 3, 96), (130, 96), (0, 96)):
         q, token_scales = quantize_tokens(torch.randn(*shape, device=device).to(FP16))
         wanted = torch.cat([expected(q, token_scales, weight) for weight in weights], dim=-1) + bias.double()
@@ -185,7 +185,7 @@ def test_op(call, device):
 
 
 def test_op_contract(device):
-    given = arguments([prepare(make_weight(4, False, 20, 96, 32, device=device), FP16)], None)
+    given = arguments([prepare(make_weight(4, False, 20, 96, 32, device=device))], None)
     q, token_scales = quantize_tokens(torch.randn(2, 3, 96, device=device).to(FP16))
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.vlmq.linear_int8_v1.default, (q, token_scales, *given), test_utils=tests)

@@ -27,7 +27,7 @@ def test_round_trip(bits, symmetric, rows, columns, group, device):
     for slice in SLICES[bits]:
         if group != -1 and group % slice:
             continue
-        runtime = prepare(weight, FP16, slice)
+        runtime = prepare(weight, slice)
         geometry = runtime.geometry
         assert geometry.slice == slice and runtime.scales.dtype == weight.scale.dtype
         assert torch.equal(reference.to_words(weight.codes, geometry), runtime.packed)
@@ -111,11 +111,9 @@ def test_why_not():
     assert "1 to 16777216 rows" in why_not(WeightFormat(3, 96, True), 8, 1 << 25)
     assert "34359738368 weights at most" in why_not(WeightFormat(3, 96, True), 1 << 20, 1 << 20)
     with pytest.raises(ValueError, match="--group-size 32, 64 or 128"):
-        prepare(make_weight(4, True, 8, 64, 8), FP16)
-    with pytest.raises(ValueError, match="activations of torch.int8 are not supported"):
-        prepare(make_weight(4, True, 8, 64, 32), torch.int8)
+        prepare(make_weight(4, True, 8, 64, 8))
     with pytest.raises(ValueError, match="slice is 64; at 4 bits with group_size 32 it must be 32"):
-        prepare(make_weight(4, True, 8, 64, 32), FP16, slice=64)
+        prepare(make_weight(4, True, 8, 64, 32), slice=64)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +130,7 @@ def test_why_not():
     ],
 )
 def test_refused_weight(change, message):
-    weight = vars(prepare(make_weight(3, False, 8, 128, 64, BF16), BF16)) | {
+    weight = vars(prepare(make_weight(3, False, 8, 128, 64, BF16))) | {
         "geometry": Geometry(WeightFormat(3, 64, False), 8, 128, 16)
     }
     with pytest.raises(ValueError, match=message):

@@ -94,7 +94,7 @@ def test_refused(plan, machine, message):
 def test_batch_invariant():
     """One plan for all, and as many tokens at once as its parts leave room for."""
     shape = geometry(4, 3584, 18944)
-    plan = tiles.invariant_plan(shape, H200)
+    plan = tiles.plan_for(tiles.INVARIANT, shape, H200)
     step = tiles.tokens_at_once(plan, shape)
     assert plan.splits > 1 and step % plan.tile.tokens == 0
     assert why_not(plan, step, shape, H200) is None

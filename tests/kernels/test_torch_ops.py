@@ -36,7 +36,7 @@ LINEAR = map(torch_ops.without_scales, (torch_ops.linear_on_gpu, torch_ops.linea
 @pytest.mark.parametrize("call", [torch.ops.vlmq.linear_v1, *LINEAR], ids=["op", "on_gpu", "on_cpu"])
 def test_op(call, layer, device):
     """Leading dimensions of any number, none and 0 among them, and strides of any kind; widths side by side."""
-    given = arguments([prepare(weight, FP16) for weight in layer], torch.randn(95, device=device).to(FP16))
+    given = arguments([prepare(weight) for weight in layer], torch.randn(95, device=device).to(FP16))
     wide = torch.randn(4, 2, 3, 96, device=device).to(FP16)
     lines = torch.randn(96, 4, device=device).to(FP16).T
     shifted = torch.randn(2 * 96 + 1, device=device).to(FP16)[1:].view(2, 96)  # not aligned to 16 bytes
@@ -52,7 +52,7 @@ def test_op(call, layer, device):
 
 def test_op_contract(layer, device):
     """Schema and fake are those of what is computed: shape, dtype, strides, no aliasing, no hidden writes."""
-    given = arguments([prepare(weight, FP16) for weight in layer], torch.randn(95, device=device).to(FP16))
+    given = arguments([prepare(weight) for weight in layer], torch.randn(95, device=device).to(FP16))
     for x in (torch.randn(2, 3, 96, device=device).to(FP16), torch.randn(0, 96, device=device).to(FP16)):
         tests = ("test_schema", "test_faketensor")
         torch.library.opcheck(torch.ops.vlmq.linear_v1.default, (x, *given), test_utils=tests)
@@ -60,7 +60,7 @@ def test_op_contract(layer, device):
 
 def test_op_compiled(layer, device):
     """One graph serves every number of tokens; a recompilation at the second would raise."""
-    given = arguments([prepare(weight, FP16) for weight in layer])
+    given = arguments([prepare(weight) for weight in layer])
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")  # traces as Inductor does, without a C++ compiler
     def run(x):
@@ -77,7 +77,7 @@ def test_op_defined_twice():
     before = torch.ops.vlmq.linear_v1.default
     importlib.reload(torch_ops)
     assert torch.ops.vlmq.linear_v1.default is before
-    weight = prepare(make_weight(4, True, 8, 32, 32), FP16)
+    weight = prepare(make_weight(4, True, 8, 32, 32))
     out = before(torch.eye(32).half(), *arguments([weight]))
     assert torch.equal(out.T, reference.dequantize(weight).half())
 

@@ -112,7 +112,7 @@ def test_override_claims_what_is_vlmq_or_asked_for_and_never_raises():
 @pytest.mark.parametrize("method", ["awq", "fp8", None])
 def test_model_of_another_method_is_refused_when_asked_for(method):
     message = (
-        f"the model is quantised with '{str(method).lower()}'; vlmq serves vlmq, gptq, .*; leave out --quantization"
+        f"the model is quantised with '{str(method).lower()}'; vlmq reads vlmq, gptq, .*; leave out --quantization"
     )
     with pytest.raises(RuntimeError, match=message):
         VLMQConfig.from_config({"quant_method": method, "bits": 4})
@@ -162,7 +162,7 @@ def test_failing_registration_is_logged_and_stops_nothing(monkeypatch, caplog):
     ("quantisation", "message"),
     [
         (None, "--quantization vlmq was given, but .* is not quantised"),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "the model is quantised with .awq.; vlmq serves"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "the model is quantised with .awq.; vlmq reads"),
         (QuantizationSpec(W4, {}).to_dict({}), "cannot be served: .* lacks"),
     ],
     ids=["not quantised", "awq", "no weights"],

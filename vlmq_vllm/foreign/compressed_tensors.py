@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_surplus, read_size
+from vlmq_vllm.checkpoint import DTYPES, ModuleInfo, check_surplus, find_parts, read_size
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, PARTS, WORD, WeightFormat, pack
 from vlmq_vllm.headers import TensorInfo, Tensors
@@ -71,8 +71,11 @@ class PackQuantizedSpec:
 
     def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> tuple[ModuleInfo, bool]:
         """Format and sizes, and whether words hold whole codes only."""
-        found = {part: headers[f"{module}.{part}"] for part in PARTS if f"{module}.{part}" in headers}
-        _check_types(module, found, headers)
+        if f"{module}.weight_g_idx" in headers:
+            raise CheckpointError(
+                f"{module} has weight_g_idx: it was quantised with actorder 'group'; quantise without"
+            )
+        found = find_parts(module, headers, DTYPES | {"weight_shape": ("I64", "I32")})
         rows, columns = read_size(module, tensors)
         shapes = {part: info.shape for part, info in found.items()}
         fitting: dict[tuple[ModuleInfo, bool], None] = {}
@@ -131,17 +134,3 @@ def _format(name: str, group: Any, config: dict) -> WeightFormat:
         return WeightFormat(bits, group_size, bool(weights.get("symmetric", True)))
     except ValueError as error:
         raise CheckpointError(f"config_groups.{name}: {error}") from None
-
-
-def _check_types(module: str, found: dict[str, TensorInfo], headers: dict[str, TensorInfo]) -> None:
-    if f"{module}.weight_g_idx" in headers:
-        raise CheckpointError(f"{module} has weight_g_idx: it was quantised with actorder 'group'; quantise without")
-    for part in ("weight_packed", "weight_scale", "weight_shape"):
-        if part not in found:
-            raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again from its source")
-    for part, info in found.items():
-        allowed = SCALE_DTYPES if part == "weight_scale" else ("I64", "I32") if part == "weight_shape" else ("I32",)
-        if info.dtype not in allowed or (part == "weight_shape" and info.shape != (2,)):
-            raise CheckpointError(
-                f"{module}.{part} is {info.dtype} {list(info.shape)}; it must be {' or '.join(allowed)}"
-            )

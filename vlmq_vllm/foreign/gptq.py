@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 
-from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_surplus
+from vlmq_vllm.checkpoint import SCALE_DTYPES, ModuleInfo, check_shapes, check_surplus, find_parts
 from vlmq_vllm.errors import CheckpointError
 from vlmq_vllm.format import BITS, WORD, WeightFormat, pack, unpack, words
 from vlmq_vllm.headers import TensorInfo, Tensors
 from vlmq_vllm.packing import Packing
 
 PARTS = {"qweight": "weight_packed", "scales": "weight_scale", "qzeros": "weight_zero_point"}
+DTYPES = {"qweight": ("I32",), "scales": SCALE_DTYPES, "qzeros": ("I32",)}
 FORMATS = {"gptq": 1, "gptq_v2": 2}
 AUTO_ROUND = {"auto_round:auto_gptq": 1, "auto_gptq": 1, "auto_round": 2, "auto_round:gptqmodel": 2}
 
@@ -104,34 +105,22 @@ class GPTQSpec:
         return GPTQPacking(self.version), modules
 
     def _module(self, module: str, headers: dict[str, TensorInfo], tensors: Tensors) -> ModuleInfo:
-        found = {}
-        for part, dtypes in (("qweight", ("I32",)), ("scales", SCALE_DTYPES), ("qzeros", ("I32",))):
-            info = headers.get(f"{module}.{part}")
-            if info is None:
-                raise CheckpointError(f"{module}.{part} is missing; copy the checkpoint again from its source")
-            if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
-                raise CheckpointError(
-                    f"{module}.{part} is {info.dtype} {list(info.shape)}; GPTQ has a matrix of {' or '.join(dtypes)}"
-                )
-            found[part] = info.shape
-        rows, groups = found["qweight"][1], found["scales"][0]
-        bits = self._bits(module, rows, found["qzeros"][1])
-        columns, rest = divmod(found["qweight"][0] * WORD, bits)
+        found = find_parts(module, headers, DTYPES)
+        for part, info in found.items():
+            if len(info.shape) != 2 or 0 in info.shape:
+                raise CheckpointError(f"{module}.{part} is {list(info.shape)}; GPTQ has matrices")
+        height, rows = found["qweight"].shape
+        bits = self._bits(module, rows, found["qzeros"].shape[1])
+        columns, rest = divmod(height * WORD, bits)
         if rest:
-            raise CheckpointError(
-                f"{module}.qweight has {found['qweight'][0]} rows, no whole number of {bits}-bit codes"
-            )
-        group_size = self._group_size(module, columns, groups)
+            raise CheckpointError(f"{module}.qweight has {height} rows, no whole number of {bits}-bit codes")
+        group_size = self._group_size(module, columns, found["scales"].shape[0])
         try:
             format = WeightFormat(bits, group_size, self._is_symmetric(module, tensors, bits, rows))
         except ValueError as error:
             raise CheckpointError(f"{module}: {error}") from None
-        for part, shape in GPTQPacking(self.version).shapes(module, format, rows, columns).items():
-            if found[part] != shape:
-                raise CheckpointError(
-                    f"{module}.{part} has shape {list(found[part])}, but {bits} bits in groups of {group_size} and "
-                    f"weight {rows} x {columns} need {list(shape)}"
-                )
+        shapes = GPTQPacking(self.version).shapes(module, format, rows, columns)
+        check_shapes(module, found, format, (rows, columns), shapes)
         if self.act_order or f"{module}.g_idx" in headers:
             _check_order(module, headers, tensors, columns, format)
         return ModuleInfo(format, rows, columns)

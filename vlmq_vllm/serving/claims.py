@@ -54,18 +54,14 @@ class Claims:
         unclaimed = sorted(set(modules) - self.claimed)
         if not unclaimed:
             return
-        named = [f"{name} ({self.reasons.get(name, WITHOUT_LAYER)})" for name in unclaimed[:SHOWN]]
-        if self.partial:
-            logger.info(
-                "vlmq: no layer in this process (a pipeline stage or a draft model?) for %d quantised modules: %s",
-                len(unclaimed),
-                ", ".join(unclaimed[:SHOWN]),
-            )
-        else:
+        if not self.partial:
+            named = ", ".join(f"{name} ({self.reasons.get(name, WITHOUT_LAYER)})" for name in unclaimed[:SHOWN])
             raise ValueError(
-                f"{len(unclaimed)} of {len(modules)} quantised modules find no place in vLLM: {', '.join(named)}; "
-                "quantise again without them"
+                f"{len(unclaimed)} of {len(modules)} quantised modules find no place in vLLM: {named}; quantise again "
+                "without them"
             )
+        without = "vlmq: no layer in this process (a pipeline stage or a draft model?) for %d quantised modules: %s"
+        logger.info(without, len(unclaimed), ", ".join(unclaimed[:SHOWN]))
 
     def note_partial(self) -> None:
         """With pipeline stages or a draft model a process builds some of the modules and need not claim all."""

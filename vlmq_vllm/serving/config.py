@@ -17,7 +17,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from vlmq_vllm.checkpoint import ModuleInfo, QuantizationSpec
 from vlmq_vllm.errors import CheckpointError
-from vlmq_vllm.foreign import SPECS, Spec
+from vlmq_vllm.foreign import Spec, spec_of
 from vlmq_vllm.headers import read_config, read_headers
 from vlmq_vllm.names import ModuleTable
 from vlmq_vllm.packing import OWN, Packing
@@ -63,16 +63,11 @@ class VLMQConfig(QuantizationConfig):
 
     @classmethod
     def from_config(cls, config: dict) -> "VLMQConfig":
-        method = str(config.get("quant_method")).lower()
-        if method not in SPECS:
-            raise RuntimeError(
-                f"--quantization vlmq was given, but the model is quantised with {method!r}; vlmq serves "
-                f"{', '.join(SPECS)}; {HOW_TO}"
-            )
         try:
-            return cls(SPECS[method].from_dict(config))
+            return cls(spec_of(config))
         except CheckpointError as error:
-            raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}") from None
+            advice = "" if config.get("quant_method") == "vlmq" else f"; {HOW_TO}"
+            raise RuntimeError(f"vlmq cannot serve this checkpoint: {error}{advice}") from None
 
     @classmethod
     def override_quantization_method(
@@ -117,6 +112,7 @@ class VLMQConfig(QuantizationConfig):
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
         from vlmq_vllm.serving.compat import complete_head
+        from vlmq_vllm.serving.linear import VLMQLinearMethod
 
         self.claims.note_partial()
         if isinstance(layer, RoutedExperts):
@@ -129,10 +125,13 @@ class VLMQConfig(QuantizationConfig):
                 f"{shards[0]} is an embedding and quantised; vlmq serves embeddings at 16 bits only, "
                 "quantise again without it"
             )
-        if shards and isinstance(layer, ParallelLMHead):
-            complete_head(layer, prefix)
         if shards:
-            return self._linear_method(prefix, shards)
+            if isinstance(layer, ParallelLMHead):
+                complete_head(layer, prefix)
+            missing = f"{prefix} (a shard that is not quantised)"
+            known = [(name or missing, self.modules[name] if name else None) for name in shards]
+            self.claims.add(prefix, known)
+            return VLMQLinearMethod(known, self)
         self.claims.add(prefix)
         if not isinstance(layer, LinearBase):
             return None
@@ -161,14 +160,6 @@ class VLMQConfig(QuantizationConfig):
             names = self.modules if kind == "quantised" else self.plain | self.modules.keys()
             self.tables[kind] = ModuleTable(names, [partial(map_name, mapper) for mapper in self.mappers])
         return self.tables[kind]
-
-    def _linear_method(self, prefix: str, names: tuple[str | None, ...]) -> QuantizeMethodBase:
-        from vlmq_vllm.serving.linear import VLMQLinearMethod
-
-        missing = f"{prefix} (a shard that is not quantised)"
-        shards = [(name or missing, self.modules[name] if name else None) for name in names]
-        self.claims.add(prefix, shards)
-        return VLMQLinearMethod(shards, self)
 
     def _experts_method(self, layer: Layer, prefix: str) -> QuantizeMethodBase | None:
         found = self._table("quantised").experts(prefix)

@@ -14,6 +14,7 @@ flat parameters and goes the same way again.
 import math
 from collections.abc import Callable
 from itertools import accumulate
+from types import MethodType
 from typing import Any
 
 import torch
@@ -44,14 +45,17 @@ class Container:
         self.offsets = {name: [0, *accumulate(found)] for name, found in sizes.items()}
 
     def register(self, layer: Layer, loader: Callable) -> None:
-        """Give `layer` the parameters, each with `loader` (bound to the layer) as its weight_loader."""
+        """Give `layer` the parameters, each with `loader` as its weight_loader.
+
+        It is bound to the layer as a method: vLLM's reload reads a loader's name and signature and swaps its layer.
+        """
         for name, part in self.parts.items():
             floating = part in ("weight_scale", DENSE)
             dtype = self.dtype if floating else torch.int64 if part == "weight_shape" else torch.int32
             param: Flat = add_parameter(layer, self.prefix + name, torch.zeros(self.offsets[name][-1], dtype=dtype))
             param.vlmq_name = name
             param.vlmq_prefix = self.prefix
-            param.weight_loader = loader
+            param.weight_loader = MethodType(loader, layer)
 
     def load(self, param: Flat, index: int, tensor: torch.Tensor) -> None:
         """Copy this rank's piece of a tensor of segment `index` into its place in the flat parameter.
@@ -69,7 +73,7 @@ class Container:
         self.arrived.add((index, name))
 
     def is_full(self, layer: Layer) -> bool:
-        """Whether the parameters are still those of a load, and not yet turned into others."""
+        """Whether the parameters are still those of a load."""
         return getattr(layer, self.prefix + self.first).numel() > 0
 
     def pieces(self, layer: Layer) -> list[Piece]:

@@ -43,11 +43,8 @@ def why_not_int4(format: WeightFormat, dtype: torch.dtype) -> str | None:
 
 
 def isa(dtype: torch.dtype) -> str:
-    """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights.
-
-    Linux ends a process that uses AMX without having asked for it. Where it refuses, "vec" is vLLM's choice without
-    AMX.
-    """
+    """The instruction set to ask the kernel for: vLLM's own choice for its 4-bit weights, "vec" where Linux refuses AMX
+    to this process, which it would end for using it unasked."""
     from vllm.model_executor.kernels.linear.mixed_precision.cpu import _get_isa_hint
 
     chosen = _get_isa_hint(dtype)
@@ -67,7 +64,9 @@ def widen(weights: list[QuantizedWeight], dtype: torch.dtype) -> dict[str, torch
         shift = MIDDLE - weight.format.middle if symmetric else 0
         codes.append(pad(weight.codes + shift, (0, padded - columns)))
         scales.append(weight.scale[:, belongs].to(dtype))
-        zeros.append(_zeros(weight)[:, belongs])
+        # Symmetric weights beside asymmetric ones keep their codes and get their middle.
+        zero = torch.full_like(weight.scale, weight.format.middle, dtype=torch.uint8)
+        zeros.append((zero if weight.zero is None else weight.zero)[:, belongs])
     rows = sum(len(part) for part in codes)
     below = (0, 0, 0, -rows % STEP)
     tensors = {
@@ -107,13 +106,6 @@ def _common_group(widths: list[int], columns: int) -> int:
     """The finest group; where all have one per row, it is as wide as the row filled up to the kernel's step."""
     grouped = [width for width in widths if width < columns]
     return math.gcd(*grouped) if grouped else -(-columns // STEP) * STEP
-
-
-def _zeros(weight: QuantizedWeight) -> torch.Tensor:
-    """Zero points [O, G] uint8; symmetric weights beside asymmetric ones keep their codes and get their middle."""
-    if weight.zero is not None:
-        return weight.zero
-    return torch.full(weight.scale.shape, weight.format.middle, dtype=torch.uint8)
 
 
 def _pack_blocks(codes: torch.Tensor) -> torch.Tensor:

@@ -9,14 +9,14 @@ known when vLLM compiles a model.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import gelu, linear, silu
 
-from vlmq_vllm.format import WeightFormat
+from vlmq_vllm.kernels.expert_weights import ExpertWeights
+from vlmq_vllm.kernels.torch_ops import define
 from vlmq_vllm.serving import cpu
-from vlmq_vllm.serving.launch import Piece, Tensors, check_triton, choose, kind_of
+from vlmq_vllm.serving.launch import Launch, Piece, Tensors, choose, kind_of, repacked
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": silu,
@@ -25,34 +25,22 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class ExpertLaunch:
-    """Products with the experts' weights [rows, columns] from the tensors `names`; bits and group size for "triton",
-    isa for "int4"."""
-
-    kind: str
-    rows: int
-    columns: int
-    names: tuple[str, ...]
-    bits: int = 0
-    group_size: int = 0
-    isa: str = ""
-
-    def run(self, tensors: Tensors, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None) -> torch.Tensor:
-        """Every token with its experts: x [T, columns] or [T, k, columns], ids [T, k] (-1: not here, gives zeros),
-        router [T, k] as a factor or None: [T, k, rows]."""
-        if self.kind == "triton":
-            packed = (tensors["packed"], tensors["scales"], tensors.get("zeros"))
-            sizes = (self.bits, self.group_size, self.rows, self.columns)
-            return torch.ops.vlmq.experts_v1(x, *packed, ids, None, router, *sizes)
-        parts = [tensors.get(name) for name in ("weight", "packed", "scales", "zeros")]
-        out = torch.ops.vlmq.experts_on_cpu_v1(x, *parts, ids, self.rows, self.isa)
-        return out if router is None else (out.float() * router.unsqueeze(-1)).to(x.dtype)
+def run(
+    launch: Launch, tensors: Tensors, x: torch.Tensor, ids: torch.Tensor, router: torch.Tensor | None
+) -> torch.Tensor:
+    """Every token with its experts: x [T, columns] or [T, k, columns], ids [T, k] (-1: not here, gives zeros),
+    router [T, k] as a factor or None: [T, k, rows]."""
+    if launch.kind == "triton":
+        packed = (tensors["packed"], tensors["scales"], tensors.get("zeros"))
+        return torch.ops.vlmq.experts_v1(x, *packed, ids, None, router, *launch.weights[0], launch.columns)
+    parts = [tensors.get(name) for name in ("weight", "packed", "scales", "zeros")]
+    out = torch.ops.vlmq.experts_on_cpu_v1(x, *parts, ids, launch.rows, launch.isa)
+    return out if router is None else (out.float() * router.unsqueeze(-1)).to(x.dtype)
 
 
 def prepare(
     pieces: list[Piece], each: int, dtype: torch.dtype, experts_per_token: int, with_router: bool
-) -> tuple[ExpertLaunch, Tensors]:
+) -> tuple[Launch, Tensors]:
     """The launch and its tensors for activations of `dtype`; `each` pieces that follow one another are an expert.
 
     Raises ValueError off the CPU for what the kernels cannot read: experts one by one would wait for the GPU.
@@ -62,37 +50,31 @@ def prepare(
         raise ValueError(f"{pieces[0].name} cannot be served on this device: {reason}")
     experts = [pieces[i : i + each] for i in range(0, len(pieces), each)]
     kind = kind_of(pieces[0], dtype)
-    rows, columns = sum(piece.shape[0] for piece in experts[0]), pieces[0].shape[1]
     if kind == "triton":
-        format = pieces[0].format
-        assert format is not None, "kernels are for quantised weights"
-        tensors = _triton(experts, format, dtype, experts_per_token, with_router)
-        return ExpertLaunch(kind, rows, columns, tuple(tensors), format.bits, format.group_size), tensors
-    codes = ([piece.codes() for piece in expert] for expert in experts)
+        return _triton(experts, dtype, experts_per_token, with_router)
     if kind == "int4":
-        one_by_one, isa = [cpu.widen(expert, dtype) for expert in codes], cpu.isa(dtype)
+        one_by_one = [cpu.widen([piece.codes() for piece in expert], dtype) for expert in experts]
     else:
-        one_by_one, isa = [{"weight": torch.cat([w.dequantize(dtype) for w in expert])} for expert in codes], ""
+        one_by_one = [{"weight": torch.cat([piece.dense(dtype) for piece in expert])} for expert in experts]
     tensors = {name: torch.stack([tensors[name] for tensors in one_by_one]) for name in one_by_one[0]}
-    return ExpertLaunch(kind, rows, columns, tuple(tensors), isa=isa), tensors
+    rows, isa = sum(piece.shape[0] for piece in experts[0]), cpu.isa(dtype) if kind == "int4" else ""
+    return Launch(kind, rows, tuple(tensors), isa), tensors
 
 
 def _triton(
-    experts: list[list[Piece]], format: WeightFormat, dtype: torch.dtype, experts_per_token: int, with_router: bool
-) -> Tensors:
-    check_triton()
-    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
-    from vlmq_vllm.kernels.expert_weights import ExpertWeights
-    from vlmq_vllm.kernels.repack import repack
-
-    weights = (repack(format, [piece.tensors for piece in expert]) for expert in experts)
-    stacked = ExpertWeights.stack(weights, len(experts))
+    experts: list[list[Piece]], dtype: torch.dtype, experts_per_token: int, with_router: bool
+) -> tuple[Launch, Tensors]:
+    stacked = ExpertWeights.stack(map(repacked, experts), len(experts))
     if stacked.packed.is_cuda:
         from vlmq_vllm.kernels.warmup import warm_experts
 
-        warm_experts(stacked, experts_per_token, dtype, with_bias=False, with_router=with_router)
+        warm_experts(stacked, experts_per_token, dtype, with_router)
     tensors = {"packed": stacked.packed, "scales": stacked.scales}
-    return tensors if stacked.zeros is None else tensors | {"zeros": stacked.zeros}
+    if stacked.zeros is not None:
+        tensors["zeros"] = stacked.zeros
+    shape = stacked.geometry
+    weights = ((shape.bits, shape.format.group_size, shape.rows),)
+    return Launch("triton", shape.rows, tuple(tensors), weights=weights, columns=shape.columns), tensors
 
 
 def experts_on_cpu(
@@ -123,15 +105,10 @@ def experts_on_cpu(
     return out
 
 
-if not hasattr(torch.ops.vlmq, "experts_on_cpu_v1"):  # a second import, by another name or a reload, leaves it
-    torch.library.define(
-        "vlmq::experts_on_cpu_v1",
-        "(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, int rows, str isa) "
-        "-> Tensor",
-        tags=(torch.Tag.pt2_compliant_tag,),
-    )
-    torch.library.impl("vlmq::experts_on_cpu_v1", "default", experts_on_cpu)
-    torch.library.register_fake(
-        "vlmq::experts_on_cpu_v1",
-        lambda x, weight, packed, scales, zeros, ids, rows, isa: x.new_empty((*ids.shape, rows)),
-    )
+define(
+    "experts_on_cpu_v1",
+    "(Tensor x, Tensor? weight, Tensor? packed, Tensor? scales, Tensor? zeros, Tensor ids, int rows, str isa) "
+    "-> Tensor",
+    lambda x, weight, packed, scales, zeros, ids, rows, isa: x.new_empty((*ids.shape, rows)),
+    cpu=experts_on_cpu,
+)

@@ -19,6 +19,8 @@ import torch
 from vllm.logger import init_logger
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
+from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
+from vlmq_vllm.kernels.layout import RuntimeWeight, why_not
 from vlmq_vllm.serving import cpu
 from vlmq_vllm.serving.compat import batch_invariant
 
@@ -51,10 +53,14 @@ class Piece:
         assert self.format is not None
         return QuantizedWeight.from_tensors(self.format, self.tensors)
 
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.tensors["weight"].clone() if self.format is None else self.codes().dequantize(dtype)
+
 
 @dataclass(frozen=True)
 class Launch:
-    """One product of `rows` outputs from the tensors `names`; `rounded`: its inputs are integers with tokens' scales.
+    """One product of `rows` outputs, of every expert for a mixture, from the tensors `names`; `rounded`: its inputs are
+    integers with tokens' scales.
 
     `isa` belongs to "int4". To "triton" belong `columns` and `weights`, (bits, group_size, rows) of each.
     """
@@ -73,7 +79,13 @@ class Launch:
     ) -> torch.Tensor:
         """x [M, columns] times the weights, times token_scales [M, 1] float32 if given, plus bias [rows]: [M, rows]."""
         if self.kind == "triton":
-            return self._triton(tensors, x, bias, token_scales)
+            count = range(len(self.weights))
+            lists = [[tensors.get(f"{name}{i}") for i in count] for name in ("packed", "scales", "zeros")]
+            bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.weights, strict=True))
+            given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
+            if token_scales is None:
+                return torch.ops.vlmq.linear_v1(x, *given)
+            return torch.ops.vlmq.linear_int8_v1(x, token_scales, *given)
         if token_scales is None:
             return self._float(tensors, x, bias)
         product = self._float(tensors, x * UNIT, None).float() * (token_scales / UNIT)
@@ -85,31 +97,24 @@ class Launch:
         packed, scales, zeros = tensors["packed"], tensors["scales"], tensors.get("zeros")
         return cpu.int4_linear(x, packed, scales, zeros, bias, self.rows, self.isa)
 
-    def _triton(
-        self, tensors: Tensors, x: torch.Tensor, bias: torch.Tensor | None, token_scales: torch.Tensor | None
-    ) -> torch.Tensor:
-        count = range(len(self.weights))
-        lists = [[tensors.get(f"{name}{i}") for i in count] for name in ("packed", "scales", "zeros")]
-        bits, group_sizes, rows = (list(numbers) for numbers in zip(*self.weights, strict=True))
-        given = (*lists, bias, bits, group_sizes, rows, self.columns, self.batch_invariant)
-        if token_scales is None:
-            return torch.ops.vlmq.linear_v1(x, *given)
-        return torch.ops.vlmq.linear_int8_v1(x, token_scales, *given)
-
 
 def prepare(
     pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool = False
 ) -> list[tuple[Launch, Tensors]]:
     """The launches of a layer and their tensors for activations of `dtype`, at 8 bits if `rounded`."""
-    launches = []
+    launches: list[tuple[Launch, Tensors]] = []
     for kind, group in groupby(pieces, key=lambda piece: kind_of(piece, dtype)):
         members = list(group)
-        if kind == "int4":
-            launches.append(_int4(members, dtype, rounded))
-        elif kind == "triton":
+        if kind == "triton":
             launches.append(_triton(members, dtype, with_bias, rounded))
+        elif kind == "int4":
+            tensors = cpu.widen([piece.codes() for piece in members], dtype)
+            rows = sum(piece.shape[0] for piece in members)
+            launches.append((Launch(kind, rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors))
         else:
-            launches += [_dense(piece, dtype, rounded) for piece in members]
+            for piece in members:
+                launch = Launch(kind, piece.shape[0], ("weight",), rounded=rounded and piece.format is not None)
+                launches.append((launch, {"weight": piece.dense(dtype)}))
     return launches
 
 
@@ -123,44 +128,28 @@ def kind_of(piece: Piece, dtype: torch.dtype) -> str:
 
 
 def choose(piece: Piece, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The kind, and why it is "dense" where the piece is quantised."""
     if piece.format is None:
         return "dense", None
-    fast, reason = "int4", None
-    if piece.device.type == "cpu":
-        reason = cpu.why_not_int4(piece.format, dtype)
-    else:
-        from vlmq_vllm.kernels.layout import why_not
-
-        fast, reason = "triton", why_not(piece.format, *piece.shape)
-    return (fast, None) if reason is None else ("dense", reason)
+    on_cpu = piece.device.type == "cpu"
+    reason = cpu.why_not_int4(piece.format, dtype) if on_cpu else why_not(piece.format, *piece.shape)
+    if reason is not None:
+        return "dense", reason
+    return ("int4" if on_cpu else "triton"), None
 
 
-def check_triton() -> None:
-    """Raises RuntimeError unless Triton can be imported."""
+def repacked(pieces: list[Piece]) -> RuntimeWeight:
+    """Pieces of one format as one weight of the kernels. Raises RuntimeError where Triton is missing."""
     if find_spec("triton") is None:
         raise RuntimeError("vlmq's kernels need Triton, which is not installed; pip install triton")
+    from vlmq_vllm.kernels.repack import repack
 
-
-def _dense(piece: Piece, dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
-    dense = piece.tensors["weight"].clone() if piece.format is None else piece.codes().dequantize(dtype)
-    rounded = rounded and piece.format is not None
-    return Launch("dense", len(dense), ("weight",), rounded=rounded), {"weight": dense}
-
-
-def _int4(pieces: list[Piece], dtype: torch.dtype, rounded: bool) -> tuple[Launch, Tensors]:
-    tensors = cpu.widen([piece.codes() for piece in pieces], dtype)
-    rows = sum(piece.shape[0] for piece in pieces)
-    return Launch("int4", rows, tuple(tensors), isa=cpu.isa(dtype), rounded=rounded), tensors
+    assert pieces[0].format is not None, "kernels are for quantised weights"
+    return repack(pieces[0].format, [piece.tensors for piece in pieces])
 
 
 def _triton(pieces: list[Piece], dtype: torch.dtype, with_bias: bool, rounded: bool) -> tuple[Launch, Tensors]:
-    """Neighbours of one format become one weight. Raises RuntimeError where Triton is missing."""
-    check_triton()
-    from vlmq_vllm.kernels import torch_ops  # noqa: F401, defines torch.ops.vlmq
-    from vlmq_vllm.kernels.repack import repack
-
-    groups = groupby(pieces, key=lambda piece: piece.format)
-    weights = [repack(format, [piece.tensors for piece in members]) for format, members in groups]
+    weights = [repacked(list(members)) for _, members in groupby(pieces, key=lambda piece: piece.format)]
     invariant = batch_invariant()
     if weights[0].packed.is_cuda:
         from vlmq_vllm.kernels.warmup import warm

@@ -4,7 +4,6 @@ Tensors arrive in a container (`container.py`) and become what the launches (`la
 `vlmq_<launch>_<tensor>`. ParallelLMHead is served by the same method; vocabulary rows that vLLM adds evaluate to zero.
 """
 
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +43,7 @@ class VLMQLinearMethod(LinearMethodBase):
             layer, self.shards, input_size_per_partition, output_partition_sizes, self.config.packing
         )
         layer.vlmq_container = Container(segments, params_dtype)
-        layer.vlmq_container.register(layer, MethodType(vlmq_weight_loader, layer))
+        layer.vlmq_container.register(layer, vlmq_weight_loader)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         container: Container = layer.vlmq_container
@@ -94,15 +93,9 @@ class VLMQLinearMethod(LinearMethodBase):
 
 
 def vlmq_weight_loader(
-    layer: Layer,
-    param: Flat,
-    loaded_weight: torch.Tensor,
-    loaded_shard_id: str | int | None = None,
+    layer: Layer, param: Flat, loaded_weight: torch.Tensor, loaded_shard_id: str | int | None = None
 ) -> None:
-    """Put one tensor into its container.
-
-    Bound to its layer as a method: vLLM's reload reads the loader's name and signature and swaps its layer.
-    """
+    """Put one tensor into its container."""
     layer.vlmq_container.load(param, _segment_index(layer, loaded_shard_id), loaded_weight)
 
 

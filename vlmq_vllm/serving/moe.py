@@ -6,7 +6,7 @@ Every expert has gate_proj and up_proj [I, H], vLLM's w13, and down_proj [H, I],
 experts whole.
 """
 
-from types import MethodType
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +15,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.serving.compat import lacks_router, select_experts
 from vlmq_vllm.serving.container import Container, Flat, add_parameter
-from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare
-from vlmq_vllm.serving.partition import cut_format
+from vlmq_vllm.serving.expert_launch import ACTIVATIONS, prepare, run
 from vlmq_vllm.serving.segments import Layer, Segment
 
 if TYPE_CHECKING:
@@ -55,11 +54,12 @@ class VLMQMoEMethod(FusedMoEMethodBase):
         start = intermediate_size_per_partition * parallel.tp_rank
         own, whole = (start, start + intermediate_size_per_partition), (0, hidden_size)  # of I and of H
         *fused, down = names
-        w13 = [self._segment(expert, name, (inner, hidden_size), own, whole) for expert in here for name in fused]
-        w2 = [self._segment(expert, down, (hidden_size, inner), whole, own) for expert in here]
+        segment = partial(Segment, self.prefix, packing=self.config.packing)
+        w13 = [segment(*self.experts[e, name], (inner, hidden_size), (own,), whole) for e in here for name in fused]
+        w2 = [segment(*self.experts[e, down], (hidden_size, inner), (whole,), own) for e in here]
         layer.vlmq_experts = {W13: Container(w13, params_dtype, W13), W2: Container(w2, params_dtype, W2)}
         for container in layer.vlmq_experts.values():
-            container.register(layer, MethodType(vlmq_expert_loader, layer))
+            container.register(layer, vlmq_expert_loader)
 
     def process_weights_after_loading(self, layer: Layer) -> None:
         if not layer.vlmq_experts[W13].is_full(layer):
@@ -113,7 +113,7 @@ class VLMQMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         launch = layer.vlmq_launches[prefix]
         tensors = {name: getattr(layer, f"vlmq_{prefix}{name}") for name in launch.names}
-        return launch.run(tensors, x, ids, router)
+        return run(launch, tensors, x, ids, router)
 
     def _check(self, layer: Layer, names: list[str]) -> None:
         """All experts must be there, with one format for all gates and ups and one for all downs."""
@@ -144,19 +144,6 @@ class VLMQMoEMethod(FusedMoEMethodBase):
                         f"{' and '.join(group)} of a layer's experts, quantise them alike"
                     )
 
-    def _segment(
-        self, expert: int, name: str, shape: tuple[int, int], rows: tuple[int, int], columns: tuple[int, int]
-    ) -> Segment:
-        """What the rank holds of a weight that vLLM builds in this shape."""
-        module, info = self.experts[expert, name]
-        if (info.rows, info.columns) != shape:
-            raise ValueError(
-                f"{self.prefix}: {module} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
-                f"{shape[0]} x {shape[1]}; the checkpoint does not belong to this config.json"
-            )
-        format = cut_format(self.prefix, info.format, shape[1], columns[1] - columns[0])
-        return Segment(module, info.format, format, shape, (rows,), columns, packing=self.config.packing)
-
 
 def vlmq_expert_loader(
     layer: Layer,
@@ -167,10 +154,7 @@ def vlmq_expert_loader(
     expert_id: int,
     return_success: bool = False,
 ) -> bool | None:
-    """Put one tensor of one expert into its container; False for an expert of another rank.
-
-    Bound to its layer as a method: vLLM's reload reads the loader's name and signature and swaps its layer.
-    """
+    """Put one tensor of one expert into its container; False for an expert of another rank."""
     local = layer._map_global_expert_id_to_local_expert_id(expert_id)
     if local >= 0:
         each = 1 if param.vlmq_prefix == W2 else 2

@@ -1,9 +1,8 @@
-"""Finds the rows and columns of each tensor in the files that a rank holds, and refuses cuts that cannot be served."""
+"""Finds the rows and columns of each tensor in the files that a rank holds of a linear layer."""
 
 from collections.abc import Sequence
 
 from vlmq_vllm.checkpoint import ModuleInfo
-from vlmq_vllm.format import WeightFormat
 from vlmq_vllm.packing import OWN, Packing
 from vlmq_vllm.serving.segments import Layer, Segment
 
@@ -17,12 +16,8 @@ def segments_of(
     outputs: Sequence[int],
     packing: Packing = OWN,
 ) -> list[Segment]:
-    """Segments of a vLLM layer on its rank.
-
-    `shards` are the checkpoint modules with what the headers say (None: kept at 16 bits), `columns` and `outputs` the
-    layer's input size and output sizes on this rank. Raises ValueError, naming layer and module, for anything that
-    does not fit.
-    """
+    """Segments of a vLLM layer on its rank, of the checkpoint modules `shards` with what the headers say (None: kept at
+    16 bits); `columns` and `outputs`: the layer's input size and output sizes on this rank. Raises ValueError."""
     pieces = _row_pieces(layer, outputs)
     if len(shards) == 1:
         pieces = [_joined(pieces)]
@@ -35,17 +30,9 @@ def segments_of(
     start = layer.tp_rank * columns if layer.input_size > columns else 0
     segments = []
     for (name, info), (rows, total) in zip(shards, pieces, strict=True):
-        expected = (total, layer.input_size)
-        if info is not None and (info.rows, info.columns) != expected:
-            raise ValueError(
-                f"{layer.prefix}: {name} is {info.rows} x {info.columns} in the checkpoint, but vLLM builds it "
-                f"{expected[0]} x {expected[1]}; the checkpoint does not belong to this config.json, or vLLM changes "
-                "this layer's size, then quantise without it"
-            )
         padding = sum(outputs) - sum(stop - start for start, stop in rows) if _is_vocabulary(layer) else 0
-        stored = None if info is None else info.format
-        part = None if stored is None else cut_format(layer.prefix, stored, layer.input_size, columns)
-        segments.append(Segment(name, stored, part, expected, rows, (start, start + columns), padding, packing))
+        place = (total, layer.input_size), rows, (start, start + columns), padding, packing
+        segments.append(Segment(layer.prefix, name, info, *place))
     return segments
 
 
@@ -77,16 +64,3 @@ def _joined(pieces: list[tuple[Rows, int]]) -> tuple[Rows, int]:
     if all(before[1] == after[0] for before, after in zip(rows, rows[1:], strict=False)):
         rows = [(rows[0][0], rows[-1][1])]
     return tuple(rows), total
-
-
-def cut_format(prefix: str, format: WeightFormat, total: int, columns: int) -> WeightFormat:
-    """The format of a rank's `columns` of `total`. Raises ValueError with the tensor-parallel sizes that work."""
-    part = format.part(total, columns)
-    if part is None:
-        fitting = [n for n in range(1, 65) if total % n == 0 and format.part(total, total // n)]
-        raise ValueError(
-            f"{prefix}: {total} inputs in groups of {format.group_size} at {format.bits} bits cannot be cut into "
-            f"{total // columns} parts of {columns}; serve with --tensor-parallel-size "
-            f"{' or '.join(map(str, fitting))}, or quantise with smaller groups"
-        )
-    return part

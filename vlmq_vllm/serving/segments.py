@@ -9,10 +9,12 @@ fused layer may differ in width, grouping and grid; one that the checkpoint keep
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from vlmq_vllm.checkpoint import ModuleInfo
 from vlmq_vllm.format import WORD, WeightFormat, pack, unpack
 from vlmq_vllm.packing import OWN, Packing
 
@@ -24,19 +26,44 @@ DTYPES = {DENSE: FLOATS, "weight_scale": FLOATS, "weight_shape": (torch.int64, t
 
 @dataclass(frozen=True)
 class Segment:
-    """The part of checkpoint module `name` (a weight `disk` = [O, I]) that one rank holds; see above.
+    """The part of checkpoint module `name` that one rank holds; see above.
 
-    `stored` is the format on disk, None for a weight at 16 bits; `format` that of the part.
+    `layer` is its layer in vLLM, which builds the whole weight in the shape `disk` = [O, I]; `info` what the headers
+    say of it, None for a weight at 16 bits. Raises ValueError, naming layer and module, for another shape, and with the
+    tensor-parallel sizes that work for columns that cannot be cut out.
     """
 
+    layer: str
     name: str
-    stored: WeightFormat | None
-    format: WeightFormat | None
+    info: ModuleInfo | None
     disk: tuple[int, int]
     rows: tuple[tuple[int, int], ...]
     columns: tuple[int, int]
     padding: int = 0
     packing: Packing = OWN
+
+    def __post_init__(self) -> None:
+        if self.info is None:
+            return
+        if (self.info.rows, self.info.columns) != self.disk:
+            raise ValueError(
+                f"{self.layer}: {self.name} is {self.info.rows} x {self.info.columns} in the checkpoint, but vLLM "
+                f"builds it {self.disk[0]} x {self.disk[1]}; the checkpoint does not belong to this config.json, or "
+                "vLLM changes this layer's size, then quantise without it"
+            )
+        if self.format is None:
+            stored, total, count = self.info.format, self.disk[1], self.shape[1]
+            fitting = [n for n in range(1, 65) if total % n == 0 and stored.part(total, total // n)]
+            raise ValueError(
+                f"{self.layer}: {total} inputs in groups of {stored.group_size} at {stored.bits} bits cannot be cut "
+                f"into {total // count} parts of {count}; serve with --tensor-parallel-size "
+                f"{' or '.join(map(str, fitting))}, or quantise with smaller groups"
+            )
+
+    @cached_property
+    def format(self) -> WeightFormat | None:
+        """The format of the part; None for a weight at 16 bits."""
+        return None if self.info is None else self.info.format.part(self.disk[1], self.shape[1])
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -50,9 +77,9 @@ class Segment:
     def parts(self) -> dict[str, str]:
         """Name in the files of every tensor of the segment -> the part of `shapes` that it becomes; a name whose part
         is not among `shapes` stands for a tensor of which nothing is kept."""
-        if self.stored is None:
+        if self.info is None:
             return {DENSE: DENSE}
-        names = self.packing.shapes(self.name, self.stored, *self.disk)
+        names = self.packing.shapes(self.name, self.info.format, *self.disk)
         return {name: part for name, part in self.packing.parts.items() if name in names}
 
     def cut(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -60,8 +87,8 @@ class Segment:
         self._check(name, tensor)
         part = self.parts()[name]
         found: torch.Tensor | None = tensor
-        if self.stored is not None:
-            found = self.packing.unpack(self.name, name, tensor, self.stored, self.disk)
+        if self.info is not None:
+            found = self.packing.unpack(self.name, name, tensor, self.info.format, self.disk)
         if found is None or part == "weight_shape":
             return found
         if part == "weight_zero_point":
@@ -73,8 +100,8 @@ class Segment:
         if part is None:
             raise ValueError(f"{where} was found, but {self.name} has no such tensor by config.json; export it again")
         expected: tuple[int, ...] = self.disk
-        if self.stored is not None:
-            expected = self.packing.shapes(self.name, self.stored, *self.disk)[name]
+        if self.info is not None:
+            expected = self.packing.shapes(self.name, self.info.format, *self.disk)[name]
         if tuple(tensor.shape) != expected:
             raise ValueError(
                 f"{where} has shape {list(tensor.shape)}, expected {list(expected)}; the checkpoint is damaged or "
@@ -104,9 +131,9 @@ class Segment:
         start, stop = self.columns
         if part == DENSE:
             return slice(start, stop)
-        assert self.stored is not None and self.format is not None
+        assert self.info is not None and self.format is not None
         if part == "weight_packed":
-            return slice(start * self.stored.bits // WORD, -(-stop * self.stored.bits // WORD))
+            return slice(start * self.format.bits // WORD, -(-stop * self.format.bits // WORD))
         count = stop - start
         firsts = start + torch.arange(self.format.groups(count)) * self.format.width(count)
-        return firsts // self.stored.width(self.disk[1])
+        return firsts // self.info.format.width(self.disk[1])
