@@ -104,8 +104,11 @@ class Trainer:
         return state["step"]
 
     def save(self, step: int) -> None:
-        """The adapter, and beside it what training goes on from."""
-        self.wrapped.save_pretrained(self.args.out)
+        """The adapter in bfloat16, and beside it what training goes on from."""
+        self.wrapped.peft_config["default"].base_model_name_or_path = None  # a folder of this machine
+        state = {name: tensor.bfloat16() for name, tensor in self.wrapped.state_dict().items()}
+        self.wrapped.save_pretrained(self.args.out, state_dict=state)
+        (self.args.out / "README.md").unlink()
         new = self.args.out / f"{STATE}.new"
         trained = {name: p.data for name, p in self.trained.items()}
         torch.save({"step": step, "trained": trained, "optimiser": self.optimiser.state_dict()}, new)
