@@ -105,7 +105,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """The adapter in bfloat16, and beside it what training goes on from."""
-        self.wrapped.peft_config["default"].base_model_name_or_path = None  # a folder of this machine
+        self.wrapped.peft_config["default"].base_model_name_or_path = "what base.py writes"  # no folder of this machine
         state = {name: tensor.bfloat16() for name, tensor in self.wrapped.state_dict().items()}
         self.wrapped.save_pretrained(self.args.out, state_dict=state)
         (self.args.out / "README.md").unlink()
