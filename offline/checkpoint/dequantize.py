@@ -23,8 +23,8 @@ EXPERT = re.compile(r"(.+\.experts)\.\d+\.(gate_proj|up_proj|down_proj)")
 
 
 def dequantize(folder: Path, out: Path) -> None:
-    """Write the twin of the checkpoint `folder`, ours or another tool's that `foreign/` reads, to the new folder `out`.
-    Raises CheckpointError, and RefusedError for a checkpoint that also rounds inputs."""
+    """Write the 16-bit twin of the checkpoint `folder`, ours or another tool's that `vlmq_vllm/foreign` reads, to the
+    new folder `out`. Raises CheckpointError, and RefusedError for a checkpoint that also rounds inputs."""
     config, headers = read_config(folder), read_headers(folder)
     if config.get("quantization_config") is None:
         raise CheckpointError(f"{folder} is not quantised (config.json has no quantization_config)")
