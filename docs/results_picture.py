@@ -10,7 +10,7 @@ import statistics
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "benchmarks/results"
-RESULTS = (FOLDER / "2026-11-22-methods.jsonl", FOLDER / "2026-11-30-cut-and-rotation.jsonl")
+RESULTS = (FOLDER / "2026-11-22-methods.jsonl", FOLDER / "2026-11-30-refine.jsonl")
 WIDTHS = (4, 3, 2)
 # Name in the picture, and in the results.
 METHODS = (
@@ -23,7 +23,7 @@ METHODS = (
     ("GPTAQ", "GPTAQ"),
     ("VLMQ as published", "VLMQ on GPTAQ"),
     ("QEP", "aligned"),
-    ("VLMQ on QEP (default)", "VLMQ on QEP, cut at 3"),
+    ("VLMQ refined (default)", "VLMQ on QEP, refined"),
 )
 ROW, TOP, LEFT, RIGHT, WIDTH = 30, 92, 210, 32, 760
 DECADES = (-1, 2)  # the axis runs from 10^-1 to 10^2, in 10^-3 nats
