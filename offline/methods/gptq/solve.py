@@ -143,7 +143,7 @@ def _moved(
     if solver.qep:
         return qep(weights, residual, factor, order, solver.alpha), None
     if solver.act_order:
-        residual = residual.take_along_dim(order[..., None], 1).take_along_dim(order[:, None], 2)
+        residual = stack([part[own][:, own] for part, own in zip(residual, order, strict=True)])
     return weights, push_of(residual, factor).mul_(solver.alpha)
 
 
@@ -165,7 +165,8 @@ def _by_columns(
         scale = weights.new_ones(count, format.groups(columns), rows)
         zero = torch.full_like(scale, format.middle)
     group_of = format.group_of(columns, weights.device)[order]
-    targets = weights.mT.take_along_dim(order[..., None], 1)
+    # part by part: take_along_dim would make an index of 64 bits for every weight
+    targets = stack([part[own] for part, own in zip(weights.mT, order, strict=True)])
     sweep = ColumnPass(targets, factor, scale, zero, group_of, format.levels, push)
     whole = WeightFormat(format.bits, -1, format.symmetric)
 
