@@ -10,7 +10,9 @@ import statistics
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "benchmarks/results"
-RESULTS = (FOLDER / "2026-11-22-methods.jsonl", FOLDER / "2026-11-30-refine.jsonl")
+RESULTS = tuple(
+    FOLDER / f"{name}.jsonl" for name in ("2026-11-22-methods", "2026-11-30-cut-and-rotation", "2026-11-30-refine")
+)
 WIDTHS = (4, 3, 2)
 # Name in the picture, and in the results.
 METHODS = (
@@ -23,7 +25,8 @@ METHODS = (
     ("GPTAQ", "GPTAQ"),
     ("VLMQ as published", "VLMQ on GPTAQ"),
     ("QEP", "aligned"),
-    ("VLMQ refined (default)", "VLMQ on QEP, refined"),
+    ("VLMQ on QEP (default)", "VLMQ on QEP, cut at 3"),
+    ("the same, --refine 2", "VLMQ on QEP, refined"),
 )
 ROW, TOP, LEFT, RIGHT, WIDTH = 30, 92, 210, 32, 760
 DECADES = (-1, 2)  # the axis runs from 10^-1 to 10^2, in 10^-3 nats

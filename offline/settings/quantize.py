@@ -83,9 +83,9 @@ class Settings:
         ("static", "none"),
     )
     refine: int = method_option(
-        None,
-        "Rounds of new scales (least squares) and new codes (coordinate descent) after a weight is compensated; 0: "
-        f"none. {BY_WIDTH} Not with base gptaq.",
+        0,
+        "Rounds of new scales (least squares) and new codes (coordinate descent) after a weight is compensated; for "
+        "eight calibration tokens or more for each column, fewer are fitted too closely. Not with base gptaq.",
         least=0,
     )
     grid: str = method_option(
@@ -125,10 +125,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_options(self)
         best = defaults_of(self.method, self.bits)
-        base = self.base or best["base"]
-        best["alpha"] = ALPHA[base]
-        if base == "gptaq":
-            best["refine"] = 0
+        best["alpha"] = ALPHA[self.base or best["base"]]
         for name, value in best.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
