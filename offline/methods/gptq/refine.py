@@ -13,8 +13,8 @@ import torch
 from vlmq_vllm.format import QuantizedWeight, WeightFormat
 
 LEAF = 32  # columns that are treated one by one between two matrix products
-CHUNK = {"cpu": 1 << 21}  # weights that are treated at once, so that temporaries stay in the cache
-LARGE_CHUNK = 1 << 24  # elsewhere, where every operation has its price
+CPU_CHUNK = 1 << 21  # weights that are treated at once, so that temporaries stay in the cache
+CHUNK = 1 << 24  # elsewhere, where every operation has its price
 RIDGE = 1e-4  # of the equations' diagonal, towards the scales as they were: codes of a group may all be zero
 
 
@@ -26,25 +26,14 @@ def refine(
     targets: [O, I] float32. h: H [I, I]; what counts is H + damp I. Scales are rounded to their dtype before codes are
     chosen for them.
     """
-    columns, groups = len(h), weight.scale.shape[1]
-    chunk = CHUNK.get(h.device.type, LARGE_CHUNK)
-    parts = [
-        _Rows(part, h, damp, weight.format, codes, scale, zero)
-        for part, codes, scale, zero in zip(
-            *(
-                tensor.split(max(1, chunk // max(columns, groups * groups)))
-                for tensor in (targets, weight.codes, weight.scale, _zeros(weight))
-            ),
-            strict=True,
-        )
-    ]
+    zero = torch.full_like(weight.scale, weight.format.middle) if weight.zero is None else weight.zero
+    chunk = CPU_CHUNK if h.device.type == "cpu" else CHUNK
+    rows = max(1, chunk // max(len(h), weight.scale.shape[1] ** 2))
+    split = (tensor.split(rows) for tensor in (targets, weight.codes, weight.scale, zero))
+    parts = [_Rows(part, h, damp, weight.format, *solved) for part, *solved in zip(*split, strict=True)]
     found = [part.refined(rounds) for part in parts]
     codes, scales, losses = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     return QuantizedWeight(weight.format, codes, scales, weight.zero), losses
-
-
-def _zeros(weight: QuantizedWeight) -> torch.Tensor:
-    return torch.full_like(weight.scale, weight.format.middle) if weight.zero is None else weight.zero
 
 
 class _Rows:
@@ -62,7 +51,7 @@ class _Rows:
     ) -> None:
         self.h, self.damp, self.levels, self.dtype = h, damp, format.levels, scale.dtype
         self.group_of = format.group_of(len(h), h.device)
-        self.groups = self.group_of.tolist()
+        self.groups, self.diagonal = self.group_of.tolist(), (h.diagonal() + damp).tolist()
         self.width = min(format.width(len(h)), len(h))
         self.targets, self.codes = targets.T.contiguous(), codes.T.float().contiguous()
         self.scale, self.zero = scale.T.float().contiguous(), zero.T.float().contiguous()
@@ -115,7 +104,6 @@ class _Rows:
 
     def _choose_codes(self, pull: torch.Tensor) -> None:
         """The best code of each column in turn; pull: H E, overwritten."""
-        diagonal = (self.h.diagonal() + self.damp).tolist()
         for start in range(0, len(self.h), LEAF):
             span = slice(start, min(start + LEAF, len(self.h)))
             own = self.h[span, span]
@@ -123,7 +111,7 @@ class _Rows:
             for k in range(span.stop - start):
                 column = start + k
                 codes, scale = self.codes[column], self.scale[self.groups[column]]
-                best = (codes + pull[column] / (scale * diagonal[column])).round_().clamp_(0, self.levels - 1)
+                best = (codes + pull[column] / (scale * self.diagonal[column])).round_().clamp_(0, self.levels - 1)
                 moved[k] = best.sub(codes).mul_(scale)
                 self.codes[column] = best
                 later = slice(column + 1, span.stop)

@@ -88,7 +88,7 @@ def test_rows_in_chunks_are_the_same_rows(monkeypatch):
     target, h = problem()
     weight = nearest(target, FORMATS[0])
     whole, _ = refine(target, h, DAMP, weight, 2)
-    monkeypatch.setitem(module.CHUNK, "cpu", 75 * 5)
+    monkeypatch.setattr(module, "CPU_CHUNK", 75 * 5)
     parts, _ = refine(target, h, DAMP, weight, 2)
     assert float((whole.codes == parts.codes).float().mean()) > 0.99  # sums in another order decide between equals
     torch.testing.assert_close(parts.scale, whole.scale, rtol=0.05, atol=0)
