@@ -6,22 +6,19 @@ for the number of iterations and the learning rate, which the caller may give. T
 that would hide the package.
 """
 
-from runner import Clock, arguments, inputs, report
+from runner import Clock, arguments, loaded, report
 
 args = arguments(iters="200", lr="")
 
 from auto_round import AutoRound  # noqa: E402, after the clock of runner.py has started
 from torch.utils.data import DataLoader  # noqa: E402
-from transformers import AutoProcessor, AutoTokenizer, Qwen2VLForConditionalGeneration  # noqa: E402
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration  # noqa: E402, F401, so that imports are counted
 
 
 def main() -> None:
     clock = Clock()
-    with clock("load"):
-        model = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype="auto")
-        processor = AutoProcessor.from_pretrained(args.model)
-    with clock("prepare"):
-        samples = inputs(args.data, processor, args.samples)
+    model, processor, samples = loaded(args, clock)
+    with clock("quantise"):
         quantiser = AutoRound(
             model,
             AutoTokenizer.from_pretrained(args.model),
@@ -37,7 +34,6 @@ def main() -> None:
             gradient_accumulate_steps=8,
             device_map="cpu",
         )
-    with clock("quantise"):
         quantiser.quantize()
     with clock("save"):
         quantiser.save_quantized(str(args.out), format="auto_round:gptqmodel")

@@ -4,7 +4,7 @@ As its own example for this model: weights in the checkpoint's dtype, one decode
 and lm_head left alone. Everything else is its default (static act-order, damping 0.01, block 128, min-max grid).
 """
 
-from runner import Clock, arguments, inputs, report
+from runner import Clock, arguments, loaded, report
 
 args = arguments(method="gptq")
 
@@ -14,7 +14,7 @@ from llmcompressor.modifiers.quantization import QuantizationModifier  # noqa: E
 from llmcompressor.modifiers.transform.awq import AWQModifier  # noqa: E402
 from llmcompressor.pipelines.cache import IntermediatesCache  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration  # noqa: E402
+from transformers import AutoProcessor, Qwen2VLForConditionalGeneration  # noqa: E402, F401, so that imports are counted
 
 IntermediatesCache.pin_memory = lambda *_, **__: None  # AWQ pins without asking, which without a GPU's driver fails
 
@@ -37,11 +37,7 @@ def recipe() -> list:
 
 def main() -> None:
     clock = Clock()
-    with clock("load"):
-        model = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype="auto")
-        processor = AutoProcessor.from_pretrained(args.model)
-    with clock("prepare"):
-        samples = inputs(args.data, processor, args.samples)
+    model, processor, samples = loaded(args, clock)
     modifiers = recipe()
     with clock("quantise"):
         oneshot(

@@ -63,6 +63,18 @@ class Clock:
         self.cpu_seconds[part] = round(process_time() - worked, 2)
 
 
+def loaded(args: argparse.Namespace, clock: Clock) -> tuple:
+    """The Qwen2-VL model in its own dtype, its processor, and the samples."""
+    from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+
+    with clock("load"):
+        model = Qwen2VLForConditionalGeneration.from_pretrained(args.model, dtype="auto")
+        processor = AutoProcessor.from_pretrained(args.model)
+    with clock("prepare"):
+        samples = inputs(args.data, processor, args.samples)
+    return model, processor, samples
+
+
 def report(tool: str, args: argparse.Namespace, clock: Clock, packages: tuple[str, ...], settings: dict) -> None:
     """Print the JSON line. `settings` says what the tool was told beyond the arguments, and which defaults matter."""
     import torch

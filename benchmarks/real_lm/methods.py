@@ -29,7 +29,7 @@ CHATS, POOL = 128, 256  # of a run; pictures that are drawn from
 GROUP_SIZE = 64
 QEP = {"method": "gptq", "base": "qep"}
 REFINED = {"refine": 2}
-VLMQ = {"method": "vlmq", "base": "qep", "refine": 0}
+VLMQ = {"method": "vlmq", "base": "qep"}
 PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
 METHODS = {
     "RTN": {"method": "rtn"},
