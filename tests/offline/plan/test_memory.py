@@ -210,10 +210,10 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
-def measured_and_planned(tmp_path, calibration, monkeypatch, method):
-    """Peak of a run's process in bytes, and the plan of the run."""
+def measured_and_planned(tmp_path, calibration, monkeypatch, method, inner=6144):
+    """Peak of a run's process in bytes, and the plan of the run; `inner` is the MLP's width."""
     family = family_models.FAMILIES["qwen2_vl"]
-    sizes = {"hidden_size": 512, "intermediate_size": 6144, "num_hidden_layers": 2}
+    sizes = {"hidden_size": 512, "intermediate_size": inner, "num_hidden_layers": 2}
     large = replace(family, text=family.text | sizes, vision=family.vision | {"hidden_size": 512})
     large.text["rope_parameters"] = family_models.MROPE | {"mrope_section": [16, 24, 24]}
     monkeypatch.setitem(family_models.FAMILIES, "qwen2_vl", large)
@@ -234,15 +234,16 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 
 @needs_proc
 @pytest.mark.parametrize(
-    "method",
+    ("method", "inner"),
     [
-        pytest.param({"method": "vlmq"}, id="vlmq"),
-        pytest.param({"method": "gptq"}, marks=pytest.mark.slow, id="gptq"),
-        pytest.param({"method": "rtn"}, marks=pytest.mark.slow, id="rtn"),
+        pytest.param("vlmq", 6144, id="vlmq"),
+        pytest.param("gptq", 6144, marks=pytest.mark.slow, id="gptq"),
+        # rounding solves nothing: only a wider layer is large beside the libraries
+        pytest.param("rtn", 20480, marks=pytest.mark.slow, id="rtn"),
     ],
 )
-def test_the_predicted_peak_is_that_of_a_run(tmp_path, calibration, monkeypatch, method):
-    measured, found = measured_and_planned(tmp_path, calibration, monkeypatch, method)
+def test_the_predicted_peak_is_that_of_a_run(tmp_path, calibration, monkeypatch, method, inner):
+    measured, found = measured_and_planned(tmp_path, calibration, monkeypatch, {"method": method}, inner)
     # the constant for libraries alone would be off by more than the tolerance, so that the formulas count
     assert found.to_dict()["library_bytes"] < 0.8 * measured
     assert abs(found.peak_memory_bytes - measured) < 0.2 * measured, (found.peak_memory_bytes, measured, found.peak)
