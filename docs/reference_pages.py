@@ -149,7 +149,7 @@ def _defaults() -> str:
             chosen = defaults_of(method, bits)
             chosen["alpha"] = ALPHA[chosen["base"]]
             idle = unread(method, chosen["saliency"], names)
-            values = tuple("-" if name in idle else _value(chosen[name]) for name in names)
+            values = tuple("-" if name in idle else _value(chosen.get(name)) or "open" for name in names)
             by_width.setdefault(values, []).append(bits)
         rows += [f"| `{method}` | {_list(bits)} | {' | '.join(values)} |" for values, bits in by_width.items()]
     return _table("method", "bits", *(f"`{name}`" for name in names), rows=rows)

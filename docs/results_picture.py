@@ -1,35 +1,18 @@
-"""Draws the picture of the README: how far each method moves the demo model's answers at 2, 3 and 4 bits.
+"""Draws the pictures of results: how far each method moves a model's answers, on the real language model and the demo.
 
 The figures are those of the committed results; the files of their names that end in .md say how they were measured.
-One SVG with colours for light and dark pages; text stays text. No library is needed.
+One SVG each, with colours for light and dark pages; text stays text. No library is needed.
 """
 
 import json
 import math
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 FOLDER = Path(__file__).parent.parent / "benchmarks/results"
-RESULTS = tuple(
-    FOLDER / f"{name}.jsonl" for name in ("2026-11-22-methods", "2026-11-30-cut-and-rotation", "2026-11-30-refine")
-)
-WIDTHS = (4, 3, 2)
-# Name in the picture, and in the results.
-METHODS = (
-    ("RTN", "RTN"),
-    ("AWQ", "AWQ"),
-    ("MBQ", "MBQ"),
-    ("QIG", "QIG"),
-    ("Q-VLM", "Q-VLM"),
-    ("GPTQ", "GPTQ"),
-    ("GPTAQ", "GPTAQ"),
-    ("VLMQ as published", "VLMQ on GPTAQ"),
-    ("QEP", "aligned"),
-    ("VLMQ on QEP (default)", "VLMQ on QEP, cut at 3"),
-    ("the same, --refine 2", "VLMQ on QEP, refined"),
-)
-ROW, TOP, LEFT, RIGHT, WIDTH = 30, 92, 210, 32, 760
-DECADES = (-1, 2)  # the axis runs from 10^-1 to 10^2, in 10^-3 nats
+ROW, TOP, LEFT, RIGHT, WIDTH = 30, 110, 210, 32, 760
 STYLE = """\
   text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: #3d3d3a; }
   .title { font-size: 16px; font-weight: 600; fill: #141413; }
@@ -47,86 +30,129 @@ STYLE = """\
     .w4 { fill: #5598ec; stroke: #5598ec; } .w3 { fill: #2bb583; stroke: #2bb583; }
     .w2 { fill: #f07f4f; stroke: #f07f4f; }
   }"""
+Figures = dict[tuple[str, int], tuple[float, float]]  # (name in the results, bits): mean and spread
 
 
-def draw() -> str:
-    """The SVG as text."""
-    found = figures()
-    height = TOP + ROW * len(METHODS) + 48
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="KL divergence to the 16-bit demo model by method at 2, 3 and 4 bits">',
-        f"<style>\n{STYLE}\n</style>",
-        f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
-        '<text class="title" x="20" y="32">How far answers move from those of the 16-bit model: less is better</text>',
-        '<text class="value" x="20" y="52">KL divergence to the 16-bit demo model in 10⁻³ nats, 128 calibration chats; '
-        "mean and standard deviation over seeds</text>",
-        *_legend(),
-        *_axis(height),
+@dataclass(frozen=True)
+class Panel:
+    """One axis of a picture: its heading, the figures on it, and the decades that it runs from and to."""
+
+    heading: str
+    found: Figures
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A row for each method: its name in the picture and in the results; `ours` are set off."""
+
+    title: str
+    note: str
+    methods: tuple[tuple[str, str], ...]
+    ours: tuple[str, ...]
+    widths: tuple[int, ...]
+    panels: tuple[Panel, ...]
+
+    def draw(self) -> str:
+        """The SVG as text."""
+        height = TOP + ROW * len(self.methods) + 48
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+            f'aria-label="{self.title}: {", ".join(name for name, _ in self.methods)}">',
+            f"<style>\n{STYLE}\n</style>",
+            f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
+            f'<text class="title" x="20" y="32">{self.title}</text>',
+            f'<text class="value" x="20" y="52">{self.note}</text>',
+            *self._legend(),
+        ]
+        for i, (name, _) in enumerate(self.methods):
+            lines += self._name(name, TOP + ROW * i + ROW / 2)
+        space = (WIDTH - LEFT - RIGHT) / len(self.panels)
+        for i, panel in enumerate(self.panels):
+            lines += self._panel(panel, LEFT + space * i, LEFT + space * (i + 1) - 40 * (i + 1 < len(self.panels)))
+        return "\n".join([*lines, "</svg>", ""])
+
+    def _legend(self) -> list[str]:
+        lines = []
+        for i, bits in enumerate(self.widths):
+            x = 26 + 70 * i
+            lines.append(
+                f'<circle class="w{bits}" cx="{x}" cy="80" r="5"/><text x="{x + 11}" y="84.5">{bits} bits</text>'
+            )
+        return lines
+
+    def _name(self, name: str, y: float) -> list[str]:
+        band = f'<rect class="band" x="10" y="{y - ROW / 2:g}" width="{WIDTH - 20}" height="{ROW}" rx="4"/>'
+        bold = 'class="ours" ' if name in self.ours else ""
+        text = f'<text {bold}x="{LEFT - 14}" y="{y + 4.5:g}" text-anchor="end">{name}</text>'
+        return [band, text] if bold else [text]
+
+    def _panel(self, panel: Panel, left: float, right: float) -> list[str]:
+        """The axis between two borders, and for each method and width a dot with its spread and its figure."""
+        unit = (right - left) / (panel.last - panel.first)
+
+        def x(value: float) -> float:
+            return left + unit * (math.log10(max(value, 10.0**panel.first)) - panel.first)
+
+        bottom = TOP + ROW * len(self.methods) + 8
+        lines = [f'<text x="{left:.1f}" y="84.5">{panel.heading}</text>']
+        for decade in range(panel.first, panel.last + 1):
+            at = x(10.0**decade)
+            lines.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 4}" y2="{bottom}"/>')
+            tick = f'x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{10.0**decade:g}'
+            lines.append(f'<text class="tick" {tick}</text>')
+        for i, (_, source) in enumerate(self.methods):
+            for bits in self.widths:
+                if (source, bits) in panel.found:
+                    lines += _dot(*panel.found[source, bits], TOP + ROW * i + ROW / 2, bits, x)
+        return lines
+
+
+def _dot(mean: float, spread: float, y: float, bits: int, x: Callable[[float], float]) -> list[str]:
+    low, high, digits = x(mean - spread), x(mean + spread), 2 if mean < 2 else 1
+    return [
+        f'<line class="spread w{bits}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:g}" y2="{y:g}"/>',
+        f'<circle class="w{bits}" cx="{x(mean):.1f}" cy="{y:g}" r="5"/>',
+        f'<text class="value" x="{max(x(mean) + 5, high) + 4:.1f}" y="{y + 4:g}">{mean:.{digits}f}</text>',
     ]
-    for i, (name, _) in enumerate(METHODS):
-        lines += _row(name, TOP + ROW * i + ROW / 2, [found[name, bits] for bits in WIDTHS])
-    return "\n".join([*lines, "</svg>", ""])
 
 
-def figures() -> dict[tuple[str, int], tuple[float, float]]:
-    """Mean and standard deviation over seeds of the KL, in 10^-3 nats, by name in the picture and width."""
-    by_name: dict[tuple[str, float], list[float]] = {}
-    for line in (line for path in RESULTS for line in path.read_text(encoding="utf-8").splitlines()):
+def figures(names: tuple[str, ...], figure: str, unit: float = 1.0) -> Figures:
+    """Means over seeds of a figure in result files, and as spread the standard deviation over seeds or the standard
+    error over chats, the larger where both are known; divided by `unit`."""
+    rows: dict[tuple[str, int], list[dict]] = {}
+    for line in (line for name in names for line in (FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()):
         row = json.loads(line)
-        by_name.setdefault((row["name"], row["bits"]), []).append(1e3 * row["kl"])
+        rows.setdefault((row["name"], row["bits"]), []).append(row)
     found = {}
-    for name, source in METHODS:
-        for bits in WIDTHS:
-            values = by_name[source, bits]
-            found[name, bits] = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    for key, own in rows.items():
+        values = [row[figure] / unit for row in own]
+        error = statistics.mean(row.get(f"{figure}_error", 0.0) / unit for row in own)
+        found[key] = statistics.mean(values), max(error, statistics.stdev(values) if len(values) > 1 else 0.0)
     return found
 
 
-def _row(name: str, y: float, values: list[tuple[float, float]]) -> list[str]:
-    """A method: its name, and for each width a dot with its spread and its figure."""
-    own = "default" in name
-    lines = []
-    if own:
-        lines.append(f'<rect class="band" x="10" y="{y - ROW / 2:g}" width="{WIDTH - 20}" height="{ROW}" rx="4"/>')
-    lines.append(f'<text {_class(own)}x="{LEFT - 14}" y="{y + 4.5:g}" text-anchor="end">{name}</text>')
-    for bits, (mean, spread) in zip(WIDTHS, values, strict=True):
-        x, low, high = _x(mean), _x(mean - spread), _x(mean + spread)
-        lines.append(f'<line class="spread w{bits}" x1="{low:.1f}" x2="{high:.1f}" y1="{y:g}" y2="{y:g}"/>')
-        lines.append(f'<circle class="w{bits}" cx="{x:.1f}" cy="{y:g}" r="5"/>')
-        lines.append(
-            f'<text class="value" x="{max(x + 5, high) + 4:.1f}" y="{y + 4:g}">{mean:.{_places(mean)}f}</text>'
-        )
-    return lines
-
-
-def _axis(height: int) -> list[str]:
-    lines, bottom = [], height - 40
-    for decade in range(DECADES[0], DECADES[1] + 1):
-        x = _x(10**decade)
-        lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 4}" y2="{bottom}"/>')
-        lines.append(f'<text class="tick" x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{10**decade:g}</text>')
-    return lines
-
-
-def _legend() -> list[str]:
-    lines = []
-    for i, bits in enumerate(WIDTHS):
-        x = LEFT + 6 + 90 * i
-        lines.append(f'<circle class="w{bits}" cx="{x}" cy="74" r="5"/><text x="{x + 11}" y="78.5">{bits} bits</text>')
-    return lines
-
-
-def _class(own: bool) -> str:
-    return 'class="ours" ' if own else ""
-
-
-def _places(value: float) -> int:
-    """Digits after the point that a figure is printed with."""
-    return 2 if value < 2 else 1
-
-
-def _x(value: float) -> float:
-    """Where a figure lies on the logarithmic axis."""
-    first, last = DECADES
-    return LEFT + (WIDTH - LEFT - RIGHT) * (math.log10(value) - first) / (last - first)
+def demo() -> str:
+    """The demo model at 2, 3 and 4 bits."""
+    names = ("2026-11-22-methods", "2026-11-30-cut-and-rotation", "2026-11-30-refine")
+    return Picture(
+        "How far answers move from those of the 16-bit model: less is better",
+        "The demo model, 128 calibration chats; mean and standard deviation over seeds",
+        (
+            ("RTN", "RTN"),
+            ("AWQ", "AWQ"),
+            ("MBQ", "MBQ"),
+            ("QIG", "QIG"),
+            ("Q-VLM", "Q-VLM"),
+            ("GPTQ", "GPTQ"),
+            ("GPTAQ", "GPTAQ"),
+            ("VLMQ as published", "VLMQ on GPTAQ"),
+            ("QEP", "aligned"),
+            ("VLMQ on QEP (default)", "VLMQ on QEP, cut at 3"),
+            ("the same, --refine 2", "VLMQ on QEP, refined"),
+        ),
+        ("VLMQ on QEP (default)",),
+        (4, 3, 2),
+        (Panel("KL divergence in 10⁻³ nats", figures(names, "kl", 1e-3), -1, 2),),
+    ).draw()

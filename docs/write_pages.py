@@ -14,7 +14,7 @@ MADE = {
     DOCS / "reference/command-line.md": reference_pages.command_line,
     DOCS / "reference/settings.md": reference_pages.settings,
     DOCS / "reference/modules.md": module_map.modules,
-    DOCS / "assets/results.svg": results_picture.draw,
+    DOCS / "assets/results.svg": results_picture.demo,
 }
 
 

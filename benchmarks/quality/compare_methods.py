@@ -37,7 +37,8 @@ MODEL = Path(__file__).absolute().parents[2] / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
 SAMPLES = 512  # chats of a run, about 29,000 tokens; AWQ's and QIG's papers take 128
 GROUPS = {2: 128, 3: -1, 4: -1}  # in groups of 128 this model loses too little at 3 and 4 bits to tell methods apart
-PUBLISHED = {"method": "vlmq", "saliency_scope": "attention", "saliency_cap": 0}
+PUBLISHED = {"method": "vlmq", "saliency_scope": "attention", "saliency_cap": 0, "refine": 0}
+VLMQ = {"method": "vlmq", "base": "qep", "refine": 0}
 METHODS = {
     "RTN": {"method": "rtn"},
     "AWQ": {"method": "awq"},
@@ -52,9 +53,9 @@ METHODS = {
     "VLMQ on GPTAQ": PUBLISHED | {"base": "gptaq"},
     "QEP": {"method": "gptq", "base": "qep"},
     "QEP, refined": {"method": "gptq", "base": "qep", "refine": 2},
-    "VLMQ on QEP": {"method": "vlmq", "base": "qep", "saliency_scope": "attention"},
-    "VLMQ on QEP, all linears": {"method": "vlmq", "base": "qep", "saliency_scope": "all"},
-    "VLMQ on QEP, refined": {"method": "vlmq", "base": "qep", "saliency_scope": "attention", "refine": 2},
+    "VLMQ on QEP": VLMQ | {"saliency_scope": "attention"},
+    "VLMQ on QEP, all linears": VLMQ | {"saliency_scope": "all"},
+    "VLMQ (default)": {"method": "vlmq"},
 }
 
 

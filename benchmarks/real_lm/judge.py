@@ -63,7 +63,8 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, folder: str | Path) -> dict[str, float]:
-        """The figures of the model in `folder`; names begin with "text" or "picture"."""
+        """The figures of the model in `folder`; names begin with "text" or "picture". Those in "kls" are chat by chat,
+        always in the same order."""
         model, rows = load(folder), {"text": [], "picture": []}
         for number, (hidden, where) in enumerate(self._answers(model)):
             known = self.model.lm_head(self.known[number]).log_softmax(-1)
@@ -76,6 +77,7 @@ class Judge:
                 values = [row[name] for row in each]
                 found[f"{kind}_{name}"] = statistics.fmean(values)
                 found[f"{kind}_{name}_error"] = statistics.stdev(values) / len(values) ** 0.5
+            found[f"{kind}_kls"] = [round(row["kl"], 5) for row in each]  # for differences between models, in pairs
         return found
 
 

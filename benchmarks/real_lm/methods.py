@@ -29,7 +29,8 @@ CHATS, POOL = 128, 256  # of a run; pictures that are drawn from
 GROUP_SIZE = 64
 QEP = {"method": "gptq", "base": "qep"}
 REFINED = {"refine": 2}
-VLMQ = {"method": "vlmq", "base": "qep"}
+ROTATED = {"rotate": True}
+VLMQ = {"method": "vlmq", "base": "qep", "refine": 0}
 PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
 METHODS = {
     "RTN": {"method": "rtn"},
@@ -39,6 +40,10 @@ METHODS = {
     "QEP": QEP,
     "GPTQ, refined": {"method": "gptq"} | REFINED,
     "QEP, refined": QEP | REFINED,
+    "QEP, rotated": QEP | ROTATED,
+    "QEP, rotated, refined": QEP | ROTATED | REFINED,
+    "VLMQ (default)": {"method": "vlmq"},
+    "VLMQ (default), rotated": {"method": "vlmq"} | ROTATED,
     "QEP, alpha 0.5": QEP | {"alpha": 0.5},
     "QEP, alpha 0.25": QEP | {"alpha": 0.25},
     "VLMQ on GPTAQ, as published": PUBLISHED,

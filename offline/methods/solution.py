@@ -12,12 +12,14 @@ from vlmq_vllm.format import QuantizedWeight, WeightFormat
 class Solution:
     """A solved weight. loss [O]: weighted squared output error per token of each row, as the solver saw it (in GPTAQ's
     case against the moved targets), None where nothing is solved. damp: what was needed (None: the Hessian could not be
-    factorised and the weight was rounded to nearest). dead: inputs that were always zero."""
+    factorised and the weight was rounded to nearest). dead: inputs that were always zero. refined: rounds of new scales
+    and codes that the solver added."""
 
     weight: QuantizedWeight
     loss: torch.Tensor | None
     damp: float | None
     dead: int
+    refined: int = 0
 
     @classmethod
     def empty(
@@ -32,13 +34,13 @@ class Solution:
 
     def exchanged(self, broadcast: Callable[[torch.Tensor], None]) -> "Solution":
         """The solution after every tensor of it went through `broadcast`, which overwrites it with the owner's."""
-        numbers = torch.tensor([-1.0 if self.damp is None else self.damp, self.dead], dtype=torch.float64)
+        numbers = torch.tensor([-1.0 if self.damp is None else self.damp, self.dead, self.refined], dtype=torch.float64)
         numbers = numbers.to(self.weight.codes.device)
         for tensor in (self.weight.codes, self.weight.scale, self.weight.zero, self.loss, numbers):
             if tensor is not None:
                 broadcast(tensor)
-        damp, dead = numbers.tolist()
-        return replace(self, damp=None if damp < 0 else damp, dead=int(dead))
+        damp, dead, refined = numbers.tolist()
+        return replace(self, damp=None if damp < 0 else damp, dead=int(dead), refined=int(refined))
 
     def split(self, rows: list[int]) -> list["Solution"]:
         """The solutions of weights that were solved as one, stacked along O."""
@@ -57,8 +59,8 @@ def _split(tensor: torch.Tensor | None, rows: list[int]) -> Sequence[torch.Tenso
 
 @dataclass(frozen=True)
 class Row:
-    """A linear in the report: `loss` per token and row, `damp` and `dead` as in Solution (None and 0 where nothing is
-    solved).
+    """A linear in the report: `loss` per token and row, `damp`, `dead` and `refined` as in Solution (None and 0 where
+    nothing is solved).
 
     tokens: "saliency" or "modality" where tokens were weighted ("saliency of rounding" by the fallback "rtn"), "no
     signal" where they should have been but all gradients are zero or some not finite, "equal" elsewhere. base: as in
@@ -75,3 +77,4 @@ class Row:
     base: str | None
     scaling: float | None = None
     effective_tokens: float | None = None
+    refined: int = 0

@@ -5,10 +5,8 @@ import json
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.plan.sizes import Load, expert_share, patches_per_token
 from vlmq_vllm.offline.plan.tensor_parallel import LinearKind
-from vlmq_vllm.offline.settings.methods import TOKEN_WEIGHTS
+from vlmq_vllm.offline.settings.methods import ENOUGH_TOKENS, TOKEN_WEIGHTS
 from vlmq_vllm.offline.settings.quantize import Settings
-
-ENOUGH = 4  # tokens per column: fewer leave the Hessian poorly known, which is inverted to compensate
 
 
 def find_warnings(source: Source, settings: Settings, load: Load, linears: list[LinearKind]) -> list[str]:
@@ -55,9 +53,9 @@ def _tokens(source: Source, settings: Settings, load: Load, linears: list[Linear
     lines = []
     for what, found, part in cases:
         tokens, columns = int(load.total * part), max((linear.columns for linear in found), default=0)
-        if tokens < ENOUGH * columns:
+        if tokens < (enough := ENOUGH_TOKENS * columns):
             lines.append(
-                f"{what.format(tokens)} for weights of {columns} columns; {ENOUGH * columns} or more are better: raise "
+                f"{what.format(tokens)} for weights of {columns} columns; {enough} or more are better: raise "
                 "--samples or --max-tokens"
             )
     return lines

@@ -91,7 +91,7 @@ class LayerQuantizer:
                 loss = None if solution.loss is None else float(solution.loss.mean())
                 base = self._base(stage) if loss is not None and self.solver.compensate else None
                 told = tokens.get(linear, "equal"), base, ratios.get(linear), effective.get(linear)
-                rows.append(Row(module, loss, solution.damp, solution.dead, *told))
+                rows.append(Row(module, loss, solution.damp, solution.dead, *told, solution.refined))
         if not last:
             self._advance(layer)
         self.source.release(name)

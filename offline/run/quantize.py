@@ -28,6 +28,7 @@ from vlmq_vllm.offline.model.source import Source, find
 from vlmq_vllm.offline.model.targets import ORDER, Unit, expected_bytes, find_kept, find_rest, find_targets, find_units
 from vlmq_vllm.offline.run.begin import Quantizers
 from vlmq_vllm.offline.run.resume import identity, reader
+from vlmq_vllm.offline.settings.methods import ENOUGH_TOKENS
 from vlmq_vllm.offline.settings.quantize import Settings
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class _Run:
                 kept = {name: self.source.read(name) for name in self.kept[unit.key]}
                 writer.add(unit.key, kept | tensors, [asdict(row) for row in rows])
             self.ranks.wait()
-            self.progress.say(_told(unit.module, rows))
+            self.progress.say(_told(unit.module, rows, self.settings))
             _warn(rows, self.settings, self.columns)
 
     def _header(self) -> dict:
@@ -140,7 +141,7 @@ class _Run:
         return QuantizationSpec(default, overrides, self.settings.activation_bits).to_dict(tool)
 
 
-def _told(name: str, rows: list[Row]) -> str:
+def _told(name: str, rows: list[Row], settings: Settings) -> str:
     """One finished layer."""
     losses = [row.loss for row in rows if row.loss is not None]
     summed = f", loss {sum(losses):.3g}" if losses else ""
@@ -148,6 +149,9 @@ def _told(name: str, rows: list[Row]) -> str:
     noted = "".join(f", {count} with {what}" for what, count in tokens.items())
     if effective := [row.effective_tokens for row in rows if row.effective_tokens is not None]:
         noted += f" ({min(effective):.0f} effective tokens or more)"
+    left = [row for row in rows if row.base and not row.refined]
+    if settings.refine is None and left:
+        noted += f", {len(left)} not refined: fewer than {ENOUGH_TOKENS} tokens for each column"
     return f"{name}: {len(rows)} linears{summed}{noted}"
 
 

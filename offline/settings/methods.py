@@ -95,7 +95,7 @@ METHODS = {
         COMPENSATED,
         ("none", "modality", "qig", "vlmq"),
         studied=True,
-        defaults={"base": "gptq"},
+        defaults={"base": "gptq", "refine": 0},
         options=COMPENSATION,
     ),
     "vlmq": Method("compensates, with token weights of its own", COMPENSATED, ("vlmq",), options=COMPENSATION),
@@ -118,6 +118,8 @@ TOKEN_WEIGHTS = {
     "modality": TokenWeights("MBQ: vision against answer tokens", labelled=True),
     "qig": TokenWeights("integrated gradients of the rounding error", paired_if_rounded=True),
 }
+
+ENOUGH_TOKENS = 6  # for each column: fewer leave the Hessian poorly known, and what fits it closely fits its noise
 
 # What measured best by width, on the demo model and on a real language model (NOTES.md). A setting that is given wins,
 # then a row's.

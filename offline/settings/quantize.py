@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from vlmq_vllm.errors import QuantizeError
-from vlmq_vllm.offline.settings.methods import ALPHA, BEST, METHODS, TOKEN_WEIGHTS, Method, defaults_of
+from vlmq_vllm.offline.settings.methods import ALPHA, BEST, ENOUGH_TOKENS, METHODS, TOKEN_WEIGHTS, Method, defaults_of
 from vlmq_vllm.offline.settings.option import check_options, option
 from vlmq_vllm.offline.settings.overrides import KEPT, override
 
@@ -83,9 +83,10 @@ class Settings:
         ("static", "none"),
     )
     refine: int = method_option(
-        0,
-        "Rounds of new scales (least squares) and new codes (coordinate descent) after a weight is compensated; for "
-        "eight calibration tokens or more for each column, fewer are fitted too closely. Not with base gptaq.",
+        None,
+        "Rounds of new scales (least squares) and new codes (coordinate descent) after a weight is compensated. "
+        f"Default: 2 with method vlmq where a weight has {ENOUGH_TOKENS} calibration tokens or more for each column "
+        "(fewer are fitted too closely), else 0. Not with base gptaq.",
         least=0,
     )
     grid: str = method_option(
@@ -125,7 +126,10 @@ class Settings:
     def __post_init__(self) -> None:
         check_options(self)
         best = defaults_of(self.method, self.bits)
-        best["alpha"] = ALPHA[self.base or best["base"]]
+        base = self.base or best["base"]
+        best["alpha"] = ALPHA[base]
+        if base == "gptaq":  # its targets do not stay
+            best["refine"] = 0
         for name, value in best.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

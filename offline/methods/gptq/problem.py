@@ -4,7 +4,7 @@ Hessians of a stage are summed in one pass over the data; problems of one shape 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -36,6 +36,10 @@ class Problem:
     def shape(self) -> tuple[int, int, WeightFormat, torch.dtype]:
         """What problems have in common that are solved together."""
         return sum(self.rows), len(self.moments.h), self.format, self.dtype
+
+    def rounds(self, solver: Solver) -> int:
+        """How often the solution is refined: not where its tokens, of all ranks, are too few for its columns."""
+        return solver.refine if self.moments.tokens >= solver.refine_from * len(self.moments.h) else 0
 
 
 def _stacked(layer: torch.nn.Module, linears: Group) -> torch.Tensor:
@@ -126,7 +130,7 @@ def solve_all(problems: list[Problem], layer: torch.nn.Module, solver: Solver, r
 
 
 def _solve_together(problems: Sequence[Problem], layer: torch.nn.Module, solver: Solver) -> list[Solution]:
-    """The solutions of problems of one shape."""
+    """The solutions of problems of one shape that are refined alike."""
     weights = stack([_stacked(layer, problem.linears) for problem in problems])
     means = [problem.moments.mean() for problem in problems]
     residuals = [residual for _, residual in means if residual is not None]
@@ -135,6 +139,7 @@ def _solve_together(problems: Sequence[Problem], layer: torch.nn.Module, solver:
     if not solver.compensate:
         allowed = torch.tensor(_clipped(first, solver), device=weights.device)
         clipped = allowed.repeat_interleave(torch.tensor(first.rows, device=weights.device))
+    solver = replace(solver, refine=first.rounds(solver))
     return solve(weights, stack([h for h, _ in means]), first.format, first.dtype, solver, residual, clipped)
 
 
@@ -144,11 +149,12 @@ def _clipped(problem: Problem, solver: Solver) -> tuple[bool, ...]:
 
 
 def _alike(problems: list[Problem], numbers: list[int], solver: Solver) -> list[list[int]]:
-    """Numbers of problems in batches of one shape and a bounded size."""
+    """Numbers of problems in batches of one shape and a bounded size, refined alike."""
     batches: dict[tuple, list[list[int]]] = {}
     for number in numbers:
-        shape = problems[number].shape
-        found = batches.setdefault((*shape, _clipped(problems[number], solver)), [[]])
+        problem = problems[number]
+        shape = problem.shape
+        found = batches.setdefault((*shape, _clipped(problem, solver), problem.rounds(solver)), [[]])
         if found[-1] and (len(found[-1]) + 1) * 4 * shape[1] ** 2 > TOGETHER:
             found.append([])
         found[-1].append(number)

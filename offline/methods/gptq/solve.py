@@ -33,10 +33,11 @@ class Solver:
 
     act_order: treat columns by falling diag H, on grids found beforehand in file order, so that no permutation has to
     be stored. Without it a group's grid is found when its first column is reached, from weights that already carry the
-    compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used.
-    qep: D moves the weights beforehand (above), not column by column as in GPTAQ. refine: rounds of new scales and
-    codes afterwards (`refine.py`). compensate: without it codes are the nearest ones, on grids for which a search with
-    importance gets the blocks of H: AWQ's clipping (2306.00978).
+    compensation. damp: part of mean(diag H) added to the diagonal. alpha: share of the residual D that is used. qep: D
+    moves the weights beforehand (above), not column by column as in GPTAQ. refine: rounds of new scales and codes
+    afterwards (`refine.py`). refine_from: whoever knows the tokens leaves that out where there are fewer than these for
+    each column. compensate: without it codes are the nearest ones, on grids for which a search with importance gets the
+    blocks of H: AWQ's clipping (2306.00978).
     """
 
     search: GridSearch = MSE
@@ -45,6 +46,7 @@ class Solver:
     alpha: float = 0.25
     qep: bool = False
     refine: int = 0
+    refine_from: float = 0.0
     compensate: bool = True
 
 
@@ -107,7 +109,7 @@ def solve(
             used = factors[i][1]
             if solver.refine:
                 weight, loss = refine(target, h[i], used * float(importance[i].mean()), weight, solver.refine)
-            found[i] = Solution(weight, loss, used, dead[i])
+            found[i] = Solution(weight, loss, used, dead[i], solver.refine)
     for i in set(range(len(h))) - found.keys():
         found[i] = _nearest(weights[i], h[i], format, dtype, solver.search, None, None)
     return [found[i] for i in range(len(h))]

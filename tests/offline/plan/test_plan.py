@@ -170,9 +170,9 @@ def test_experts_are_not_warned_about(tmp_path):
 def test_warnings_about_heads_and_tokens(demo_model):
     lines = make_plan(str(demo_model), Settings(samples=4), tokens=64).warnings
     assert any("over 8" in line and "4 attention heads do not divide by 8" in line for line in lines)
-    assert any("at most 256 calibration tokens for weights of 768 columns; 3072" in line for line in lines)
+    assert any("at most 256 calibration tokens for weights of 768 columns; 4608" in line for line in lines)
     assert not any(
-        "calibration tokens" in line for line in make_plan(str(demo_model), Settings(samples=48), tokens=64).warnings
+        "calibration tokens" in line for line in make_plan(str(demo_model), Settings(samples=72), tokens=64).warnings
     )
 
 
@@ -180,11 +180,11 @@ def test_few_effective_tokens_are_named_where_tokens_are_weighted(demo_model):
     def lines(**options):
         return make_plan(str(demo_model), Settings(samples=30, **options), tokens=64).warnings
 
-    few = "token weights leave the decoder about 768 effective tokens for weights of 256 columns; 1024 or more"
+    few = "token weights leave the decoder about 768 effective tokens for weights of 256 columns; 1536 or more"
     assert any(few in line for line in lines())
-    assert any("768 effective tokens for weights of 768 columns; 3072" in line for line in lines(saliency_scope="all"))
+    assert any("768 effective tokens for weights of 768 columns; 4608" in line for line in lines(saliency_scope="all"))
     assert not any("effective" in line for line in lines(method="gptq"))
-    assert not any("effective" in line for line in make_plan(str(demo_model), Settings(samples=48), tokens=64).warnings)
+    assert not any("effective" in line for line in make_plan(str(demo_model), Settings(samples=72), tokens=64).warnings)
 
 
 def test_few_tokens_are_named_where_columns_compensate(demo_model):
