@@ -20,6 +20,7 @@ import engines
 import served_models
 from family_samples import write_chats
 from pictures import TASKS, ask
+from vlmq_vllm.headers import read_headers
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
 from vlmq_vllm.offline.run.quantize import quantize
 from vlmq_vllm.offline.settings.quantize import Settings
@@ -48,7 +49,7 @@ TWINS = {
     "q-vlm-tower": FOUR | {"method": "qvlm", "vision_bits": 4},
     "awq-wide": {"bits": 8, "group_size": 64, "method": "awq"},
     "mixture": FOUR | {"modules": MIXTURE},
-    "rotated": FOUR | {"rotate": True},
+    "rotated-and-refined": FOUR | {"rotate": True, "refine": 2},
 }
 # Every linear with its inputs rounded; and those of the decoder's first layer alone, in a model with an outlier.
 ROUNDED = {
@@ -192,11 +193,25 @@ def test_answers_are_near_those_of_the_unquantised_model(served, nearest, method
 def test_a_mixture_of_experts_with_scaled_channels(tmp_path):
     """A random model, every token of which goes to all experts (`tests/helpers/served_models.py` says why)."""
     source, _ = served_models.build("qwen3_vl_moe", tmp_path)
-    folder, twin = tmp_path / "awq", tmp_path / "twin"
+    folder = tmp_path / "awq"
     quantize(str(source), folder, write_chats(tmp_path), Settings(bits=8, group_size=32, method="awq"))
     rows = json.loads((folder / "vlmq_report.json").read_text())["modules"]
     assert any(row["scaling"] for row in rows if ".experts." in row["module"])
     assert any(row["scaling"] for row in rows if row["module"].endswith("q_proj"))
+    check_served(folder, source)
+
+
+def test_a_head_that_a_rotation_unties(tmp_path):
+    source, _ = served_models.build("qwen3_vl", tmp_path)
+    folder = tmp_path / "rotated"
+    quantize(str(source), folder, write_chats(tmp_path), Settings(bits=8, group_size=32, rotate=True))
+    assert "lm_head.weight" not in read_headers(source) and "lm_head.weight" in read_headers(folder)
+    check_served(folder, source)
+
+
+def check_served(folder: Path, source: Path) -> None:
+    """vLLM answers from a checkpoint of 8 bits as from its twin, and nearly as from the model that it was made from."""
+    twin = folder.with_name("twin")
     dequantize(folder, twin)
     found, same, plain = engines.run([engines.Job(str(f), {"dtype": "float16"}) for f in (folder, twin, source)], 1200)
     assert engines.difference(found, same) < TOLERANCE
