@@ -21,6 +21,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
 sys.path.insert(0, str(Path(__file__).absolute().parents[2] / "examples/demo_vlm"))
 from judge import Judge
+from rows import Rows, differences, table
 
 from data import write
 from vlmq_vllm.offline.checkpoint.dequantize import dequantize
@@ -99,56 +100,6 @@ def write_drawn(folder: Path, chats: Path, kind: str, seed: int) -> Path:
     return drawn
 
 
-class Rows:
-    """The lines of a JSONL file, a measured model each; a file that a run left off is completed."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.all = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def has(self, about: dict) -> bool:
-        """Whether there is a line of that model. Ends the program where it was made with other settings."""
-        settings = about.get("settings")
-        for row in self.all:
-            if all(row[key] == about[key] for key in ("bits", "name", "seed", "calibration")):
-                if row.get("settings") != settings:
-                    sys.exit(f"{self.path} has {about} with other settings; give another file or --label")
-                return True
-        return False
-
-    def add(self, row: dict) -> None:
-        self.all.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-
-
-def table(rows: list[dict]) -> str:
-    """Means over seeds as markdown; in brackets the standard error over chats, a mean over seeds as well, or from two
-    seeds on the standard deviation over seeds, where that is larger."""
-    kinds = [kind for kind in ("text", "picture") if f"{kind}_kl" in rows[0]]
-    names = [f"{kind} {name}" for kind in kinds for name in ("KL, nats", "top-1, %")]
-    lines = [
-        f"| bits | calibration | method | seeds | {' | '.join(names)} | CPU s |",
-        "| ---: | --- | --- " + "| ---: " * (len(names) + 2) + "|",
-    ]
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["bits"], row["calibration"], row["name"]), []).append(row)
-    for (bits, calibration, name), found in sorted(
-        groups.items(), key=lambda item: (*item[0][:2], item[1][0]["text_kl"])
-    ):
-        cells = []
-        for kind, (figure, digits) in itertools.product(kinds, (("kl", 4), ("top1", 1))):
-            values = [row[f"{kind}_{figure}"] for row in found]
-            error = statistics.fmean(row[f"{kind}_{figure}_error"] for row in found)
-            spread = max(error, statistics.stdev(values)) if len(values) > 1 else error
-            cells.append(f"{statistics.fmean(values):.{digits}f} ({spread:.{digits}f})")
-        seconds = statistics.fmean(row["cpu_seconds"] for row in found)
-        lines.append(f"| {bits} | {calibration} | {name} | {len(found)} | {' | '.join(cells)} | {seconds:.0f} |")
-    return "\n".join(lines)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What the measurements of our methods and of the peers share."""
     parser.add_argument("model", type=Path)
@@ -159,6 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--texts", type=int, default=80, help="at least two")
     parser.add_argument("--pictures", type=int, default=210)
     parser.add_argument("--rows", type=Path, default=Path("real_lm.jsonl"), help="file that is completed")
+    parser.add_argument(
+        "--against", default="VLMQ (default)", help="method that the others are compared with, in pairs"
+    )
 
 
 def main() -> None:
@@ -180,6 +134,7 @@ def main() -> None:
             data = write_drawn(Path(folder), args.chats, args.calibration, seed)
             rows.add(about | measure(judge, args.model, data, about["settings"]))
     print(table(rows.all))
+    print(differences(rows.all, args.against))
 
 
 if __name__ == "__main__":

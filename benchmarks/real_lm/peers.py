@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).absolute().parents[2]))  # the repository: this file is run by its path
 from judge import Judge
-from methods import CHATS, GROUP_SIZE, Rows, add_arguments, table, write_drawn
+from methods import CHATS, GROUP_SIZE, add_arguments, write_drawn
+from rows import Rows, differences, table
 
 from benchmarks.peers.install import environments, python_of
 from benchmarks.peers.runner import MARK
@@ -73,6 +74,7 @@ def main() -> None:
             dequantize(out, twin)
             rows.add(about | cost | judge(twin))
     print(table(rows.all))
+    print(differences(rows.all, args.against))
 
 
 if __name__ == "__main__":

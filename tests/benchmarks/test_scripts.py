@@ -15,6 +15,9 @@ SCRIPTS = [
     "quality/compare_methods",
     "quality/qvlm",
     "quantize/cost",
+    "real_lm/judge",
+    "real_lm/methods",
+    "real_lm/peers",
     "serve/throughput",
 ]
 
