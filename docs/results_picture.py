@@ -149,10 +149,10 @@ def demo() -> str:
             ("GPTAQ", "GPTAQ"),
             ("VLMQ as published", "VLMQ on GPTAQ"),
             ("QEP", "aligned"),
-            ("VLMQ on QEP (default)", "VLMQ on QEP, cut at 3"),
-            ("the same, --refine 2", "VLMQ on QEP, refined"),
+            ("VLMQ, --refine 0", "VLMQ on QEP, cut at 3"),
+            ("VLMQ (default)", "VLMQ on QEP, refined"),
         ),
-        ("VLMQ on QEP (default)",),
+        ("VLMQ (default)",),
         (4, 3, 2),
         (Panel("KL divergence in 10⁻³ nats", figures(names, "kl", 1e-3), -1, 2),),
     ).draw()
