@@ -55,8 +55,8 @@ def solve_free(
     residual: torch.Tensor | None = None,
     clipped: torch.Tensor | None = None,
 ) -> list[Solution]:
-    """Stands for `gptq/solve.py::solve`, with its arguments; columns are taken in file order. A group of `format` is
-    what shares its values here."""
+    """Stands for `offline/methods/gptq/solve.py::solve`, with its arguments; columns are taken in file order. A group
+    of `format` is what shares its values here."""
     found: list[Solution] = []
     for i, weight in enumerate(weights):
         order = torch.arange(len(h[i]))
@@ -100,10 +100,7 @@ def between(values: torch.Tensor) -> torch.Tensor:
 
 def nearest(weights: torch.Tensor, borders: torch.Tensor) -> torch.Tensor:
     """Codes of the values with these `borders` [L - 1, O] that are nearest to weights [..., O]."""
-    codes = (weights > borders[0]).long()
-    for border in borders[1:]:
-        codes += weights > border
-    return codes
+    return sum((weights > border).long() for border in borders)
 
 
 class FreePass(ColumnPass):
