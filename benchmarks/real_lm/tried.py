@@ -26,7 +26,8 @@ import compare_methods
 import judge as text_judge
 from free_values import FreeWeight
 from ideas import IDEAS, Idea
-from methods import GROUP_SIZE, QEP, Rows, write_drawn
+from methods import GROUP_SIZE, QEP, write_drawn
+from rows import Rows
 
 from data import write
 from vlmq_vllm.format import QuantizedWeight

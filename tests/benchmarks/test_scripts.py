@@ -18,6 +18,7 @@ SCRIPTS = [
     "real_lm/judge",
     "real_lm/methods",
     "real_lm/peers",
+    "real_lm/tried",
     "serve/throughput",
 ]
 
