@@ -76,7 +76,7 @@ class Picture:
     def _legend(self) -> list[str]:
         lines = []
         for i, bits in enumerate(self.widths):
-            x = 26 + 70 * i
+            x = 26 + 62 * i
             lines.append(
                 f'<circle class="w{bits}" cx="{x}" cy="80" r="5"/><text x="{x + 11}" y="84.5">{bits} bits</text>'
             )
@@ -155,4 +155,27 @@ def demo() -> str:
         ("VLMQ (default)",),
         (4, 3, 2),
         (Panel("KL divergence in 10⁻³ nats", figures(names, "kl", 1e-3), -1, 2),),
+    ).draw()
+
+
+def real() -> str:
+    """The real language model at 2 and 3 bits, on text and on pictures."""
+    names = ("2026-11-30-real-lm",)
+    return Picture(
+        "How far answers move from those of the 16-bit model: less is better",
+        "SmolLM2-135M taught pictures, 64 text and 64 picture chats, groups of 64; KL divergence in nats, standard error",
+        (
+            ("GPTQ", "GPTQ"),
+            ("QEP", "QEP"),
+            ("AutoRound, 50 iterations", "AutoRound, 50 iterations"),
+            ("AutoRound", "AutoRound"),
+            ("VLMQ (default)", "VLMQ (default)"),
+            ("VLMQ, --rotate", "VLMQ (default), rotated"),
+        ),
+        ("VLMQ (default)", "VLMQ, --rotate"),
+        (3, 2),
+        (
+            Panel("text", figures(names, "text_kl"), -1, 1),
+            Panel("pictures", figures(names, "picture_kl"), -2, 1),
+        ),
     ).draw()

@@ -15,6 +15,7 @@ MADE = {
     DOCS / "reference/settings.md": reference_pages.settings,
     DOCS / "reference/modules.md": module_map.modules,
     DOCS / "assets/results.svg": results_picture.demo,
+    DOCS / "assets/real-lm.svg": results_picture.real,
 }
 
 
