@@ -2,7 +2,9 @@
 
 `python benchmarks/peers/install.py auto_round gptq_model llm_compressor` puts each into an environment of its own. All
 get the chats that `methods.py` draws, pictures and answers included, groups of 64, asymmetric, one thread, and else
-their defaults; their checkpoints are dequantised by `vlmq dequantize` and go to the same judge. Lines are added to the
+their defaults; llm-compressor traces a model with one chat's inputs and cannot take chats with pictures among others
+without: it gets text chats alone, and its rows say so. Checkpoints are dequantised by `vlmq dequantize` and go to the
+same judge. Lines are added to the
 JSONL file that `methods.py` writes too, and its table is printed.
 """
 
@@ -32,6 +34,7 @@ PEERS = {  # name: environment, script in benchmarks/peers and what it is told
     "llm-compressor, GPTQ": ("llm_compressor", "llm_compressor.py", ()),
     "llm-compressor, AWQ": ("llm_compressor", "llm_compressor.py", ("--method", "awq")),
 }
+NO_MIXTURE = "llm_compressor"
 
 
 def quantized(name: str, folder: Path, model: Path, data: Path, bits: int, out: Path) -> dict:
@@ -64,11 +67,14 @@ def main() -> None:
     rows = Rows(args.rows)
     judge = Judge(args.model, args.chats, args.texts, args.pictures)
     for bits, seed, name in itertools.product(args.bits, args.seeds, args.peers):
-        about = {"bits": bits, "name": name, "seed": seed, "calibration": args.calibration}
+        mixed = PEERS[name][0] != NO_MIXTURE or args.calibration == "pictures"
+        about = {"bits": bits, "name": name, "seed": seed, "calibration": args.calibration if mixed else "text alone"}
         if rows.has(about):
             continue
         with tempfile.TemporaryDirectory() as work:
-            data = write_drawn(Path(work), args.chats, args.calibration, seed)
+            data = write_drawn(Path(work), args.chats, args.calibration if mixed else "text", seed)
+            if not mixed:
+                data.write_text("".join(x for x in data.read_text().splitlines(keepends=True) if '"image"' not in x))
             out, twin = Path(work) / "out", Path(work) / "twin"
             cost = quantized(name, args.environments, args.model.absolute(), data, bits, out)
             dequantize(out, twin)
