@@ -37,8 +37,8 @@ MODEL = Path(__file__).absolute().parents[2] / "examples/demo_vlm/model"
 POOL = 2048  # chats from which each seed draws
 SAMPLES = 512  # chats of a run, about 29,000 tokens; AWQ's and QIG's papers take 128
 GROUPS = {2: 128, 3: -1, 4: -1}  # in groups of 128 this model loses too little at 3 and 4 bits to tell methods apart
-PUBLISHED = {"method": "vlmq", "saliency_scope": "attention", "saliency_cap": 0, "refine": 0}
-VLMQ = {"method": "vlmq", "base": "qep", "refine": 0}
+PUBLISHED = {"method": "vlmq", "saliency_scope": "attention", "saliency_cap": 0, "damp": 0.01, "refine": 0}
+VLMQ = {"method": "vlmq", "base": "qep", "damp": 0.01, "refine": 0}
 METHODS = {
     "RTN": {"method": "rtn"},
     "AWQ": {"method": "awq"},

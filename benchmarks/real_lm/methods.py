@@ -31,8 +31,8 @@ GROUP_SIZE = 64
 QEP = {"method": "gptq", "base": "qep"}
 REFINED = {"refine": 2}
 ROTATED = {"rotate": True}
-VLMQ = {"method": "vlmq", "base": "qep", "refine": 0}
-PUBLISHED = {"method": "vlmq", "base": "gptaq", "saliency_cap": 0, "saliency_scope": "attention"}
+VLMQ = {"method": "vlmq", "base": "qep", "damp": 0.01, "refine": 0}
+PUBLISHED = {"method": "vlmq", "base": "gptaq", "damp": 0.01, "saliency_cap": 0, "saliency_scope": "attention"}
 METHODS = {
     "RTN": {"method": "rtn"},
     "AWQ": {"method": "awq"},

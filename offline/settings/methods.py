@@ -95,7 +95,7 @@ METHODS = {
         COMPENSATED,
         ("none", "modality", "qig", "vlmq"),
         studied=True,
-        defaults={"base": "gptq", "refine": 0},
+        defaults={"base": "gptq", "damp": 0.01, "refine": 0},  # as published
         options=COMPENSATION,
     ),
     "vlmq": Method("compensates, with token weights of its own", COMPENSATED, ("vlmq",), options=COMPENSATION),
@@ -124,10 +124,10 @@ ENOUGH_TOKENS = 6  # for each column: fewer leave the Hessian poorly known, and 
 # What measured best by width, on the demo model and on a real language model (NOTES.md). A setting that is given wins,
 # then a row's.
 BEST = {
-    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
-    3: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
-    4: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
-    8: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.01, "saliency_scope": "attention"},
+    2: {"act_order": "none", "grid": "mse", "base": "qep", "damp": 0.1, "saliency_scope": "attention"},
+    3: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.1, "saliency_scope": "attention"},
+    4: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.1, "saliency_scope": "attention"},
+    8: {"act_order": "static", "grid": "mse", "base": "qep", "damp": 0.1, "saliency_scope": "attention"},
 }
 ALPHA = {"gptq": 0.0, "gptaq": 0.25, "qep": 1.0}  # by base: GPTAQ's is its authors', qep measured best
 

@@ -151,7 +151,7 @@ class Settings:
         if not 0 <= self.alpha <= 1:
             raise QuantizeError(f"alpha is {self.alpha}; it must lie between 0 and 1")
         if not 0 < self.damp < 1:
-            raise QuantizeError(f"damp is {self.damp}; it must lie between 0 and 1 (usual: 0.01)")
+            raise QuantizeError(f"damp is {self.damp}; it must lie between 0 and 1 (usual: 0.01 to 0.1)")
         self._check_formats()
 
     @property

@@ -22,7 +22,7 @@ METHODS = {
     "qig": {"method": "awq", "saliency": "qig"},
     "qig-in-gptq": {"method": "gptq", "saliency": "qig"},
     "mbq-in-qep": {"method": "gptq", "base": "qep", "saliency": "modality"},
-    "vlmq-by-its-parts": {"method": "gptq", "base": "qep", "saliency": "vlmq"},
+    "vlmq-by-its-parts": {"method": "gptq", "base": "qep", "saliency": "vlmq", "damp": 0.1},
     "q-vlm": {"method": "qvlm"},
     "q-vlm-tower": {"method": "qvlm", "vision_bits": 4, "connector_bits": 8},
     "awq-rounded": {"method": "awq", "activation_bits": 8},
@@ -70,7 +70,7 @@ def test_stopped_and_resumed(name, runs, demo_model, calibration, tmp_path):
 
 def test_vlmq_is_gptq_with_its_weights(runs, demo_model, calibration, tmp_path):
     """And not without them, but for the first layer, where there is no signal."""
-    for name, method in (("vlmq", {"method": "vlmq"}), ("unweighted", {"method": "gptq", "base": "qep"})):
+    for name, method in (("vlmq", {"method": "vlmq"}), ("unweighted", {"method": "gptq", "base": "qep", "damp": 0.1})):
         quantize(str(demo_model), tmp_path / name, calibration, Settings(**GROUP | method))
     folders = tmp_path / "vlmq", runs("vlmq-by-its-parts"), tmp_path / "unweighted"
     one, other, unweighted = map(tensors, folders)

@@ -58,7 +58,7 @@ def test_report_tells_which_tokens_were_weighted(quantized):
     expected = {f"model.layers.{i}.{part}": tokens for i in range(4) for part, tokens in parts.items()}
     expected |= {f"model.layers.0.{part}": "no signal" for part in attention}
     assert {row["module"]: row["tokens"] for row in rows} == expected
-    assert all(row["damp"] == 0.01 and row["loss"] > 0 for row in rows)
+    assert all(row["damp"] == 0.1 and row["loss"] > 0 for row in rows)
     effective = {row["module"]: row["effective_tokens"] for row in rows if row["tokens"] == "saliency"}
     assert all((row["effective_tokens"] is None) == (row["module"] not in effective) for row in rows)
     assert all(1 < count < 8 * 64 for count in effective.values())  # of eight chats of less than 64 tokens
@@ -237,7 +237,7 @@ def test_layer_after_a_quantised_one(quantized, demo_model, calibration, tmp_pat
             weight = weight if linear == "self_attn.q_proj" else None
             moments[linear].add(batch[linear][0], weight, batch[linear][1])
     stored = tensors(quantized)
-    solver = Solver(qep=True, alpha=1.0)  # fewer than six tokens for each column: not refined
+    solver = Solver(qep=True, alpha=1.0, damp=settings.damp)  # fewer than six tokens for each column: not refined
     for linear in linears:
         weight = original.get_submodule(f"model.language_model.layers.1.{linear}").weight
         h, d = moments[linear].mean()
