@@ -135,7 +135,7 @@ def figures(names: tuple[str, ...], figure: str, unit: float = 1.0) -> Figures:
 
 def demo() -> str:
     """The demo model at 2, 3 and 4 bits."""
-    names = ("2026-11-22-methods", "2026-11-30-cut-and-rotation", "2026-11-30-refine")
+    names = ("2026-11-22-methods", "2026-11-30-cut-and-rotation", "2026-11-30-refine", "2026-11-30-damp")
     return Picture(
         "How far answers move from those of the 16-bit model: less is better",
         "The demo model, 128 calibration chats; mean and standard deviation over seeds",
@@ -149,8 +149,8 @@ def demo() -> str:
             ("GPTAQ", "GPTAQ"),
             ("VLMQ as published", "VLMQ on GPTAQ"),
             ("QEP", "aligned"),
-            ("VLMQ, --refine 0", "VLMQ on QEP, cut at 3"),
-            ("VLMQ (default)", "VLMQ on QEP, refined"),
+            ("VLMQ, --damp 0.01", "VLMQ on QEP, refined"),
+            ("VLMQ (default)", "VLMQ (default), damp 0.1"),
         ),
         ("VLMQ (default)",),
         (4, 3, 2),
@@ -163,7 +163,7 @@ def real() -> str:
     names = ("2026-11-30-real-lm",)
     return Picture(
         "How far answers move from those of the 16-bit model: less is better",
-        "SmolLM2-135M taught pictures, 64 text and 64 picture chats, groups of 64; KL divergence in nats, standard error",
+        "SmolLM2-135M taught pictures; KL divergence in nats, one seed, standard error over held-out chats",
         (
             ("GPTQ", "GPTQ"),
             ("QEP", "QEP"),
