@@ -149,7 +149,7 @@ def _told(name: str, rows: list[Row], settings: Settings) -> str:
     noted = "".join(f", {count} with {what}" for what, count in tokens.items())
     if effective := [row.effective_tokens for row in rows if row.effective_tokens is not None]:
         noted += f" ({min(effective):.0f} effective tokens or more)"
-    left = [row for row in rows if row.base and not row.refined]
+    left = [row for row in rows if row.base and row.damp is not None and not row.refined]
     if settings.refine is None and left:
         noted += f", {len(left)} not refined: fewer than {ENOUGH_TOKENS} tokens for each column"
     return f"{name}: {len(rows)} linears{summed}{noted}"
