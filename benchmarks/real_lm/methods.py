@@ -90,9 +90,9 @@ def tokens_that_count(out: Path) -> dict[str, float]:
 
 def write_drawn(folder: Path, chats: Path, kind: str, seed: int) -> Path:
     """The CHATS calibration chats of a seed: texts, pictures with a question each, or as many of both. A single picture
-    stands among texts, for a vision-language model is not calibrated without any."""
+    stands among texts, for a vision-language model is not calibrated without any; peers may get "text alone"."""
     texts = (chats / "calibration.jsonl").read_text(encoding="utf-8").splitlines()
-    pictures = {"text": 1, "pictures": CHATS, "both": CHATS // 2}[kind]
+    pictures = {"text alone": 0, "text": 1, "pictures": CHATS, "both": CHATS // 2}[kind]
     numbers = random.Random(seed)
     drawn = write(folder, "calibration", POOL)
     lines = numbers.sample(drawn.read_text().splitlines(), pictures) + numbers.sample(texts, CHATS - pictures)

@@ -4,8 +4,7 @@
 get the chats that `methods.py` draws, pictures and answers included, groups of 64, asymmetric, one thread, and else
 their defaults; llm-compressor traces a model with one chat's inputs and cannot take chats with pictures among others
 without: it gets text chats alone, and its rows say so. Checkpoints are dequantised by `vlmq dequantize` and go to the
-same judge. Lines are added to the
-JSONL file that `methods.py` writes too, and its table is printed.
+same judge. Lines are added to the JSONL file that `methods.py` writes too, and its table is printed.
 """
 
 import argparse
@@ -67,14 +66,13 @@ def main() -> None:
     rows = Rows(args.rows)
     judge = Judge(args.model, args.chats, args.texts, args.pictures)
     for bits, seed, name in itertools.product(args.bits, args.seeds, args.peers):
-        mixed = PEERS[name][0] != NO_MIXTURE or args.calibration == "pictures"
-        about = {"bits": bits, "name": name, "seed": seed, "calibration": args.calibration if mixed else "text alone"}
+        mixture = args.calibration != "pictures"
+        kind = "text alone" if mixture and PEERS[name][0] == NO_MIXTURE else args.calibration
+        about = {"bits": bits, "name": name, "seed": seed, "calibration": kind}
         if rows.has(about):
             continue
         with tempfile.TemporaryDirectory() as work:
-            data = write_drawn(Path(work), args.chats, args.calibration if mixed else "text", seed)
-            if not mixed:
-                data.write_text("".join(x for x in data.read_text().splitlines(keepends=True) if '"image"' not in x))
+            data = write_drawn(Path(work), args.chats, kind, seed)
             out, twin = Path(work) / "out", Path(work) / "twin"
             cost = quantized(name, args.environments, args.model.absolute(), data, bits, out)
             dequantize(out, twin)
