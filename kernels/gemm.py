@@ -174,6 +174,7 @@ def weight_arguments(weight: RuntimeWeight | ExpertWeights, machine: hardware.Ha
         GROUP=geometry.group,
         HAS_ZERO=weight.zeros is not None,
         PTX=machine.ptx,
+        **hardware.LAUNCH,
     )
 
 

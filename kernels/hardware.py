@@ -25,6 +25,8 @@ class Hardware:
         return 16 if self.arch.startswith("gfx") else 8
 
 
+# Options of every launch: a product and a sum are one instruction, which Triton 3.10 does not do unless asked.
+LAUNCH = {"enable_fp_fusion": True}
 # Launches in the interpreter are planned for this: so few multiprocessors that small problems are split, too.
 INTERPRETER = Hardware("interpreter", multiprocessors=4, shared=227 << 10)
 

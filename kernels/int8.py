@@ -68,7 +68,7 @@ def centre(weight: RuntimeWeight, out: torch.Tensor, start: int = 0) -> torch.Te
 def centre_arguments(weight: RuntimeWeight, out: torch.Tensor, start: int) -> dict:
     geometry = weight.geometry
     given = dict(words=weight.packed, out=out, i_first=start, n_spans=geometry.spans)
-    return given | dict(BITS=geometry.bits, W=geometry.slice, num_warps=4)
+    return given | dict(BITS=geometry.bits, W=geometry.slice, num_warps=4, **hardware.LAUNCH)
 
 
 def filled_columns(geometry: Geometry) -> int:
@@ -228,4 +228,5 @@ def arguments(
         BK=step,
         num_warps=8,
         num_stages=3 if machine.shared >= 96 << 10 else 2,
+        **hardware.LAUNCH,
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vlmq_vllm.format import QuantizedWeight, WeightFormat, unpack
-from vlmq_vllm.kernels import reference
+from vlmq_vllm.kernels import hardware, reference
 from vlmq_vllm.kernels.layout import STRIPE, Geometry, RuntimeWeight
 from vlmq_vllm.kernels.ptx import fields_of, place_of, plane_of, planes_of
 
@@ -124,6 +124,7 @@ def arguments(source: torch.Tensor, words: torch.Tensor, start: int, geometry: G
         n_spans=geometry.spans,
         BITS=geometry.bits,
         W=geometry.slice,
+        **hardware.LAUNCH,
     )
 
 

@@ -64,7 +64,7 @@ class VLMQQuantizer(HfQuantizer):
 
         From 5.23 on transformers hands over the model once more.
         """
-        unpack = Unpack(self)
+        unpack, self.given = Unpack(self), weight_conversions
         self.own = [WeightConverter([f"{part}$" for part in PARTS], "weight", [unpack])]
         for fused, projections in EXPERT_PARTS.items():
             sources = [rf"experts\.\d+\.{name}\.{part}$" for name in projections for part in PARTS]
@@ -88,7 +88,9 @@ class VLMQQuantizer(HfQuantizer):
             if parameter.is_floating_point():
                 special = (dtype for pattern, dtype in plan.items() if pattern.search(name))
                 parameter.data = parameter.data.to(next(special, self.dtype))
-        model._weight_conversions = [rule for rule in model._weight_conversions if rule not in self.own]
+        # From 5.24 on transformers has deleted the list by now, without which names of towers are lost in saving.
+        used = getattr(model, "_weight_conversions", None) or [rule for rule in self.given if rule.was_used()]
+        model._weight_conversions = [rule for rule in used if rule not in self.own]
         for name in self.rounded:
             model.get_submodule(name).register_forward_pre_hook(_round_input)
 

@@ -54,6 +54,9 @@ TOWER = {
     "patch_size": 14,
     "initializer_range": 0.08,
 }
+# transformers 5.20 and later want a SmolVLM tile's tokens to be a multiple of the patch's side: 4 here, 64 of 16 in the
+# hub's.
+TILE = TOWER | {"image_size": 16, "patch_size": 4}
 # SigLIP's configuration knows no initializer_range; the towers of the hub leave out its pooling head.
 SIGLIP = {k: v for k, v in TOWER.items() if k != "initializer_range"} | {
     "model_type": "siglip_vision_model",
@@ -127,8 +130,8 @@ FAMILIES = {
         tokens={"image_token_id": "<IMG_CONTEXT>"},
         others={"image_seq_length": 4},
     ),
-    "smolvlm": Family(text=LLAMA, vision=TOWER, tokens=IDEFICS_TOKENS, others={"scale_factor": 2}),
-    "idefics3": Family(text=LLAMA, vision=TOWER, tokens=IDEFICS_TOKENS, others={"scale_factor": 2}),
+    "smolvlm": Family(text=LLAMA, vision=TILE, tokens=IDEFICS_TOKENS, others={"scale_factor": 2}),
+    "idefics3": Family(text=LLAMA, vision=TILE, tokens=IDEFICS_TOKENS, others={"scale_factor": 2}),
     "gemma3": Family(
         # a window of 8 tokens is shorter than any sample
         text=TEXT

@@ -77,7 +77,7 @@ QWEN3 = QWEN | {
     "video_sizes": QWEN3_FRAMES,
 }
 SQUARE = {"size": {"height": 56, "width": 56}}
-TILES = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+TILES = {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}}
 IDEFICS = {
     "turn": ("<|im_start|>", "<end_of_utterance>"),
     "image": "<image>",
@@ -136,7 +136,7 @@ PROCESSORS = {
         **IDEFICS | {"specials": (*IDEFICS["specials"], "<video>")},
         video="<video>",
         video_processor="SmolVLMVideoProcessor",
-        video_sizes=TILES | {"size": {"longest_edge": 56}, "fps": 1, "num_frames": 4},
+        video_sizes=TILES | {"size": {"longest_edge": 16}, "fps": 1, "num_frames": 4},
     ),
     "idefics3": Processor(processor="Idefics3Processor", image_processor="Idefics3ImageProcessor", **IDEFICS),
     "gemma3": Processor(

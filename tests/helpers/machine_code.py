@@ -100,6 +100,7 @@ def compile_for(arch: str, kernel, arguments: dict):
     from triton.compiler import ASTSource
 
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    options["enable_fp_fusion"] = arguments.pop("enable_fp_fusion")  # every launch asks for it
     number = arch.removeprefix("sm_")
     target = GPUTarget("hip", arch, 64) if number == arch else GPUTarget("cuda", int(number), 32)
     return triton.compile(ASTSource(kernel, *specialise(kernel, arguments)), target=target, options=options)
@@ -159,11 +160,10 @@ def stores_awaited(text: str) -> bool:
 
 def spills(ptx: str) -> int:
     """Bytes that do not fit into registers, by ptxas."""
-    import triton
+    from triton.backends.nvidia.compiler import get_ptxas
 
     arch = re.search(r"\.target (\w+)", ptx).group(1)
-    knobs = triton.knobs.nvidia
-    tool = knobs.ptxas_blackwell if arch.startswith("sm_10") and hasattr(knobs, "ptxas_blackwell") else knobs.ptxas
+    tool = get_ptxas(int(re.search(r"\d+", arch).group()))
     call = [tool.path, "-v", "--gpu-name", arch, "-o", "/dev/null", "/dev/stdin"]
     said = subprocess.run(call, input=ptx, capture_output=True, text=True, check=True).stderr
     return sum(int(size) for size in re.findall(r"(\d+) bytes spill (?:stores|loads)", said))

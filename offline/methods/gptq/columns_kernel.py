@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vlmq_vllm.kernels import hardware
 from vlmq_vllm.offline.methods.gptq.columns import ColumnPass
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -152,4 +153,5 @@ def round_columns(state: ColumnPass, columns: range, block: int) -> None:
             BLOCK=block,
             TILE=TILE,
             num_warps=WARPS,
+            **hardware.LAUNCH,
         )
