@@ -8,7 +8,7 @@ from pathlib import Path
 from vlmq_vllm.import_hook import after_import
 
 __version__ = "0.1.0"
-OLDEST, NEWEST = (0, 26), (0, 32)  # releases of vLLM that the tests run with
+OLDEST, NEWEST = (0, 26), (0, 33)  # releases of vLLM that the tests run with
 
 _root = Path(__file__).parent.parent
 if (_root / "pyproject.toml").exists():  # a checkout: offline/ and kernels/ lie beside this folder

@@ -17,7 +17,7 @@ from vlmq_vllm.offline.model.hooks import replacing, rounding_inputs
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.model.streams import Stop, Stream, hidden_of
 
-CACHE = ("past_key_values", "use_cache")
+CACHE = ("past_key_values", "cache", "use_cache")
 
 
 @torch.no_grad()

@@ -4,15 +4,17 @@ import json
 
 from vlmq_vllm.offline.model.source import Source
 from vlmq_vllm.offline.plan.sizes import Load, expert_share, patches_per_token
-from vlmq_vllm.offline.plan.tensor_parallel import LinearKind
+from vlmq_vllm.offline.plan.tensor_parallel import SIZES, LinearKind
 from vlmq_vllm.offline.settings.methods import ENOUGH_TOKENS, TOKEN_WEIGHTS
 from vlmq_vllm.offline.settings.quantize import Settings
+
+WHOLE_TOWERS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")  # vLLM can give every rank the whole tower
 
 
 def find_warnings(source: Source, settings: Settings, load: Load, linears: list[LinearKind]) -> list[str]:
     """One line each."""
     found = [f"vLLM will not load {linear.pattern}: {linear.refused}" for linear in linears if linear.refused]
-    found += _cut(linears)
+    found += _cut(linears) + _tower_heads(source)
     if settings.row.compensates:
         found += _tokens(source, settings, load, linears)
     if settings.row.calibrated:
@@ -35,6 +37,19 @@ def _cut(linears: list[LinearKind]) -> list[str]:
             advice = f"--group-size {fitting} fits" if fitting else "no one group size fits all layers"
             lines.append(f"tensor parallelism over {size}: {first.pattern}: {first.cuts[size]}; {advice}")
     return lines
+
+
+def _tower_heads(source: Source) -> list[str]:
+    """The tensor-parallel sizes that cannot share out the heads of the tower, quantised or not."""
+    vision = source.parsed.vision_config
+    heads = getattr(vision, "num_heads", None) or vision.num_attention_heads
+    sizes = [str(size) for size in SIZES if heads % size]
+    whole = source.config["model_type"] in WHOLE_TOWERS
+    advice = (
+        "serve with --mm-encoder-tp-mode data, where every rank has the whole tower" if whole else "use fewer ranks"
+    )
+    line = f"tensor parallelism over {' or '.join(sizes)}: the tower's {heads} heads do not divide; {advice}"
+    return [line] if sizes else []
 
 
 def _tokens(source: Source, settings: Settings, load: Load, linears: list[LinearKind]) -> list[str]:

@@ -45,14 +45,15 @@ class Job:
     prompt_logs: bool = True
 
 
-def run(jobs: list[Job], timeout: float) -> list[list]:
+def run(jobs: list[Job], timeout: float, **environment: str) -> list[list]:
     """For every job what it answers to every question; in place of a job that fails, the last line of its error.
+    environment: variables of the process beside those that all have.
 
     prompt: log-probabilities of the prompt's tokens. steps of a greedy answer: [token id, log-probability, margin to
     the next]. cached: how many of the prompt's tokens were in the prefix cache.
     """
     command = [sys.executable, __file__, json.dumps([asdict(job) for job in jobs])]
-    done = answers.run(command, timeout, ENVIRONMENT)
+    done = answers.run(command, timeout, ENVIRONMENT | environment)
     lines = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
     assert done.returncode == 0 and len(lines) == len(jobs), done.stdout[-6000:]
     return [json.loads(line) for line in lines]

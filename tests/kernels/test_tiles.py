@@ -118,7 +118,7 @@ def test_measured_plans_come_first(tuned):
     (tuned / "sm_90.json").write_text(json.dumps(table))
     assert tiles.plan_for(5, geometry(), H200) == Plan(Tile(**tile), 7)
     assert tiles.plan_for(9, geometry(), H200).tile.tokens == 16
-    assert tiles.plan_for(5, geometry(3), H200).tile == Tile(128, 8, 4, 3)
+    assert tiles.plan_for(5, geometry(3), H200).tile == Tile(64, 8, 2, 3)
 
 
 def test_measured_plan_that_cannot_be(tuned):

@@ -144,11 +144,13 @@ def test_register_costs_little_and_initialises_nothing():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize(("release", "told"), [((0, 25), True), ((0, 26), False), ((0, 33), True), ((0, 0), False)])
+@pytest.mark.parametrize(
+    ("release", "told"), [((0, 25), True), ((0, 26), False), ((0, 33), False), ((0, 34), True), ((0, 0), False)]
+)
 def test_other_releases_of_vllm_are_told(monkeypatch, caplog, release, told):
     monkeypatch.setattr("vllm.version.__version_tuple__", (*release, 1))
     register()
-    message = f"this is vLLM {release[0]}.{release[1]}; vlmq-vllm 0.1.0 is tested with 0.26 to 0.32"
+    message = f"this is vLLM {release[0]}.{release[1]}; vlmq-vllm 0.1.0 is tested with 0.26 to 0.33"
     assert (message in caplog.text) is told
 
 

@@ -1,4 +1,4 @@
-"""What differs between the vLLM releases that are served, 0.26 to 0.32; every other file is written for the newest."""
+"""What differs between the vLLM releases that are served, 0.26 to 0.33; every other file is written for the newest."""
 
 import inspect
 import os
@@ -41,6 +41,15 @@ def select_experts(layer: Layer, x: torch.Tensor, logits: torch.Tensor) -> tuple
     names: tuple[str, ...] = ("top_k", "use_grouped_topk", "renormalize", "topk_group", "num_expert_group")
     names += ("custom_routing_function", "scoring_func", "routed_scaling_factor", "e_score_correction_bias")
     return select_experts(x, logits, **{name: getattr(layer, name) for name in names})
+
+
+def replaces_experts(layer: Layer) -> bool:
+    """Whether a layer of experts answers with constants in place of those that were pruned; before 0.33 none does."""
+    if find_spec("vllm.model_executor.layers.fused_moe.expert_substitution") is None:
+        return False
+    from vllm.model_executor.layers.fused_moe.expert_substitution import SubstitutedRoutedExperts
+
+    return isinstance(layer, SubstitutedRoutedExperts)
 
 
 def batch_invariant() -> bool:

@@ -171,8 +171,14 @@ class VLMQConfig(QuantizationConfig):
                 f"{prefix}: experts of a mixture are served with inputs of 16 bits only, the checkpoint says "
                 f"activation_bits {self.activation_bits}; quantise again with --activation-bits 16, or without experts"
             )
+        from vlmq_vllm.serving.compat import replaces_experts
         from vlmq_vllm.serving.moe import VLMQMoEMethod
 
+        if replaces_experts(layer):
+            raise ValueError(
+                f"{prefix}: config.json replaces experts of this layer by constants (approximate_experts), which vLLM "
+                "does only beside unquantised experts; quantise again without experts"
+            )
         experts = {key: (name, self.modules[name]) for key, name in found.items()}
         self.claims.add(prefix, experts.values())
         return VLMQMoEMethod(layer.moe_config, prefix, experts, self)

@@ -44,8 +44,14 @@ def header(model: Model) -> dict:
 
 
 def note(header: dict) -> str:
-    dense = any(group["weights"]["num_bits"] == 3 for group in header["config_groups"].values())
-    return "its 3-bit weights need compressed-tensors 0.18 or vLLM 0.32" if dense else ""
+    groups = header["config_groups"].values()
+    dense = any(group["weights"]["num_bits"] == 3 for group in groups)
+    lines = ["its 3-bit weights need compressed-tensors 0.18 or vLLM 0.32"] if dense else []
+    if len(groups) > 1:
+        lines.append(
+            "transformers 5.23 and 5.24 take all its layers for the first one's format: load it with 5.22 or in vLLM"
+        )
+    return "; ".join(lines)
 
 
 def _group(model: Model, format: WeightFormat) -> dict:

@@ -12,7 +12,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vlmq_vllm.kernels import hardware
 from vlmq_vllm.offline.methods.gptq.columns import ColumnPass
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -153,5 +152,5 @@ def round_columns(state: ColumnPass, columns: range, block: int) -> None:
             BLOCK=block,
             TILE=TILE,
             num_warps=WARPS,
-            **hardware.LAUNCH,
+            enable_fp_fusion=True,  # not the default from Triton 3.10 on
         )

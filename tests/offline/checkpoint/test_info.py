@@ -96,15 +96,15 @@ def test_components_by_name(module, component):
 @pytest.mark.parametrize(
     ("found", "problem"),
     [
-        ("0.32.0+cpu", None),
+        ("0.33.0+cpu", None),
         ("0.26.0", None),
-        ("0.25.1", "vllm is 0.25.1, supported is >=0.26,<0.33; do it"),
-        ("0.33.0", "vllm is 0.33.0, supported is >=0.26,<0.33; do it"),
+        ("0.25.1", "vllm is 0.25.1, supported is >=0.26,<0.34; do it"),
+        ("0.34.0", "vllm is 0.34.0, supported is >=0.26,<0.34; do it"),
         (None, "vllm is not installed; do it"),
     ],
 )
 def test_versions_are_judged(found, problem):
-    assert judge("vllm", found, ">=0.26,<0.33", "do it").problem == problem
+    assert judge("vllm", found, ">=0.26,<0.34", "do it").problem == problem
 
 
 def test_ranges_are_those_of_the_distribution():

@@ -156,6 +156,25 @@ def test_warnings_name_the_group_size_that_fits_all(tmp_path):
     assert any("over 4" in line and line.endswith("cannot be cut into 52 columns for each rank") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("family", "advice"),
+    [
+        ("qwen2_vl", "serve with --mm-encoder-tp-mode data, where every rank has the whole tower"),
+        ("llava", "use fewer ranks"),
+    ],
+)
+def test_warnings_name_the_sizes_that_the_towers_heads_do_not_divide_by(family, advice, tmp_path):
+    family_models.build(family, tmp_path)  # with two heads
+    lines = make_plan(str(tmp_path), Settings(bits=4, samples=4), "cpu", tokens=64).warnings
+    assert f"tensor parallelism over 4 or 8: the tower's 2 heads do not divide; {advice}" in lines
+    config = json.loads((tmp_path / "config.json").read_text())
+    vision = config["vision_config"]
+    vision["num_heads" if "num_heads" in vision else "num_attention_heads"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lines = make_plan(str(tmp_path), Settings(bits=4, samples=4), "cpu", tokens=64).warnings
+    assert not any("heads" in line and "tower" in line for line in lines)
+
+
 def test_experts_are_not_warned_about(tmp_path):
     family_models.build("qwen3_vl_moe", tmp_path)
     found = make_plan(str(tmp_path), Settings(bits=4, group_size=32, samples=128), "cpu", tokens=512)

@@ -201,7 +201,7 @@ def inputs_of_layer_1(model, sample) -> tuple[torch.Tensor, dict, torch.Tensor]:
     model(**sample, use_cache=False)
     for hook in hooks:
         hook.remove()
-    kwargs = {name: value for name, value in caught["kw"].items() if name not in ("past_key_values", "use_cache")}
+    kwargs = {name: value for name, value in caught["kw"].items() if name not in capture.CACHE}
     return caught["x"], kwargs, caught["down"]
 
 

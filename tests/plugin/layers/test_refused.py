@@ -86,6 +86,17 @@ def test_processed_weights_of_another_process_are_refused_by_vllm():
         protocol.check_ipc_quant_support(layer)
 
 
+def test_quantised_experts_beside_constant_ones_are_refused():
+    """vLLM 0.33 serves experts that were pruned to constants; quantised ones it would refuse in words of its own."""
+    layers = pytest.importorskip("vllm.model_executor.layers.fused_moe.expert_substitution", reason="vLLM before 0.33")
+    layer = object.__new__(layers.SubstitutedRoutedExperts)
+    weights = {f"experts.0.{name}_proj": random_weight(W4, 64, 64) for name in ("gate", "up", "down")}
+    with pytest.raises(
+        ValueError, match="experts: config.json replaces experts of this layer by constants .*without ex"
+    ):
+        config_of(weights).get_quant_method(layer, "experts.routed_experts")
+
+
 def test_scale_that_is_not_finite_is_named():
     weight = random_weight(W4, 64, 128)
     weight.scale[3, 1] = float("nan")

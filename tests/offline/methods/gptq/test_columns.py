@@ -173,9 +173,11 @@ except ValueError as error:
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from vlmq_vllm.offline.methods.gptq.columns_kernel import TILE, WARPS, columns_kernel
 
+OPTIONS = dict(num_warps=WARPS, enable_fp_fusion=True)
 names = columns_kernel.arg_names
 types = {"codes": "*u8", "group_of": "*i64", "top": "fp32", "start": "i32", "count": "i32"}
 types |= {name: "i32" for name in names if name.startswith(("n_", "stride_"))}
@@ -185,9 +187,9 @@ def compile(arch, pushed):
     given |= dict(stride_push_k=1) if pushed else dict(push=None, values=None, n_rows=1, n_groups=1)
     signature = {name: "constexpr" if name in given else types.get(name, "*fp32") for name in names}
     source = ASTSource(columns_kernel, signature, given)
-    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=WARPS)).asm["ptx"]
+    ptx = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=OPTIONS).asm["ptx"]
     target = ptx.split(".target ")[1].split()[0].strip(",")
-    call = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name", target, "-o", sys.argv[1], "/dev/stdin"]
+    call = [get_ptxas(arch).path, "-v", "--gpu-name", target, "-o", sys.argv[1], "/dev/stdin"]
     said = subprocess.run(call, input=ptx, capture_output=True, text=True, check=True).stderr
     print(target, ptx.count("div.rn"), "div.full" in ptx, "0 bytes spill stores, 0 bytes spill loads" in said, sep=",")
 
