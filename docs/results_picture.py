@@ -160,10 +160,10 @@ def demo() -> str:
 
 def real() -> str:
     """The real language model at 2 and 3 bits, on text and on pictures."""
-    names = ("2026-11-30-real-lm",)
+    names = ("2026-11-30-real-lm", "2026-12-01-real-lm")
     return Picture(
         "How far answers move from those of the 16-bit model: less is better",
-        "SmolLM2-135M taught pictures; KL divergence in nats, one seed, standard error over held-out chats",
+        "SmolLM2-135M taught pictures; KL divergence in nats, one to three seeds, mean and spread",
         (
             ("GPTQ", "GPTQ"),
             ("QEP", "QEP"),

@@ -1,4 +1,5 @@
-"""Lets vLLM's CPU platform use Ray, in processes that have this folder on PYTHONPATH: `test_serving_ray.py`.
+"""Lets vLLM's CPU platform use Ray, in processes that have this folder on PYTHONPATH:
+`tests/e2e/test_serving_ray.py`.
 
 vLLM asks a platform for the name of its devices in Ray, and the CPU's has none. Nodes are started with a GPU that is
 not there, so that every worker gets a place.
