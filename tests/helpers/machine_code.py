@@ -16,7 +16,8 @@ import torch
 
 LIMITS = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);", re.MULTILINE)
-MMA = ("HMMA", "HGMMA", "UTC", "IMMA", "IGMMA")  # tensor core instructions of Ampere, Hopper, Blackwell; of integers
+INTEGER_MMA = ("IMMA", "IGMMA", "UTCIMMA")  # tensor core instructions of Ampere, Hopper, Blackwell
+MMA = ("HMMA", "HGMMA", "UTCHMMA", *INTEGER_MMA)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int16: "i16"}
 TYPES |= {torch.int32: "i32", torch.uint8: "u8", torch.int8: "i8"}
 
@@ -140,7 +141,7 @@ def count(arch: str, compiled, per_thread: float) -> dict:
         "spilled": spills(compiled.asm["ptx"]),
         "mma": sum(name.startswith(MMA) for name in names),
         "copies": sum(name.startswith("LDGSTS") for name in names),
-        "integer_mma": sum(name.startswith(("IMMA", "IGMMA")) for name in names),
+        "integer_mma": sum(name.startswith(INTEGER_MMA) for name in names),
     }
     loop = main_loop(listing)
     if loop:
