@@ -36,7 +36,7 @@ cp $(1)/kernels/*.so $(1)/lib/python3.*/site-packages/vllm
 $(uv) --no-deps --no-build-isolation -e .
 touch $@
 endef
-environment_files = pyproject.toml packaging/cpu-requirements.txt $(wildcard packaging/$(1)-*.txt)
+environment_files = pyproject.toml $(wildcard packaging/$(1)-*.txt)
 
 demo: install
 	$(BIN)/python examples/demo_vlm/demo.py
@@ -110,7 +110,7 @@ oldest: .venv-oldest/installed
 test-newest: .venv-newest/installed
 	$(subst $(BIN),.venv-newest/bin,$(PYTEST)) -m "not slow"
 
-.venv-newest/installed: $(call environment_files,newest)
+.venv-newest/installed: $(call environment_files,newest) packaging/cpu-requirements.txt
 	$(call environment,.venv-newest)
 	$(call newest_vllm,.venv-newest,newest)
 
